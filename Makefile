@@ -1,0 +1,42 @@
+# Every target sets itself up: the first one makes .venv from constraints.txt, the rest use it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Nothing but the installation asks the network; a model hub that is asked all the same says so.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint types bench clean
+
+demo: $(READY)
+	$(BIN)/python -m benchmarks.demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.solver_speed
+	$(BIN)/python -m benchmarks.fuzz_subproblem
+
+clean:
+	rm -rf $(VENV) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+# No build isolation: an isolated build would fetch a setuptools that constraints.txt does not pin.
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"The pinned environment \
+	needs Python 3.11 or newer; $(PYTHON) is {sys.version.split()[0]}. Name another one: \
+	make PYTHON=python3.11 (the library itself runs on 3.10).")'
+	@echo "Installing the pinned environment into $(VENV), once; this takes a minute or more."
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install -qq -c constraints.txt setuptools
+	@$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Problems and measurements of raco_optim, one question a file. Not in the installed package."""

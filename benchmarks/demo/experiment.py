@@ -1,0 +1,125 @@
+"""The experiment: every method at every weight, for several seeds."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+
+from benchmarks.demo.align import Evaluation, PairTensors, Training, align, evaluate, pair_tensors
+from benchmarks.demo.data import (
+    OBJECTIVES,
+    PreferencePair,
+    load_papers,
+    sample_pairs,
+    sentences,
+)
+from benchmarks.demo.model import build_model, pretrain, tokenize, train_tokenizer
+from raco_optim import MGDA, CAGrad, CAGradClip, LinearScalarization, MultiObjectiveOptimizer
+
+C = 0.4  # radius of CAGrad and CAGrad-Clip
+
+WEIGHTED_METHODS: dict[str, Callable[..., MultiObjectiveOptimizer]] = {
+    "Weighted DPO": LinearScalarization,
+    "CAGrad": functools.partial(CAGrad, c=C),
+    "CAGrad-Clip": functools.partial(CAGradClip, c=C),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Size of the experiment. The defaults fit into a coffee break on two CPU cores.
+
+    They were chosen on the validation papers, never on the test papers.
+
+    Attributes:
+        seeds: Each is a run of the whole experiment with its own initial weights, pretraining
+            batches and training pairs; the tokenizer and the held-out pairs are the same for all.
+        outcome_weights: Weights of the objective ``outcome``; ``short`` gets the rest.
+        pretraining_steps: Batches of next-token prediction.
+        alignment_steps: Batches of preference pairs, each pair used once.
+        batch_size: Preference pairs per batch.
+        test_pairs: Held-out pairs.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    outcome_weights: tuple[float, ...] = (0.2, 0.5, 0.8)
+    pretraining_steps: int = 100
+    alignment_steps: int = 30
+    batch_size: int = 16
+    test_pairs: int = 400
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole experiment, for a progress bar."""
+        alignments = len(WEIGHTED_METHODS) * len(self.outcome_weights) + 1
+        return len(self.seeds) * (self.pretraining_steps + alignments * self.alignment_steps)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One alignment; `outcome_weight` is None for MGDA, which takes no weights."""
+
+    seed: int
+    method: str
+    outcome_weight: float | None
+    evaluation: dict[str, Evaluation]
+    training: Training
+
+
+class Corpus:
+    """What all seeds share: text, tokenizer, training papers and held-out pairs."""
+
+    def __init__(self, test_pairs: int) -> None:
+        self.train_papers = load_papers("train", "val")
+        self.texts = [
+            sentence.text for paper in self.train_papers for sentence in sentences(paper)
+        ]
+        self.tokenizer: Tokenizer = train_tokenizer(self.texts)
+        # Sorted by length, so that batches of them carry little padding.
+        self.held_out: list[PreferencePair] = sorted(
+            sample_pairs(load_papers("test"), test_pairs, random.Random(0)),
+            key=lambda pair: max(len(pair.first), len(pair.second)),
+        )
+
+
+def run_experiment(
+    settings: Settings, corpus: Corpus, on_step: Callable[[], object]
+) -> Iterator[Run]:
+    """Yields the runs of all seeds, as they end.
+
+    Args:
+        settings: Size of the experiment.
+        corpus: Text and held-out pairs.
+        on_step: Called after each of `settings.total_steps` optimizer steps.
+    """
+    ids = tokenize(corpus.tokenizer, corpus.texts)[:, :64]
+    for seed in settings.seeds:
+        torch.manual_seed(seed)
+        base = build_model(corpus.tokenizer.get_vocab_size())
+        pretrain(base, ids, steps=settings.pretraining_steps, on_step=on_step)
+
+        count = settings.alignment_steps * settings.batch_size
+        pairs = sample_pairs(corpus.train_papers, count, random.Random(seed))
+        train = pair_tensors(pairs, corpus.tokenizer, base)
+        test = pair_tensors(corpus.held_out, corpus.tokenizer, base)
+        for method, weight, make_optimizer in alignments(settings.outcome_weights):
+            model, training = align(
+                base, train, make_optimizer, batch_size=settings.batch_size, on_step=on_step
+            )
+            yield Run(seed, method, weight, evaluate(model, test), training)
+
+
+def alignments(
+    outcome_weights: tuple[float, ...],
+) -> Iterator[tuple[str, float | None, Callable[[torch.optim.Optimizer], MultiObjectiveOptimizer]]]:
+    """Every method at every weight: name, weight of ``outcome``, wrapper of an inner optimizer."""
+    for method, optimizer_class in WEIGHTED_METHODS.items():
+        for weight in outcome_weights:
+            weights = dict(zip(OBJECTIVES, (weight, 1 - weight), strict=True))
+            yield method, weight, functools.partial(optimizer_class, weights=weights)
+    yield "MGDA", None, functools.partial(MGDA, weights=OBJECTIVES)

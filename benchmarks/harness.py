@@ -1,0 +1,109 @@
+"""What every measurement shares: where it ran, interleaved timing, results as JSON.
+
+Candidates are timed in turn, one call each, in an order that changes from round to round: a noisy
+machine then disturbs all of them alike, and their ratio outlives what a second run would change.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+_ROOT = Path(__file__).parent.parent
+
+
+def environment(*, seed: int | None = None, packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Describes what a result depends on beside the code: versions, commit, machine, seed.
+
+    Args:
+        seed: The seed of the run, if there is one.
+        packages: Distributions beside torch, numpy and scipy whose version counts.
+    """
+    names = ("torch", "numpy", "scipy", *packages)
+    return {
+        "commit": commit(),
+        "seed": seed,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def commit() -> str:
+    """Names the commit that is checked out, with `-dirty` where a tracked file differs from it."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    name = git("rev-parse", "--short=12", "HEAD")
+    # A result that this run overwrites is no change of what was measured.
+    changed = git("status", "--porcelain", "--", ".", f":!{RESULTS.relative_to(_ROOT)}")
+    return f"{name}-dirty" if name and changed else name or "unknown"
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Times each candidate `repeats` times, in turn; returns seconds per call.
+
+    Garbage is collected between rounds and never within a call.
+    """
+    names = list(candidates)
+    for name in names * warmup:
+        candidates[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for round_ in range(repeats):
+            shift = round_ % len(names)
+            for name in names[shift:] + names[:shift]:
+                call = candidates[name]
+                start = time.perf_counter()
+                call()
+                seconds[name].append(time.perf_counter() - start)
+            if round_ % 16 == 0:
+                gc.collect()
+    finally:
+        if collecting:
+            gc.enable()
+    return seconds
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Returns the median, the quartiles and the number of the values."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "lower_quartile": low, "upper_quartile": high, "n": len(values)}
+
+
+def write_results(name: str, results: Mapping[str, Any]) -> Path:
+    """Writes `benchmarks/results/<name>.json` and returns its path."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    return path
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "")

@@ -1,0 +1,164 @@
+"""How long does one solution of the subproblem take, beside TorchJD's CAGrad, and how exact is it?
+
+    python -m benchmarks.solver_speed
+
+All candidates see the same Gram matrices in one process on one thread, in turn. Every call is the
+public one, from a Gram tensor to a tensor, with its checks. TorchJD returns the coefficients of
+the gradients and not p, so `coefficients` (ours, from the same Gram to the same coefficients) is
+its like-for-like counterpart; `exact`, `pgd` and `slsqp` stop at p. TorchJD has uniform weights
+only, so those are used. An error is (Phi(p) - best known Phi) / (|g0| max_i |g_i|), in 60 digits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+# Before torch and numpy read them: threads cost more than they bring at this size.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from torchjd.aggregation import CAGradWeighting
+from tqdm import tqdm
+
+from benchmarks.harness import environment, interleaved, spread, write_results
+from raco_optim import SubproblemSolution, mixing_coefficients, solve_subproblem
+from tests import samplers
+from tests.oracles import phi
+
+C = 0.4
+SIZES = (2, 3, 10, 40)
+TARGETS = {2: 100, 3: 40, 10: 20, 40: 8}  # times faster than TorchJD
+COMPETITOR = "torchjd"
+
+
+def random(rng: np.random.Generator, m: int) -> np.ndarray:
+    """Gaussian gradients in 2 m dimensions with at least one conflicting pair."""
+    while True:
+        gradients = rng.standard_normal((m, 2 * m))
+        gram = gradients @ gradients.T
+        if gram.min() < 0:
+            return gram
+
+
+def all_conflicting(rng: np.random.Generator, m: int) -> np.ndarray:
+    """Every pair conflicts."""
+    return samplers.conflicting(rng, m).gram
+
+
+FAMILIES = {"random": random, "all_conflicting": all_conflicting}
+
+
+def candidates(gram: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """Returns one call per candidate."""
+    m = len(gram)
+    weights = [1 / m] * m
+    solve = partial(solve_subproblem, gram, weights, C)
+    return {
+        "exact": solve,
+        "coefficients": partial(mixing_coefficients, gram, weights, C, clip="none"),
+        "pgd": partial(solve, solver="pgd"),
+        "slsqp": partial(solve, solver="slsqp"),
+        COMPETITOR: partial(CAGradWeighting(C), gram),
+    }
+
+
+def solution(result: SubproblemSolution | torch.Tensor, m: int) -> np.ndarray:
+    """Returns the p behind the result of a candidate."""
+    if not isinstance(result, torch.Tensor):
+        return result.p.numpy()
+    # alpha = w + (a positive number) p, and p sums to 1.
+    p = (result.numpy() - 1 / m).clip(0)
+    return p / p.sum() if p.sum() > 0 else np.full(m, 1 / m)
+
+
+def measure(family: str, m: int, problems: int, repeats: int, seed: int) -> dict[str, Any]:
+    """Times and checks every candidate on the same Gram matrices."""
+    rng = np.random.default_rng([seed, m])
+    seconds: dict[str, list[float]] = {}
+    errors: dict[str, list[float]] = {}
+    supports = []
+    for _ in tqdm(range(problems), desc=f"{family}, m = {m}", leave=False):
+        gram = FAMILIES[family](rng, m)
+        weights = np.full(m, 1 / m)
+        calls = candidates(torch.from_numpy(gram))
+        points = {name: solution(call(), m) for name, call in calls.items()}
+        values = {name: phi(gram, weights, C, p) for name, p in points.items()}
+        scale = np.sqrt(weights @ gram @ weights * gram.diagonal().max())
+        for name, value in values.items():
+            errors.setdefault(name, []).append((value - min(values.values())) / scale)
+        supports.append(int((points["exact"] > 0).sum()))
+        for name, times in interleaved(calls, repeats=repeats).items():
+            seconds.setdefault(name, []).extend(times)
+    reference = float(np.median(seconds[COMPETITOR]))
+    return {
+        "family": family,
+        "m": m,
+        "problems": problems,
+        "repeats": repeats,
+        "mean_support": float(np.mean(supports)),
+        "candidates": {
+            name: {
+                "microseconds": spread([1e6 * t for t in times]),
+                "times_faster_than_torchjd": reference / float(np.median(times)),
+                "median_error": float(np.median(errors[name])),
+                "largest_error": float(np.max(errors[name])),
+            }
+            for name, times in seconds.items()
+        },
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Renders the results as a markdown table."""
+    lines = [
+        "| family | m | candidate | median us | quartiles us | x faster | target | largest error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        for name, figures in row["candidates"].items():
+            us = figures["microseconds"]
+            target = f"{TARGETS[row['m']]}" if name in ("exact", "coefficients") else ""
+            lines.append(
+                f"| {row['family']} | {row['m']} | {name} | {us['median']:,.0f} "
+                f"| {us['lower_quartile']:,.0f} to {us['upper_quartile']:,.0f} "
+                f"| {figures['times_faster_than_torchjd']:.1f} | {target} "
+                f"| {figures['largest_error']:.0e} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures all families and sizes, writes the JSON and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--problems", type=int, default=30, help="Gram matrices per row")
+    parser.add_argument("--repeats", type=int, default=10, help="calls per Gram and candidate")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [
+        measure(family, m, arguments.problems, arguments.repeats, arguments.seed)
+        for family in FAMILIES
+        for m in SIZES
+    ]
+    packages = ("torchjd", "cvxpy", "clarabel")
+    results = {
+        "question": __doc__.splitlines()[0],
+        "environment": environment(seed=arguments.seed, packages=packages),
+        "c": C,
+        "weights": "uniform",
+        "targets_times_faster": TARGETS,
+        "rows": rows,
+    }
+    path = write_results("solver_speed", results)
+    print(table(rows))
+    print(f"Written to {path}.")
+
+
+if __name__ == "__main__":
+    main()

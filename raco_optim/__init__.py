@@ -1,0 +1,50 @@
+"""Gradient surgery for several losses, as a wrapper of any torch optimizer.
+
+A step, one stage a module, each a pure function that is usable alone:
+
+    losses
+      |  gradients.py      per_loss_gradients      g_i, one list of tensors per loss
+      |  gram.py           gram_matrix             H_ij = <g_i, g_j>, float64
+      |  simplex.py        solve_subproblem        p on the simplex (active_set, pgd, slsqp)
+      |  coefficients.py   mixing_coefficients     clipped p and alpha
+      |  combine.py        add_combined_gradient   .grad += sum_i alpha_i g_i
+      v
+    inner optimizer's step
+
+`step.py` runs the stages in a row, `optimizer.py` holds the state and is an optimizer like any
+other, `methods.py` names the rules (CAGradClip, CAGrad, MGDA, LinearScalarization), `report.py`
+says what a step did, and `pareto.py` measures what came of it.
+"""
+
+from raco_optim.coefficients import (
+    MixingCoefficients,
+    min_norm_coefficients,
+    mixing_coefficients,
+)
+from raco_optim.combine import add_combined_gradient
+from raco_optim.gradients import per_loss_gradients
+from raco_optim.gram import gram_matrix
+from raco_optim.methods import MGDA, CAGrad, CAGradClip, LinearScalarization
+from raco_optim.optimizer import MultiObjectiveOptimizer, backward
+from raco_optim.report import Outcome, StepReport
+from raco_optim.simplex import SubproblemSolution, min_norm_point, solve_subproblem
+
+__all__ = [
+    "MGDA",
+    "CAGrad",
+    "CAGradClip",
+    "LinearScalarization",
+    "MixingCoefficients",
+    "MultiObjectiveOptimizer",
+    "Outcome",
+    "StepReport",
+    "SubproblemSolution",
+    "add_combined_gradient",
+    "backward",
+    "gram_matrix",
+    "min_norm_coefficients",
+    "min_norm_point",
+    "mixing_coefficients",
+    "per_loss_gradients",
+    "solve_subproblem",
+]

@@ -1,0 +1,114 @@
+"""Checks of arguments, in one error grammar: what must hold, what was given, the remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+# A squared norm p.Hp below ZERO (sum_i p_i |g_i|)^2 is the rounding error of a float64 Gram matrix.
+ZERO = 64 * 2.0**-52
+
+_SUM_TOLERANCE = 1e-6
+# A Gram matrix accumulated in float32 is asymmetric and indefinite at about this level; what
+# lies above it is a mistake of the caller.
+_GRAM_TOLERANCE = 1e-4
+
+
+def checked_weights(weights: Sequence[float] | Mapping[str, float] | Tensor) -> list[float]:
+    """Returns `weights` as floats that sum to 1 exactly, or raises `ValueError`."""
+    values = weights.values() if isinstance(weights, Mapping) else weights
+    try:
+        w = [float(x) for x in values]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`weights` must be a sequence of numbers or a mapping from name to number; "
+            f"got {weights!r}."
+        ) from error
+    if not w:
+        raise ValueError("`weights` must hold at least one weight; got none. Pass one per loss.")
+    if not all(math.isfinite(x) and x >= 0 for x in w):
+        raise ValueError(f"`weights` must be finite and non-negative; got {w}.")
+    total = math.fsum(w)
+    if abs(total - 1) > _SUM_TOLERANCE:
+        raise ValueError(
+            f"`weights` must sum to 1 (within {_SUM_TOLERANCE:g}); got {w}, which sums to "
+            f"{total:.9g}. Divide each weight by the sum."
+        )
+    return [x / total for x in w]
+
+
+def checked_radius(c: float, *, below_one: bool) -> float:
+    """Returns the radius `c` as a float, or raises `ValueError`."""
+    try:
+        value = float(c)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`c` must be a number; got {c!r}.") from error
+    if not (math.isfinite(value) and value >= 0 and (value < 1 or not below_one)):
+        rule = "in [0, 1)" if below_one else "finite and non-negative"
+        remedy = (
+            " The descent guarantee needs c < 1; `CAGrad` accepts larger values without it."
+            if below_one
+            else ""
+        )
+        raise ValueError(f"`c` must be {rule}; got {value!r}.{remedy}")
+    return value
+
+
+def checked_choice(argument: str, value: str, choices: Sequence[str]) -> str:
+    """Returns `value` if it is one of `choices`, or raises `ValueError`."""
+    if value not in choices:
+        expected = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"`{argument}` must be one of {expected}; got {value!r}.")
+    return value
+
+
+def as_gram(gram: Tensor | Sequence[Sequence[float]], *, batched: bool = False) -> Tensor:
+    """Returns `gram` as a float64 tensor of shape ``[m, m]`` (or ``[..., m, m]``).
+
+    The shape alone is checked, so that a Gram matrix on an accelerator is not waited for.
+    """
+    try:
+        tensor = torch.as_tensor(gram)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"`gram` must be a square matrix of numbers; got {gram!r}.") from error
+    if tensor.is_complex():
+        raise ValueError(f"`gram` must be real; got {tensor.dtype}.")
+    shape = tuple(tensor.shape)
+    if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] == 0 or (len(shape) > 2 > batched):
+        expected = "[..., m, m]" if batched else "[m, m]"
+        raise ValueError(f"`gram` must have shape {expected} with m >= 1; got {list(shape)}.")
+    return tensor.detach().to(torch.float64)
+
+
+def check_gram_values(rows: list[list[float]]) -> None:
+    """Raises `ValueError` unless the rows are finite, symmetric and have a diagonal >= 0."""
+    for i, row in enumerate(rows):
+        for j, entry in enumerate(row):
+            if not math.isfinite(entry):
+                raise ValueError(
+                    f"`gram` must be finite; got {entry!r} at [{i}, {j}]. "
+                    f"The gradient of loss {i if not math.isfinite(row[i]) else j} is NaN or Inf."
+                )
+    for i, row in enumerate(rows):
+        if row[i] < 0:
+            raise ValueError(
+                f"`gram` must have a non-negative diagonal, <g_i, g_i>; got {row[i]!r} at "
+                f"[{i}, {i}]."
+            )
+    for i, row in enumerate(rows):
+        for j in range(i):
+            scale = math.sqrt(row[i]) * math.sqrt(rows[j][j])
+            if abs(row[j] - rows[j][i]) > _GRAM_TOLERANCE * scale:
+                raise ValueError(
+                    f"`gram` must be symmetric; got {row[j]!r} at [{i}, {j}] and {rows[j][i]!r} "
+                    f"at [{j}, {i}]."
+                )
+            if abs(row[j]) > (1 + _GRAM_TOLERANCE) * scale:
+                raise ValueError(
+                    f"`gram` must satisfy |H_ij| <= sqrt(H_ii H_jj); got {row[j]!r} at "
+                    f"[{i}, {j}] with the diagonal entries {row[i]!r} and {rows[j][j]!r}. "
+                    f"Is it a Gram matrix of gradients?"
+                )

@@ -1,0 +1,195 @@
+"""Stage 1: losses -> one gradient per loss, as lists of per-parameter tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+Loss = Tensor | Callable[[], Tensor]
+Gradient = list[Tensor | None]
+
+_REMEDIES = (
+    (
+        "second time",
+        "A graph that an earlier backward pass freed cannot be used again: compute the losses anew.",
+    ),
+    (
+        "donated buffer",
+        "A compiled model frees its buffers in the first of several backward passes: set "
+        "`torch._functorch.config.donated_buffer = False` before its first call, or pass the "
+        "losses as callables, each with its own forward pass.",
+    ),
+    (
+        "use_reentrant",
+        "Call `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`.",
+    ),
+)
+
+
+def per_loss_gradients(
+    losses: Sequence[Loss | None], parameters: Sequence[Tensor]
+) -> list[Gradient]:
+    r"""Computes the gradient of every loss with respect to every parameter.
+
+    .. math:: g_i = \nabla_\theta L_i, \quad i = 1, \dots, m
+
+    The gradients stay lists of per-parameter tensors and are never copied into one
+    ``[m, n]`` matrix. The last backward pass frees the graph; with callables each graph is
+    freed before the next forward pass. ``.grad`` is neither read nor written, so hooks on the
+    accumulation of ``.grad`` (those of DistributedDataParallel among them) do not run.
+
+    Args:
+        losses: m scalar tensors that share a graph or not, or callables without arguments that
+            return one, evaluated one at a time; None stands for a loss that is absent from this
+            batch and has a zero gradient.
+        parameters: Leaf tensors, real, on one device. Frozen ones are passed over.
+
+    Returns:
+        m lists, one tensor per parameter in its shape and dtype, or None where the loss does not
+        reach the parameter.
+
+    Raises:
+        TypeError: A loss is neither a tensor nor a callable nor None.
+        ValueError: A loss is not a scalar, is complex, has no graph or reaches no parameter; all
+            losses are None; a parameter is complex; devices differ; a gradient is sparse.
+        RuntimeError: A backward pass failed, or reentrant activation checkpointing hid
+            parameters from it. The message names the loss and the remedy.
+
+    Example:
+        >>> import torch
+        >>> from raco_optim import per_loss_gradients
+        >>> x = torch.tensor([3.0, 4.0], requires_grad=True)
+        >>> y = torch.tensor([1.0], requires_grad=True)
+        >>> per_loss_gradients([(x**2).sum(), (x[0] * y).sum()], [x, y])
+        [[tensor([6., 8.]), None], [tensor([1., 0.]), tensor([3.])]]
+
+    References:
+        Algorithm 1, line 3, of arXiv 2602.02495.
+    """
+    names = [str(i) for i in range(len(losses))]
+    return [gradient for _, gradient in iterate_gradients(losses, parameters, names)]
+
+
+def iterate_gradients(
+    losses: Sequence[Loss | None], parameters: Sequence[Tensor], names: Sequence[str]
+) -> Iterator[tuple[Tensor | None, Gradient]]:
+    """Yields value and gradient of one loss after the other; see `per_loss_gradients`.
+
+    Tensors are all checked before the first backward pass, so that a bad one costs nothing.
+    """
+    _check_parameters(parameters)
+    for name, loss in zip(names, losses, strict=True):
+        if isinstance(loss, Tensor):
+            _check_loss(name, loss, parameters)
+        elif loss is not None and not callable(loss):
+            raise TypeError(
+                f"loss {name!r} must be a scalar tensor, a callable that returns one, or None; "
+                f"got {type(loss).__name__}."
+            )
+    present = [i for i, loss in enumerate(losses) if loss is not None]
+    if not present:
+        raise ValueError("`losses` must hold at least one loss; got None for all of them.")
+
+    trainable = [p for p in parameters if p.requires_grad]
+    for i, (name, loss) in enumerate(zip(names, losses, strict=True)):
+        if loss is None:
+            yield None, [None] * len(parameters)
+            continue
+        if isinstance(loss, Tensor):
+            value, retain = loss, i != present[-1]
+        else:
+            with torch.enable_grad():
+                value = loss()
+            _check_loss(name, value, parameters)
+            retain = False
+        reached = iter(_gradient(name, value, trainable, retain))
+        yield value.detach(), [next(reached) if p.requires_grad else None for p in parameters]
+
+
+def _gradient(name: str, loss: Tensor, trainable: list[Tensor], retain: bool) -> Gradient:
+    try:
+        gradient: Gradient = list(
+            torch.autograd.grad(loss, trainable, retain_graph=retain, allow_unused=True)
+        )
+    except RuntimeError as error:
+        remedies = [remedy for symptom, remedy in _REMEDIES if symptom in str(error)]
+        raise RuntimeError(
+            " ".join([f"the backward pass of loss {name!r} failed: {error}", *remedies])
+        ) from error
+    if any(g is None for g in gradient):
+        _check_no_reentrant_checkpoint(name, loss)
+    if all(g is None for g in gradient):
+        raise ValueError(
+            f"loss {name!r} must depend on a parameter of the optimizer; it reaches none. Was the "
+            f"optimizer built from this model's parameters? Pass None for a loss that is absent "
+            f"from this batch."
+        )
+    for p, g in zip(trainable, gradient, strict=True):
+        if g is not None and g.layout != torch.strided:
+            raise ValueError(
+                f"gradients must be dense; loss {name!r} has a {g.layout} gradient for the "
+                f"parameter of shape {list(p.shape)}. Build the embedding with sparse=False."
+            )
+    return gradient
+
+
+def _check_parameters(parameters: Sequence[Tensor]) -> None:
+    for p in parameters:
+        if p.is_complex():
+            raise ValueError(
+                f"parameters must be real; got one of dtype {p.dtype} and shape {list(p.shape)}. "
+                f"Hold its real and imaginary parts in two parameters (torch.view_as_real)."
+            )
+    devices = {p.device for p in parameters}
+    if len(devices) > 1:
+        found = ", ".join(sorted(str(device) for device in devices))
+        raise ValueError(
+            f"parameters must be on one device; got {found}. Move the model to one of them."
+        )
+
+
+def _check_loss(name: str, loss: object, parameters: Sequence[Tensor]) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"loss {name!r} must be a scalar tensor; its callable returned {type(loss).__name__}."
+        )
+    if loss.numel() != 1:
+        raise ValueError(
+            f"loss {name!r} must be a scalar; got shape {list(loss.shape)}. Reduce it, for example "
+            f"with .mean()."
+        )
+    if loss.is_complex():
+        raise ValueError(f"loss {name!r} must be real; got dtype {loss.dtype}.")
+    if not loss.requires_grad:
+        raise ValueError(
+            f"loss {name!r} must have a graph; it was computed without gradients (under "
+            f"torch.no_grad(), detached, or from frozen parameters only). Pass None for a loss "
+            f"that is absent from this batch."
+        )
+    if parameters and loss.device != parameters[0].device:
+        raise ValueError(
+            f"loss {name!r} must be on the device of the parameters, {parameters[0].device}; got "
+            f"{loss.device}. Move it there with .to()."
+        )
+
+
+def _check_no_reentrant_checkpoint(name: str, loss: Tensor) -> None:
+    # A reentrant checkpoint is one opaque node of the graph, so `autograd.grad` finds no path to
+    # the parameters inside and returns None for them without a word.
+    stack, seen = [loss.grad_fn], {loss.grad_fn}
+    while stack:
+        node = stack.pop()
+        if node is None:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                f"loss {name!r} passes through a reentrant activation checkpoint, which hides its "
+                f"parameters from per-loss gradients. Call torch.utils.checkpoint.checkpoint(..., "
+                f"use_reentrant=False)."
+            )
+        for child, _ in node.next_functions:
+            if child not in seen:
+                seen.add(child)
+                stack.append(child)

@@ -1,0 +1,221 @@
+r"""Stage 3: Gram matrix -> p on the simplex, the subproblem of CAGrad.
+
+The solvers are given dimensionless numbers: the cosines C of the gradients, their norms D relative
+to the largest, and the cosines b of the gradients with the weighted gradient. No tolerance then
+depends on the scale of the gradients, and gradients of very different norms lose no digits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raco_optim._checks import (
+    ZERO,
+    as_gram,
+    check_gram_values,
+    checked_choice,
+    checked_radius,
+    checked_weights,
+)
+from raco_optim.active_set import certificate, solve_active_set, solve_two
+from raco_optim.pgd import projected_gradient
+from raco_optim.slsqp import solve_slsqp
+
+Array = NDArray[np.float64]
+Solver = Literal["exact", "pgd", "slsqp"]
+SOLVERS = ("exact", "pgd", "slsqp")
+
+
+@dataclass(frozen=True)
+class SubproblemSolution:
+    r"""A point of the simplex and the certificate that it is the minimiser; float64 tensors.
+
+    Attributes:
+        p: ``[m]`` (``[..., m]`` for a batch), non-negative, summing to 1.
+        value: :math:`\Phi(p)`, a scalar (``[...]``), in the units of the Gram matrix.
+        gap: Frank-Wolfe gap relative to :math:`|g_0| \max_i |g_i|`, a scalar (``[...]``): Phi(p)
+            exceeds its minimum by no more than that.
+
+    Example:
+        >>> from raco_optim import solve_subproblem
+        >>> solution = solve_subproblem([[1.0, 0.0], [0.0, 1.0]], [0.5, 0.5], c=0.5)
+        >>> bool(solution.gap <= 1e-9)
+        True
+    """
+
+    p: Tensor
+    value: Tensor
+    gap: Tensor
+
+
+def solve_subproblem(
+    gram: Tensor | Sequence[Sequence[float]],
+    weights: Sequence[float] | Mapping[str, float] | Tensor,
+    c: float,
+    *,
+    solver: Solver = "exact",
+) -> SubproblemSolution:
+    r"""Minimises the subproblem of CAGrad over the simplex.
+
+    .. math::
+        p^* \in \arg\min_{p \in \Delta} \Phi(p), \quad
+        \Phi(p) = p^\top H w + c \sqrt{w^\top H w} \sqrt{p^\top H p}
+
+    The minimiser does not change when H is scaled. Where there are several (dependent
+    gradients), ``"exact"`` returns the one closest to w in the Euclidean norm. If the weighted
+    gradient is zero (to rounding), p = w.
+
+    Args:
+        gram: H, ``[m, m]``, real, symmetric, positive semi-definite up to rounding; any device.
+            With ``solver="pgd"`` also a batch ``[..., m, m]``.
+        weights: w, m numbers >= 0 that sum to 1 within 1e-6 (then normalised).
+        c: Radius of the trust region relative to :math:`|g_0|`, >= 0, finite.
+        solver: ``"exact"``: a closed form for m = 2, an active set beyond, in float64 on the
+            host (one copy of H from an accelerator). ``"pgd"``: projected gradient in torch, on
+            the device of H, batched, without waiting for it; the values of H are not checked.
+            ``"slsqp"``: scipy's sequential quadratic programming, on the host.
+
+    Returns:
+        p, Phi(p) and the relative Frank-Wolfe gap, on the device of `gram`.
+
+    Raises:
+        ValueError: An argument is out of its range; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from raco_optim import solve_subproblem
+        >>> g = torch.tensor([[1.0, -4.0], [-1.0, 1.0]], dtype=torch.float64)
+        >>> solve_subproblem(g @ g.T, weights=[0.2, 0.8], c=0.5).p
+        tensor([0.3561, 0.6439], dtype=torch.float64)
+
+    References:
+        Liu et al., Conflict-Averse Gradient Descent, 2021, equation 5; Algorithm 1, line 4, of
+        arXiv 2602.02495.
+    """
+    checked_choice("solver", solver, SOLVERS)
+    c = checked_radius(c, below_one=False)
+    w = checked_weights(weights)
+    H = as_gram(gram, batched=solver == "pgd")
+    if len(w) != H.shape[-1]:
+        raise ValueError(
+            f"`weights` must have one entry per row of `gram`; got {len(w)} weights for the shape "
+            f"{list(H.shape)}."
+        )
+    if solver == "pgd":
+        return SubproblemSolution(*projected_gradient(H, H.new_tensor(w), c))
+    if solver == "exact" and len(w) == 2:
+        return _solve_two(H, w, c)
+    return _solve_on_host(H, np.array(w), c, solver)
+
+
+def min_norm_point(gram: Tensor | Sequence[Sequence[float]]) -> SubproblemSolution:
+    r"""Finds the point of smallest norm in the convex hull of the gradients.
+
+    .. math:: p^* \in \arg\min_{p \in \Delta} \sqrt{p^\top H p}
+
+    This is the direction of MGDA, and its norm measures how far a point is from Pareto-critical.
+    Where there are several minimisers, the one closest to uniform weights is returned.
+
+    Args:
+        gram: H, ``[m, m]``, as in `solve_subproblem`.
+
+    Returns:
+        p; the norm of the point, in the units of the gradients; and the Frank-Wolfe gap relative
+        to :math:`\max_i |g_i|`; on the device of `gram`.
+
+    Raises:
+        ValueError: `gram` is not a Gram matrix.
+
+    Example:
+        >>> from raco_optim import min_norm_point
+        >>> min_norm_point([[1.0, 0.0], [0.0, 1.0]]).p
+        tensor([0.5000, 0.5000], dtype=torch.float64)
+
+    References:
+        Désidéri, Multiple-gradient descent algorithm (MGDA) for multiobjective optimization, 2012.
+    """
+    H = as_gram(gram)
+    scale, C, D = _cosines(H)
+    m = len(D)
+    w = np.full(m, 1 / m)
+    if scale == 0:
+        return _solution(H, w, 0.0, 0.0)
+    b = np.zeros(m)
+    p, y = solve_active_set(C, D, b, 1.0, w)
+    value, gap = certificate(C, D, b, 1.0, p, y)
+    return _solution(H, p, value * scale, gap)
+
+
+def _solve_two(H: Tensor, w: list[float], c: float) -> SubproblemSolution:
+    rows = H.tolist()
+    check_gram_values(rows)
+    (h11, h12), (h21, h22) = rows
+    scale = max(h11, h22)
+    if scale > 0:
+        h11, h12, h22 = h11 / scale, (h12 + h21) / 2 / scale, h22 / scale
+        norm_sum = w[0] * math.sqrt(h11) + w[1] * math.sqrt(h22)
+        squared_g0 = w[0] * (w[0] * h11 + 2 * w[1] * h12) + w[1] * w[1] * h22
+        if squared_g0 > ZERO * norm_sum * norm_sum:
+            p1, r1, r2 = solve_two(h11, h12, h22, w, c)
+            value = p1 * r1 + (1 - p1) * r2
+            gap = (value - min(r1, r2)) / math.sqrt(squared_g0)
+            return _solution(H, [p1, 1 - p1], value * scale, gap)
+    return _solution(H, w, 0.0, 0.0)
+
+
+def _solve_on_host(H: Tensor, w: Array, c: float, solver: Solver) -> SubproblemSolution:
+    scale, C, D = _cosines(H)
+    weighted = D * w
+    image = C @ weighted
+    squared_g0 = float(weighted @ image)
+    if squared_g0 <= ZERO * weighted.sum() ** 2:
+        return _solution(H, w, 0.0, 0.0)
+    norm_g0 = math.sqrt(squared_g0)
+    b = image / norm_g0
+    if c == 0:
+        p, y = _closest_on_face(D * b, w), b
+    elif solver == "exact":
+        p, y = solve_active_set(C, D, b, c, w)
+    else:
+        p, y = solve_slsqp(C, D, b, c, w)
+    value, gap = certificate(C, D, b, c, p, y)
+    return _solution(H, p, value * norm_g0 * scale * scale, gap)
+
+
+def _cosines(H: Tensor) -> tuple[float, Array, Array]:
+    """Returns the largest norm, the cosines with a unit diagonal, and the relative norms."""
+    values = H.cpu().numpy()
+    squares = values.diagonal()
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        norms = np.sqrt(squares)
+        scale = float(norms.max())
+        D = norms / scale if scale > 0 else norms
+        # A gradient that is smaller by 100 orders of magnitude is zero beside the others.
+        D = np.where(D > 1e-100, D, 0.0)
+        inverse = np.divide(1, norms, out=np.zeros_like(D), where=D > 0)
+        C = values * inverse[:, None] * inverse
+    if not (math.isfinite(scale) and np.abs(C).max() <= 1 + 1e-4 and np.abs(C - C.T).max() <= 1e-4):
+        check_gram_values(values.tolist())
+    C = np.clip((C + C.T) / 2, -1, 1)
+    np.fill_diagonal(C, 1)
+    return scale, C, D
+
+
+def _closest_on_face(derivative: Array, w: Array) -> Array:
+    """Returns the minimiser of a linear function on the simplex that is closest to w."""
+    face = derivative <= derivative.min() + 1e-15
+    p = np.where(face, w, 0.0)
+    return p + face * (1 - p.sum()) / face.sum()
+
+
+def _solution(H: Tensor, p: Array | list[float], value: float, gap: float) -> SubproblemSolution:
+    numbers = H.new_tensor([*p, value, gap])
+    return SubproblemSolution(numbers[:-2], numbers[-2], numbers[-1])

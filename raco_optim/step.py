@@ -1,0 +1,182 @@
+"""The stages in a row: what the optimizer wrapper, and any trainer with its own loop, calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from raco_optim.coefficients import MixingCoefficients
+from raco_optim.combine import add_combined_gradient
+from raco_optim.gradients import Gradient, Loss, iterate_gradients
+from raco_optim.gram import gram_matrix
+
+Rule = Callable[[Tensor], Tensor | MixingCoefficients]
+NonFinite = Literal["raise", "skip", "propagate"]
+NONFINITE = ("raise", "skip", "propagate")
+
+
+@dataclass
+class Gradients:
+    """Per-loss values and gradients, summed over the micro-batches of one step."""
+
+    values: list[Tensor | None]
+    rows: list[Gradient]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step computed, as it was left on its device."""
+
+    names: tuple[str, ...]
+    weights: list[float]
+    gram: Tensor
+    mixing: MixingCoefficients
+    losses: Tensor
+    absent: list[bool]
+    skip: bool
+
+
+def collect(
+    names: Sequence[str],
+    losses: Sequence[Loss | None],
+    parameters: Sequence[Tensor],
+    pending: Gradients | None,
+    *,
+    keep: bool,
+) -> Gradients:
+    """Computes the gradients of the losses and adds the pending ones, which stay as they are.
+
+    With `keep`, the result outlives this call: gradients are copied where autograd may have
+    returned a tensor that user code holds too.
+    """
+    found = Gradients([], [])
+    for value, row in iterate_gradients(losses, parameters, names):
+        found.values.append(value)
+        found.rows.append(row)
+    if pending is None:
+        if keep:
+            for row in found.rows:
+                row[:] = [None if g is None else g.clone() for g in row]
+        return found
+    for k, earlier in enumerate(pending.values):
+        found.values[k] = _sum(earlier, found.values[k])
+    for row, earlier_row in zip(found.rows, pending.rows, strict=True):
+        for j, g in enumerate(earlier_row):  # one at a time, so that each g is freed at once
+            row[j] = _sum(g, row[j])
+    return found
+
+
+def solve(
+    names: tuple[str, ...],
+    weights: list[float],
+    gradients: Gradients,
+    shared: Sequence[bool],
+    rule: Rule,
+    nonfinite: NonFinite,
+) -> Step:
+    """Computes the Gram matrix of the shared part of the gradients, and the coefficients.
+
+    Raises:
+        FloatingPointError: See `MultiObjectiveOptimizer`.
+        ValueError: The rule returned something other than one coefficient per loss.
+    """
+    m = len(names)
+    gram = gram_matrix(
+        [[g for g, s in zip(row, shared, strict=True) if s] for row in gradients.rows]
+    )
+    absent = [value is None for value in gradients.values]
+    zero = gram.new_zeros(())
+    losses = torch.stack(
+        [zero if v is None else v.to(gram).reshape(()) for v in gradients.values]
+    )
+    heads = torch.stack(
+        [
+            sum(
+                (
+                    torch.linalg.vector_norm(g, dtype=torch.float64)
+                    for g, s in zip(row, shared, strict=True)
+                    if g is not None and not s
+                ),
+                start=zero,
+            )
+            for row in gradients.rows
+        ]
+    )
+    skip = False
+    if nonfinite == "propagate":
+        finite = gram.isfinite().all()
+        mixing = _mix(rule, torch.where(finite, gram, torch.eye(m).to(gram)))
+        alpha = mixing.coefficients
+        w = alpha.new_tensor(weights)
+        mixing = MixingCoefficients(
+            torch.where(finite.to(alpha.device), alpha, w), mixing.p, mixing.p_clipped, mixing.gap
+        )
+    else:
+        # The one copy to the host; what follows is of size m and done there.
+        host = torch.cat([gram, heads[:, None], losses[:, None]], dim=1).cpu()
+        gram, losses = host[:, :m], host[:, m + 1]
+        problem = _first_nonfinite(names, host)
+        if problem is None:
+            mixing = _mix(rule, gram)
+        elif nonfinite == "raise":
+            raise FloatingPointError(
+                f"{problem} is NaN or Inf. Find its cause (torch.autograd.set_detect_anomaly), or "
+                f'choose nonfinite="skip" to leave out such updates, or nonfinite="propagate" if '
+                f"a GradScaler is to see them and skip."
+            )
+        else:
+            skip = True
+            mixing = MixingCoefficients(torch.zeros(m, dtype=torch.float64))
+    return Step(names, weights, gram, mixing, losses, absent, skip)
+
+
+def write(
+    parameters: Sequence[Tensor], gradients: Gradients, step: Step, shared: Sequence[bool]
+) -> None:
+    """Adds the combined gradient to ``.grad``; the heads get the weighted sum. Consumes the rows."""
+    weights = torch.tensor(step.weights, dtype=torch.float64)
+    for part, coefficients in ((True, step.mixing.coefficients), (False, weights)):
+        chosen = [j for j, s in enumerate(shared) if s == part]
+        rows: list[Gradient] = []
+        for row in gradients.rows:
+            rows.append([row[j] for j in chosen])
+            for j in chosen:
+                row[j] = None
+        add_combined_gradient([parameters[j] for j in chosen], rows, coefficients)
+
+
+def _sum(earlier: Tensor | None, later: Tensor | None) -> Tensor | None:
+    if earlier is None or later is None:
+        return later if earlier is None else earlier
+    return earlier + later
+
+
+def _first_nonfinite(names: Sequence[str], host: Tensor) -> str | None:
+    finite = host.isfinite()
+    m = len(names)
+    for name, i in zip(names, range(m), strict=True):
+        if not finite[i, m + 1]:
+            return f"loss {name!r}"
+    for name, i in zip(names, range(m), strict=True):
+        if not (finite[i, i] and finite[i, m]):
+            return f"the gradient of loss {name!r}"
+    return None
+
+
+def _mix(rule: Rule, gram: Tensor) -> MixingCoefficients:
+    with torch.no_grad():
+        mixing = rule(gram)
+    if not isinstance(mixing, MixingCoefficients):
+        mixing = MixingCoefficients(mixing)
+    alpha = mixing.coefficients
+    if not isinstance(alpha, Tensor) or alpha.shape != gram.shape[:1]:
+        got = f"shape {list(alpha.shape)}" if isinstance(alpha, Tensor) else type(alpha).__name__
+        raise ValueError(
+            f"`rule` must return a tensor of shape [{len(gram)}], one coefficient per loss; got "
+            f"{got}."
+        )
+    return mixing

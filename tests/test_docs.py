@@ -1,0 +1,99 @@
+"""The documentation is true: its code runs, what it points at exists, and nothing is left out."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+
+import raco_optim
+import raco_optim.pareto
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")])
+MODULES = sorted(
+    ["raco_optim", *(m.name for m in pkgutil.walk_packages(raco_optim.__path__, "raco_optim."))]
+)
+# Every language that a fence may name: a misspelt "python" would run nowhere.
+LANGUAGES = {"python", "diff", "bash", "text"}
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    language: str
+    code: str
+    line: int
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text()
+    return [
+        Block(found[1], found[2], text.count("\n", 0, found.start(2)))
+        for found in FENCE.finditer(text)
+    ]
+
+
+def page_id(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture(params=PAGES, ids=page_id)
+def page(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {block.language for block in blocks(page)} <= LANGUAGES
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks(page):
+        if block.language == "python":
+            # Padded, so that a traceback names the line of the page.
+            exec(compile("\n" * block.line + block.code, str(page), "exec"), namespace)
+
+
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", FENCE.sub("", page.read_text()))
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_tests_that_are_named_exist(page: Path) -> None:
+    for path, name in re.findall(r"\b(tests/\w+\.py)(?:::(\w+))?", page.read_text()):
+        assert re.search(rf"\b(def|class) {name}", (ROOT / path).read_text())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_doctests_run(name: str) -> None:
+    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    assert doctest.testmod(importlib.import_module(name), optionflags=options).failed == 0
+
+
+def own_names(module: ModuleType) -> list[str]:
+    """Functions and classes that the module itself defines for its users."""
+    return [
+        f"{module.__name__}.{name}"
+        for name, value in vars(module).items()
+        if getattr(value, "__module__", None) == module.__name__ and not name.startswith("_")
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*(f"raco_optim.{name}" for name in raco_optim.__all__), *own_names(raco_optim.pareto)],
+)
+def test_public_name_has_a_docstring_with_an_example(name: str) -> None:
+    public = pkgutil.resolve_name(name)
+    if inspect.isclass(public) or inspect.isfunction(public):
+        # Its own, not one inherited from a parent, nor the signature that dataclass() fills in.
+        assert ">>>" in (public.__doc__ or "")
+
+
+def test_public_names_resolve_and_are_listed_once() -> None:
+    assert len(set(raco_optim.__all__)) == len(raco_optim.__all__)
+    assert all(hasattr(raco_optim, name) for name in raco_optim.__all__)
