@@ -1,7 +1,7 @@
 """What every measurement shares: where it ran, interleaved timing, results as JSON.
 
-Candidates are timed in turn, one call each, in an order that changes from round to round: a noisy
-machine then disturbs all of them alike, and their ratio outlives what a second run would change.
+Candidates are timed in turn, in an order that changes from round to round: a noisy machine then
+disturbs all of them alike, and their ratio outlives what a second run would change.
 """
 
 from __future__ import annotations
@@ -59,32 +59,43 @@ def commit() -> str:
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1
+    candidates: Mapping[str, Callable[[], object]], *, repeats: int, burst: float = 0.0
 ) -> dict[str, list[float]]:
-    """Times each candidate `repeats` times, in turn; returns seconds per call.
+    """Times the candidates in turn; returns `repeats` values of seconds per call for each.
 
-    Garbage is collected between rounds and never within a call.
+    Args:
+        candidates: What to call, by name. Each is called once beforehand.
+        repeats: Number of rounds.
+        burst: Seconds for which a candidate is called again and again when its turn comes, as in
+            a loop that does nothing else; the value is the mean. With 0 it is called once, and
+            finds the caches as the others left them, which tells more about a call that has its
+            turn once in a training step.
     """
     names = list(candidates)
-    for name in names * warmup:
+    calls = {}
+    for name in names:
         candidates[name]()
+        calls[name] = max(1, round(burst / max(_time(candidates[name], 1), 1e-9)))
     seconds: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
-    gc.disable()
+    gc.disable()  # never within a call
     try:
         for round_ in range(repeats):
             shift = round_ % len(names)
             for name in names[shift:] + names[:shift]:
-                call = candidates[name]
-                start = time.perf_counter()
-                call()
-                seconds[name].append(time.perf_counter() - start)
-            if round_ % 16 == 0:
-                gc.collect()
+                seconds[name].append(_time(candidates[name], calls[name]))
+            gc.collect()
     finally:
         if collecting:
             gc.enable()
     return seconds
+
+
+def _time(call: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

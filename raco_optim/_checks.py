@@ -77,7 +77,12 @@ def as_gram(gram: Tensor | Sequence[Sequence[float]], *, batched: bool = False) 
     if tensor.is_complex():
         raise ValueError(f"`gram` must be real; got {tensor.dtype}.")
     shape = tuple(tensor.shape)
-    if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] == 0 or (len(shape) > 2 > batched):
+    if (
+        len(shape) < 2
+        or shape[-1] != shape[-2]
+        or shape[-1] == 0
+        or (len(shape) > 2 and not batched)
+    ):
         expected = "[..., m, m]" if batched else "[m, m]"
         raise ValueError(f"`gram` must have shape {expected} with m >= 1; got {list(shape)}.")
     return tensor.detach().to(torch.float64)

@@ -1,70 +1,72 @@
 r"""The exact solver of the subproblem: a closed form for two losses, an active set beyond.
 
-With the unit gradients :math:`\hat g_i = g_i / D_i` and their cosines C, the dual of the
-subproblem asks for the vector d near the weighted gradient that serves the worst-off loss best:
-
-.. math:: \max_{\nu, d} \; \nu \quad \text{s.t.} \quad \langle \hat g_i, d \rangle \ge \nu / D_i,
-          \quad |d - \hat g_0| \le c, \qquad d = \hat g_0 + \sum_i q_i \hat g_i, \; q \ge 0
-
-and :math:`p \propto q / D`. At a fixed level :math:`\nu` this is a least-distance problem, solved
-by block principal pivoting on the support of q. Its distance :math:`N(\nu)` is convex and
-increasing, so Newton's method descends monotonically on the level where it is c. A factorisation
-serves every level of its support, so that the last support gives the level in closed form.
+It solves the dual stated in `raco_optim.optimality`. At a fixed level :math:`\nu` that is a
+least-distance problem, solved by block principal pivoting on the support of q. Its distance
+:math:`N(\nu)` is convex and increasing, so Newton's method descends monotonically on the level
+where it is c. A factorisation serves every level of its support, so that the last support gives
+the level in closed form.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg.lapack import dposv
-from scipy.optimize import nnls
 
 from raco_optim._checks import ZERO
-
-Array = NDArray[np.float64]
-
-_EPS = float(np.finfo(np.float64).eps)
-# Squared sines below this are rounding of the Gram matrix: the gradients count as dependent.
-_DEPENDENT = 1e-13
-# Reduced costs below this count as zero; a hundredth of the gap that is certified.
-_TIGHT = 1e-11
-# Below this |G_p| / sum_i p_i |g_i|, the hull of the gradients may hold zero.
-_NEAR_ZERO = 1e-5
-
-
-class _Support(NamedTuple):
-    """A solution of the optimality conditions and whether it is plainly the only one."""
-
-    q: Array
-    level: float
-    slack: Array
-    unique: bool
+from raco_optim.optimality import (
+    DEPENDENT,
+    EPS,
+    FEW_DIGITS,
+    TIGHT,
+    Array,
+    DualSolution,
+    Problem,
+    Solution,
+    first_certified,
+    indefiniteness,
+    points_of,
+)
 
 
-def solve_two(
-    h11: float, h12: float, h22: float, w: list[float], c: float
-) -> tuple[float, float, float]:
-    """Returns the first entry of p, and the two derivatives of Phi at p, for two losses.
+class TwoLosses(NamedTuple):
+    """Gram matrix, weights and radius of two losses, as floats or in extended precision."""
 
-    At a vertex the derivatives decide. Between them, along the line g_2 + t (g_1 - g_2), Phi is
-    a line plus a hyperbola with its vertex at the point t0 nearest to the origin,
+    h11: Any
+    h12: Any
+    h22: Any
+    w1: Any
+    w2: Any
+    c: Any
+
+
+def solve_two(problem: TwoLosses) -> tuple[float, float, float, bool]:
+    """Solves the subproblem of two losses, in the precision of its numbers.
+
+    At a vertex the derivatives of Phi decide. Between them, along the line g_2 + t (g_1 - g_2),
+    Phi is a line plus a hyperbola with its vertex at the point t0 nearest to the origin,
 
         Phi(t) = |g_0| l (kappa t + c sqrt((t - t0)^2 + delta^2 / l^2)) + constant,
 
     l = |g_1 - g_2|, kappa = cos(g_0, g_1 - g_2), delta the distance of the line from the origin.
     All is expressed in h11 - h12 and h22 - h12 (or the sums, for opposed gradients), which are
     exact where they are small: products of norms would lose what tells the gradients apart.
+
+    Returns:
+        The first entry of p; Phi(p) and its Frank-Wolfe gap in units of |g_0|; and whether g_0 and
+        G_p are long enough, beside what cancelled in them, for their digits to be trusted.
     """
-    w1, w2 = w
-    n1, n2 = math.sqrt(h11), math.sqrt(h22)
+    h11, h12, h22, w1, w2, c = problem
+    n1, n2 = h11**0.5, h22**0.5
+    b1, b2 = w1 * h11 + w2 * h12, w1 * h12 + w2 * h22
+    squared_g0, size = w1 * b1 + w2 * b2, w1 * n1 + w2 * n2
+    if squared_g0 <= ZERO * size * size:
+        return float(w1), 0.0, 0.0, False
+    norm_g0 = squared_g0**0.5
+    s, slope = c * norm_g0, b1 - b2
     a1, a2 = h11 - h12, h22 - h12
-    norm_g0 = math.sqrt(w1 * w1 * h11 + 2 * w1 * w2 * h12 + w2 * w2 * h22)
-    s = c * norm_g0
-    slope = w1 * a1 - w2 * a2
     if max(abs(a1), abs(a2)) <= ZERO * max(h11, h22):
         p1 = w1  # one gradient twice: every p is a minimiser, and w is the closest to w
     elif n1 > 0 and slope * n1 + s * a1 <= 0:
@@ -78,112 +80,84 @@ def solve_two(
         else:
             s1, s2 = h11 + h12, h22 + h12
             determinant = s1 * s2 - h12 * (s1 + s2)
-        kappa = slope / (norm_g0 * math.sqrt(squared_length))
+        kappa = slope / (norm_g0 * squared_length**0.5)
         if abs(kappa) < c:
-            shift = kappa * math.sqrt(max(determinant, 0.0) / (c * c - kappa * kappa))
+            shift = kappa * (max(determinant, 0.0) / (c * c - kappa * kappa)) ** 0.5
             p1 = min(max((a2 - shift) / squared_length, 0.0), 1.0)
         else:
             p1 = 0.0 if kappa > 0 else 1.0
+    p1 = float(p1)
     p2 = 1.0 - p1
     if h12 > 0:
         f1, f2 = h12 + p1 * a1, h12 + p2 * a2
     else:
         f1, f2 = p1 * (h11 + h12) + h12 * (p2 - p1), p2 * (h22 + h12) + h12 * (p1 - p2)
-    b1, b2 = w1 * h11 + w2 * h12, w1 * h12 + w2 * h22
-    squared_norm = p1 * f1 + p2 * f2
-    if squared_norm > ZERO * (p1 * n1 + p2 * n2) ** 2:
-        ratio = s / math.sqrt(squared_norm)
-        return p1, b1 + ratio * f1, b2 + ratio * f2
-    if b1 >= 0 and b2 >= 0:
-        return p1, b1, b2  # the subgradient of |G_p| at zero that is zero
-    return p1, 0.0, 0.0  # the one that cancels g_0, within reach because c >= 1
+    squared_norm, size_p = p1 * f1 + p2 * f2, p1 * n1 + p2 * n2
+    if squared_norm > ZERO * size_p * size_p:
+        ratio = s / squared_norm**0.5
+        r1, r2 = b1 + ratio * f1, b2 + ratio * f2
+    elif b1 >= 0 and b2 >= 0:
+        r1, r2 = b1, b2  # the subgradient of |G_p| at zero that is zero
+    else:
+        r1 = r2 = 0.0  # the one that cancels g_0, within reach because c >= 1
+    value = p1 * r1 + p2 * r2
+    enough = squared_g0 > FEW_DIGITS * size * size and squared_norm > FEW_DIGITS * size_p * size_p
+    return p1, float(value), max(float((value - min(r1, r2)) / norm_g0), 0.0), bool(enough)
 
 
-def solve_active_set(C: Array, D: Array, b: Array, c: float, w: Array) -> tuple[Array, Array]:
-    r"""Minimises :math:`\sum_i p_i D_i b_i + c |\sum_i p_i D_i \hat g_i|` on the simplex.
-
-    Args:
-        C: Cosines of the gradients, ``[m, m]``, with a unit diagonal.
-        D: Norms of the gradients relative to the largest, ``[m]``, in [0, 1].
-        b: Cosines of the gradients and g_0, ``[m]``; 0 for the min-norm point.
-        c: Radius, > 0.
-        w: Weights, ``[m]``.
+def solve_active_set(problem: Problem) -> Solution:
+    """Solves the subproblem of any number of losses.
 
     Returns:
-        p, ``[m]``, the minimiser closest to w where there are several; and
-        :math:`\langle \hat g_i, y \rangle`, ``[m]``, for the subgradient y of the norm at G_p that
-        certifies it.
+        The minimiser, the one closest to w where there are several, and its certificate.
+
+    Raises:
+        ArithmeticError: The support did not settle; not seen in 100,000 Gram matrices.
     """
-    solution: tuple[Array, Array] | None = None
-    smallest = math.inf
-    for p, y in _candidates(C, D, b, c, w):
-        _, gap = certificate(C, D, b, c, p, y)
-        if gap < smallest:
-            solution, smallest = (p, y), gap
-        if gap <= _TIGHT:
-            break
+    m = len(problem.w)
+    C, D, b = (x.astype(np.float64, copy=False) for x in problem[:3])
+    present = D > 0
+    if present.all():
+        dual = _search_robustly(C, 1 / D, b, problem.c)
+    else:
+        part = _search_robustly(C[present][:, present], 1 / D[present], b[present], problem.c)
+        q, slack = np.zeros(m), np.full(m, -part.level)
+        q[present], slack[present] = part.q, part.slack
+        dual = DualSolution(q, part.level, slack, part.unique)
+    solution = first_certified(problem, points_of(problem, dual))
     assert solution is not None
     return solution
 
 
-def _candidates(
-    C: Array, D: Array, b: Array, c: float, w: Array
-) -> Iterator[tuple[Array, Array]]:
-    """Yields p and y, the preferred one first; the next one counts if that has no certificate."""
-    m = len(w)
-    C = C.copy()
-    # At the size of the rounding errors of C, so that dependent gradients can be factorised.
-    np.fill_diagonal(C, 1 + 4 * m * _EPS)
-    nonzero = D > 0
-    if nonzero.all():
-        found = _search(C, 1 / D, b, c)
-    else:
-        part = _search(C[nonzero][:, nonzero], 1 / D[nonzero], b[nonzero], c)
-        q, slack = np.zeros(m), np.full(m, -part.level)
-        q[nonzero], slack[nonzero] = part.q, part.slack
-        found = _Support(q, part.level, slack, part.unique)
-    # A zero gradient allows no level above zero.
-    if c < _NEAR_ZERO * found.q.sum() or (found.level >= 0 and not nonzero.all()):
-        yield from _at_zero(C, D, b, c, w)
-    p = np.divide(found.q, D, out=np.zeros(m), where=nonzero)
-    p /= p.sum()
-    y = C @ found.q / c
-    if not found.unique:
-        # The minimisers are the p on the tight losses whose G_p points along y.
-        tight = (found.q > 0) | (found.slack <= _TIGHT * (1 + abs(found.level)))
-        yield _closest(w, p, tight, C - np.outer(y, y), D), y
-    yield p, y
+def _search_robustly(C: Array, e: Array, b: Array, c: float) -> DualSolution:
+    found = _search(C, e, b, c)
+    if found is None:  # dependent gradients: larger by rounding errors, C can be factorised
+        C = C.copy()
+        np.fill_diagonal(C, 1 + 4 * len(e) * EPS)
+        found = _search(C, e, b, c)
+    if found is None:  # C is indefinite, as a Gram matrix from float32 sums may be
+        np.fill_diagonal(C, 1 + 1e-9 + indefiniteness(C))
+        found = _search(C, e, b, c)
+    if found is None:
+        raise ArithmeticError(f"the active set of {len(e)} losses did not settle")
+    return found
 
 
-def certificate(
-    C: Array, D: Array, b: Array, c: float, p: Array, y: Array
-) -> tuple[float, float]:
-    """Returns Phi(p) and its Frank-Wolfe gap; `y` is the subgradient of |G_p| where G_p = 0."""
-    weighted = D * p
-    image = C @ weighted
-    squared_norm = float(weighted @ image)
-    if squared_norm > ZERO * weighted.sum() ** 2:
-        y = image / math.sqrt(squared_norm)
-    derivative = D * (b + c * y)
-    value = float(p @ derivative)
-    return value, value - float(derivative.min())
-
-
-def _search(C: Array, e: Array, b: Array, c: float) -> _Support:
-    """Finds the support of the dual solution; ``e = 1 / D``."""
+def _search(C: Array, e: Array, b: Array, c: float) -> DualSolution | None:
+    """Finds the support of the dual solution, ``e = 1 / D``; None if C is singular on the way."""
     m = len(e)
     vertices = (b + c) / e
     best = int(vertices.argmin())
     level = float(vertices[best])
     slack = b + c * C[best] - level * e
     slack[best] = 0
-    tolerance = _EPS * 8 * m * (1 + abs(level) * e)
+    tolerance = EPS * 8 * m * (1 + abs(level) * e)
     support = slack < -tolerance
     if not support.any():
         q = np.zeros(m)
         q[best] = c
         slack[best] = np.inf
-        return _Support(q, level, slack, bool((slack > _TIGHT * (1 + abs(level) * e)).all()))
+        return DualSolution(q, level, slack, bool((slack > TIGHT * (1 + abs(level) * e)).all()))
     support[best] = True
 
     # Exchange all violating losses at once while that lowers their number (patience: a few
@@ -192,7 +166,9 @@ def _search(C: Array, e: Array, b: Array, c: float) -> _Support:
     for _ in range(20 + 10 * m):
         index = support.nonzero()[0]
         rows = C[:, index]
-        factor, solved, _ = dposv(rows[index], np.array((e[index], b[index])).T)
+        factor, solved, failed = dposv(rows[index], np.array((e[index], b[index])).T)
+        if failed:
+            return None
         u, v = solved.T
         eu, ev, bv = float(e[index] @ u), float(e[index] @ v), float(b[index] @ v)
         images = rows @ solved
@@ -206,10 +182,10 @@ def _search(C: Array, e: Array, b: Array, c: float) -> _Support:
                 full[index] = np.maximum(q, 0)
                 slack[index] = np.inf
                 pivots = factor.diagonal()
-                unique = pivots.min() ** 2 > _DEPENDENT and bool(
-                    (slack > _TIGHT * (1 + abs(root) * e)).all()
+                unique = pivots.min() ** 2 > DEPENDENT and bool(
+                    (slack > TIGHT * (1 + abs(root) * e)).all()
                 )
-                return _Support(full, root, slack, unique)
+                return DualSolution(full, root, slack, unique)
         violating, q, _ = _violations(level, index, u, v, images, b, e)
         if not violating.any():
             distance = math.sqrt(max(level * level * eu - 2 * level * ev + bv, 0.0))
@@ -228,7 +204,7 @@ def _search(C: Array, e: Array, b: Array, c: float) -> _Support:
         support = support ^ violating
         if not support.any():
             support[best] = True
-    raise ArithmeticError(f"the active set of {m} losses did not settle")
+    return None
 
 
 def _violations(
@@ -238,70 +214,6 @@ def _violations(
     q = level * u - v
     slack = b + level * images[:, 0] - images[:, 1] - level * e
     magnitude = float(np.abs(q).sum())
-    violating = slack < -_EPS * 8 * len(e) * (1 + magnitude + abs(level) * e)
-    violating[index] = q < -_EPS * 8 * magnitude
+    violating = slack < -EPS * 8 * len(e) * (1 + magnitude + abs(level) * e)
+    violating[index] = q < -EPS * 8 * magnitude
     return violating, q, slack
-
-
-def _at_zero(C: Array, D: Array, b: Array, c: float, w: Array) -> Iterator[tuple[Array, Array]]:
-    """Yields the solutions with G_p = 0, if the optimum is there.
-
-    It is optimal if zero is in the hull of the gradients and the cone {d: <g_i, d> >= 0} comes
-    within c of g_0; the nearest point of the cone gives the subgradient.
-    """
-    m = len(w)
-    R = np.linalg.cholesky(C).T
-    target = np.linalg.solve(R.T, b)
-    q, _ = nnls(R, -target)
-    distance = float(np.linalg.norm(R @ q))
-    if distance > c * (1 + 1e-12):
-        return
-    zero = D == 0
-    tight = zero | (q > 0) | (b + C @ q <= _TIGHT)
-    if zero.any():
-        p = zero / zero.sum()
-    else:
-        columns = np.vstack([R * tight, tight])
-        z, residual = nnls(columns, np.append(np.zeros(m), 1.0))
-        if residual > math.sqrt(_DEPENDENT):
-            return
-        p = z * tight / D
-        p /= p.sum()
-    y = C @ q / c
-    yield _closest(w, p, tight, C, D), y
-    yield p, y
-
-
-def _closest(w: Array, p: Array, tight: Array, metric: Array, D: Array) -> Array:
-    """Returns the point closest to w among those that share support and image with p.
-
-    They are p + z with z zero outside `tight`, sum z = 0 and D z in the null space of `metric`:
-    a least-distance problem (Lawson and Hanson, Solving Least Squares Problems, chapter 23).
-    """
-    index = tight.nonzero()[0]
-    free = D[index] == 0  # a zero gradient may have any share
-    inner = metric[np.ix_(index, index)].copy()
-    inner[free] = inner[:, free] = 0
-    values, vectors = np.linalg.eigh(inner)
-    null = vectors[:, values <= _DEPENDENT * len(index)]
-    null = null / np.where(free, 1, D[index])[:, None]
-    null /= np.abs(null).max(axis=0)
-    sums = null.sum(axis=0, keepdims=True)
-    if np.abs(sums).max(initial=0) > _EPS * len(index):
-        null = null @ np.linalg.svd(sums)[2][1:].T
-    if null.shape[1] == 0:
-        return p
-    basis = np.linalg.qr(null)[0]
-    start = p[index]
-    nearest = start + basis @ (basis.T @ (w[index] - start))
-    if nearest.min() < 0:
-        # Nearest point of the polytope {nearest + basis x >= 0} to x = 0, by its dual.
-        rows = np.vstack([basis.T, -nearest])
-        target = np.append(np.zeros(basis.shape[1]), 1.0)
-        residual = rows @ nnls(rows, target)[0] - target
-        if residual[-1] > -math.sqrt(_EPS):
-            return p
-        nearest = nearest - basis @ (residual[:-1] / residual[-1])
-    closest = np.zeros_like(p)
-    closest[index] = np.maximum(nearest, 0)
-    return closest / closest.sum()

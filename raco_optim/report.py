@@ -27,7 +27,9 @@ class Outcome(enum.Enum):
     STATIONARY = "the weighted gradient g0 is zero: no update"
     COEFFICIENTS = "the coefficients were given by a rule without a trust region"
     SKIPPED = 'a loss or its gradient was NaN or Inf and nonfinite="skip": no update'
-    NONFINITE = 'a gradient was NaN or Inf and nonfinite="propagate": alpha = w, .grad is not finite'
+    NONFINITE = (
+        'a gradient was NaN or Inf and nonfinite="propagate": alpha = w, .grad is not finite'
+    )
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
+
 from torch import Tensor
 
 from raco_optim._checks import (
@@ -25,11 +24,11 @@ from raco_optim._checks import (
     checked_radius,
     checked_weights,
 )
-from raco_optim.active_set import certificate, solve_active_set, solve_two
+from raco_optim.active_set import TwoLosses, solve_active_set, solve_two
+from raco_optim.optimality import FEW_DIGITS, Array, Problem, certify
 from raco_optim.pgd import projected_gradient
 from raco_optim.slsqp import solve_slsqp
 
-Array = NDArray[np.float64]
 Solver = Literal["exact", "pgd", "slsqp"]
 SOLVERS = ("exact", "pgd", "slsqp")
 
@@ -111,7 +110,7 @@ def solve_subproblem(
         )
     if solver == "pgd":
         return SubproblemSolution(*projected_gradient(H, H.new_tensor(w), c))
-    if solver == "exact" and len(w) == 2:
+    if solver == "exact" and len(w) == 2 and c > 0:
         return _solve_two(H, w, c)
     return _solve_on_host(H, np.array(w), c, solver)
 
@@ -143,70 +142,89 @@ def min_norm_point(gram: Tensor | Sequence[Sequence[float]]) -> SubproblemSoluti
         Désidéri, Multiple-gradient descent algorithm (MGDA) for multiobjective optimization, 2012.
     """
     H = as_gram(gram)
-    scale, C, D = _cosines(H)
+    scale, C, D = _cosines(H.cpu().numpy().astype(np.longdouble))
     m = len(D)
     w = np.full(m, 1 / m)
     if scale == 0:
         return _solution(H, w, 0.0, 0.0)
     b = np.zeros(m)
-    p, y = solve_active_set(C, D, b, 1.0, w)
-    value, gap = certificate(C, D, b, 1.0, p, y)
-    return _solution(H, p, value * scale, gap)
+    solution = solve_active_set(Problem(C, D, b, 1.0, w))
+    return _solution(H, solution.p, solution.value * scale, solution.gap)
 
 
 def _solve_two(H: Tensor, w: list[float], c: float) -> SubproblemSolution:
     rows = H.tolist()
     check_gram_values(rows)
     (h11, h12), (h21, h22) = rows
-    scale = max(h11, h22)
-    if scale > 0:
-        h11, h12, h22 = h11 / scale, (h12 + h21) / 2 / scale, h22 / scale
-        norm_sum = w[0] * math.sqrt(h11) + w[1] * math.sqrt(h22)
-        squared_g0 = w[0] * (w[0] * h11 + 2 * w[1] * h12) + w[1] * w[1] * h22
-        if squared_g0 > ZERO * norm_sum * norm_sum:
-            p1, r1, r2 = solve_two(h11, h12, h22, w, c)
-            value = p1 * r1 + (1 - p1) * r2
-            gap = (value - min(r1, r2)) / math.sqrt(squared_g0)
-            return _solution(H, [p1, 1 - p1], value * scale, gap)
-    return _solution(H, w, 0.0, 0.0)
+    largest = max(h11, h22)
+    if largest == 0:
+        return _solution(H, w, 0.0, 0.0)
+    scale = 2.0 ** math.frexp(largest)[1]  # a power of two, so that nothing is rounded
+    numbers = (h11 / scale, (h12 / scale + h21 / scale) / 2, h22 / scale, *w, c)
+    p1, value, gap, enough_digits = solve_two(TwoLosses(*numbers))
+    if not enough_digits:
+        p1, value, gap, _ = solve_two(TwoLosses(*map(np.longdouble, numbers)))
+    return _solution(H, [p1, 1 - p1], value * scale, gap / math.sqrt(largest / scale))
 
 
 def _solve_on_host(H: Tensor, w: Array, c: float, solver: Solver) -> SubproblemSolution:
-    scale, C, D = _cosines(H)
+    values = H.cpu().numpy()
+    solution = _solve_in(np.float64, values, w, c, solver)
+    if solution is None:
+        solution = _solve_in(np.longdouble, values, w, c, solver)
+        assert solution is not None
+    return _solution(H, *solution)
+
+
+def _solve_in(
+    dtype: type[np.floating[Any]], values: Array, w: Array, c: float, solver: Solver
+) -> tuple[Array, float, float] | None:
+    """Returns p, Phi(p) and the gap; None where they need more digits than `dtype` has.
+
+    They do if g_0 or G_p is a small difference of long gradients, of which little is left. (Where
+    the platform has no extended precision, the gap tells.)
+    """
+    extended = dtype is np.longdouble
+    scale, C, D = _cosines(values.astype(dtype, copy=False))
     weighted = D * w
     image = C @ weighted
-    squared_g0 = float(weighted @ image)
-    if squared_g0 <= ZERO * weighted.sum() ** 2:
-        return _solution(H, w, 0.0, 0.0)
-    norm_g0 = math.sqrt(squared_g0)
+    squared_g0, size = weighted @ image, weighted.sum()
+    if not extended and squared_g0 < FEW_DIGITS * size * size:
+        return None
+    if squared_g0 <= ZERO * size * size:
+        return w, 0.0, 0.0
+    norm_g0 = np.sqrt(squared_g0)
     b = image / norm_g0
+    problem = Problem(C, D, b, c, w)
     if c == 0:
-        p, y = _closest_on_face(D * b, w), b
+        solution = certify(problem, _closest_on_face(D * b, w), b)
     elif solver == "exact":
-        p, y = solve_active_set(C, D, b, c, w)
+        solution = solve_active_set(problem)
     else:
-        p, y = solve_slsqp(C, D, b, c, w)
-    value, gap = certificate(C, D, b, c, p, y)
-    return _solution(H, p, value * norm_g0 * scale * scale, gap)
+        solution = solve_slsqp(problem)
+    if not extended and c > 0 and solution.squared_norm < FEW_DIGITS * (D @ solution.p) ** 2:
+        return None
+    return solution.p, solution.value * norm_g0 * scale * scale, solution.gap
 
 
-def _cosines(H: Tensor) -> tuple[float, Array, Array]:
+def _cosines(values: Array) -> tuple[float, Array, Array]:
     """Returns the largest norm, the cosines with a unit diagonal, and the relative norms."""
-    values = H.cpu().numpy()
-    squares = values.diagonal()
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        norms = np.sqrt(squares)
-        scale = float(norms.max())
-        D = norms / scale if scale > 0 else norms
+    with np.errstate(all="ignore"):  # what is wrong with the values is said below
+        norms = np.sqrt(values.diagonal())
+        scale = norms.max()
         # A gradient that is smaller by 100 orders of magnitude is zero beside the others.
-        D = np.where(D > 1e-100, D, 0.0)
-        inverse = np.divide(1, norms, out=np.zeros_like(D), where=D > 0)
-        C = values * inverse[:, None] * inverse
-    if not (math.isfinite(scale) and np.abs(C).max() <= 1 + 1e-4 and np.abs(C - C.T).max() <= 1e-4):
+        positive = np.where(norms > 1e-100 * scale, norms, np.inf)
+        C = values / positive[:, None] / positive
+        plausible = np.abs(C).max() <= 1 + 1e-4 and np.abs(C - C.T).max() <= 1e-4
+        zero = np.isinf(positive)
+        if zero.any():
+            plausible = plausible and np.abs(values[zero]).max() <= 1e-4 * scale * scale
+    if not (plausible and math.isfinite(scale)):
         check_gram_values(values.tolist())
-    C = np.clip((C + C.T) / 2, -1, 1)
+    C = ((C + C.T) / 2).clip(-1, 1)
     np.fill_diagonal(C, 1)
-    return scale, C, D
+    D = np.where(zero, 0, norms / scale) if scale > 0 else norms
+    return float(scale), C, D
 
 
 def _closest_on_face(derivative: Array, w: Array) -> Array:

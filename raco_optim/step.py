@@ -90,9 +90,7 @@ def solve(
     )
     absent = [value is None for value in gradients.values]
     zero = gram.new_zeros(())
-    losses = torch.stack(
-        [zero if v is None else v.to(gram).reshape(()) for v in gradients.values]
-    )
+    losses = torch.stack([zero if v is None else v.to(gram).reshape(()) for v in gradients.values])
     heads = torch.stack(
         [
             sum(

@@ -261,7 +261,7 @@ def resolution(
 ) -> float:
     """How far rounding of H alone moves the relative gap of p, to first order.
 
-    Entries off by r |g_i| |g_j|, with r = 4 m `rounding`, move
+    Entries off by r |g_i| |g_j|, with r = max(4 m, 64) `rounding`, move
 
     * |G_q|, for any q, by r S^2 / (2 |G_q|) and at most sqrt(r) S, where S = sum_i q_i |g_i|;
     * (H w)_i by r |g_i| S at q = w.
@@ -271,7 +271,7 @@ def resolution(
     H, w, q = (np.asarray(x, float) for x in (gram, weights, p))
     norms = np.sqrt(H.diagonal())
     H, norms = H / norms.max() ** 2, norms / norms.max()
-    r = 4 * len(w) * rounding
+    r = max(4 * len(w), 64) * rounding
 
     def length_and_error(q: np.ndarray) -> tuple[float, float]:
         length, size = np.sqrt(max(q @ H @ q, 0.0)), q @ norms
@@ -279,8 +279,8 @@ def resolution(
 
     length_g0, error_g0 = length_and_error(w)
     _, error_p = length_and_error(q)
-    if length_g0 <= error_g0:
-        return np.inf
+    if length_g0 <= np.sqrt(r) * (w @ norms):
+        return np.inf  # g0 is zero as far as H can tell
     return 2 * (r * (w @ norms) / length_g0 + c * error_g0 / length_g0 + c * error_p)
 
 
@@ -302,7 +302,7 @@ def excess_gap(
         return 0.0
     allowed = resolution(gram, weights, c, p, rounding=rounding)
     if allowed >= 1:
-        return 0.0  # H cannot tell a minimum from a maximum
+        return 0.0
     gap = certificate(gram, weights, c, p)
     for k in range(-2, 5):
         if gap > enough + allowed:

@@ -1,8 +1,8 @@
 """Problems with a proved property, for the simplex subproblem and whatever stands on it.
 
 Every sampler takes a numpy generator and the number m of losses and returns a `Problem`. Those
-with `rounding=0` use integer gradients of few bits, so that no entry of the Gram matrix is rounded and
-a zero, a duplicate or a linear dependence is one to the last bit.
+with `rounding=0` use integer gradients of few bits: no entry of the Gram matrix is rounded, and a
+zero, a duplicate or a linear dependence is one to the last bit.
 """
 
 from __future__ import annotations
@@ -62,6 +62,11 @@ def sample_weights(rng: Rng, m: int) -> np.ndarray:
     kept = 1 if kind == 3 else int(rng.integers(1, m))
     values[rng.permutation(m)[kept:]] = 0
     return simplex_point(values)
+
+
+def problem(kind: str, m: int, seed: int) -> Problem:
+    """The problem that `kind`, `m` and `seed` name, whatever was drawn before."""
+    return SAMPLERS[kind](np.random.default_rng([seed, m, sorted(SAMPLERS).index(kind)]), m)
 
 
 def sample_radius(rng: Rng) -> float:

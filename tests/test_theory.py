@@ -243,8 +243,8 @@ def test_theorem_3_2_does_not_extend_to_three_losses():
     gradients = torch.tensor([[-1.0, 1.0], [1.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
     gram, weights = gradients @ gradients.T, torch.tensor([0.5, 0.3, 0.2]).double()
     mixing = mixing_coefficients(gram, weights.tolist(), 0.5)
-    assert mixing.p.tolist() == pytest.approx([0.0, 0.4, 0.6], abs=1e-9)
-    assert mixing.p_clipped.tolist() == pytest.approx([0.0, 0.3, 0.2], abs=1e-9)
+    assert mixing.p.tolist() == pytest.approx([0.0, 0.4, 0.6], abs=1e-7)
+    assert mixing.p_clipped.tolist() == pytest.approx([0.0, 0.3, 0.2], abs=1e-7)
     assert cosine(gram, weights, mixing.p) == pytest.approx(1.0)
     assert cosine(gram, weights, mixing.p_clipped) == pytest.approx(math.sqrt(0.5))
 
@@ -345,7 +345,7 @@ def test_the_order_of_the_losses_does_not_matter(inner, method):
 
 def test_a_loss_without_weight_does_not_turn_the_update():
     """What clipping is for: p~_2 = min(p_2, 0), so G0 is g_1 or (1 + c) g_1; CAGrad leaves g_1."""
-    model, c = network(), 0.4
+    model, c = network(), 0.8
 
     def gradient(optimizer_class):
         copied = copy.deepcopy(model)
@@ -360,4 +360,4 @@ def test_a_loss_without_weight_does_not_turn_the_update():
     length = (gradient(CAGradClip).norm() / alone.norm()).item()
     assert min(abs(length - 1), abs(length - 1 - c)) < 1e-9
     torch.testing.assert_close(gradient(CAGradClip), length * alone)
-    assert torch.cosine_similarity(gradient(CAGrad), alone, dim=0) < 0.99
+    assert torch.cosine_similarity(gradient(CAGrad), alone, dim=0) < 0.98

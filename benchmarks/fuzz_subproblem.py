@@ -1,0 +1,187 @@
+"""Does the exact solver ever fail? Random Gram matrices of every kind, checked from outside.
+
+    python -m benchmarks.fuzz_subproblem                            # all of it, several minutes
+    python -m benchmarks.fuzz_subproblem --only kink:7:12345        # one problem, kind:m:seed
+
+Every solution is checked without the library, by `tests.oracles`:
+
+* finite, on the simplex, and certified by the library itself: its own gap is <= 1e-9;
+* certified by us: Phi(p) exceeds its minimum by no more than 1e-9 |g0| max_i |g_i|, beside what
+  the rounding of H leaves open (`resolution`, which matters only next to G_p = 0 and g0 = 0). How
+  often that was needed is counted as `within_resolution`;
+* on a share: the same bits when the gradients are scaled by a power of two, H by 1e-16 to 1e16,
+  the same solution when H is scaled by any other factor, and when the losses are permuted;
+* on a share of the exact Grams with m <= 4: the minimiser closest to w, from an exact solution.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks.harness import environment, write_results
+from raco_optim import solve_subproblem
+from tests.oracles import EPS, certificate, exact_minimum, excess_gap
+from tests.samplers import SAMPLERS, Problem, problem
+
+GAP = 1e-9
+SAME = 1e-6  # two p that should be equal, where p is well determined
+WELL_CONDITIONED = {"random", "conflicting", "aligned", "vertex", "interior"}
+# How many losses, and how often of 64: mostly few, as in practice.
+SIZES = {1: 1, 2: 16, 3: 14, 4: 8, 5: 6, 6: 4, 8: 4, 10: 3, 13: 2, 20: 2, 32: 2, 47: 1, 64: 1}
+KINDS = sorted(SAMPLERS)
+
+
+def cases(count: int, seed: int) -> Iterator[tuple[str, int, int]]:
+    """Yields `count` names of problems, the kinds in turn."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.choice(list(SIZES), size=count, p=np.array(list(SIZES.values())) / 64)
+    for i in range(count):
+        yield KINDS[i % len(KINDS)], int(sizes[i]), seed * 1_000_000_007 + i
+
+
+def solve(gram: np.ndarray, weights: np.ndarray, c: float) -> tuple[np.ndarray, float]:
+    """Solves with the library; returns p and its own gap."""
+    solution = solve_subproblem(torch.from_numpy(gram), weights, c)
+    return solution.p.numpy(), float(solution.gap)
+
+
+def check(kind: str, m: int, seed: int, *, deep: bool) -> tuple[list[str], dict[str, float]]:
+    """Returns which checks fail, and the gaps.
+
+    Args:
+        kind: Name of the sampler.
+        m: Number of losses.
+        seed: Seed of the problem.
+        deep: Whether to check the symmetries and the exact solution too.
+    """
+    case = problem(kind, m, seed)
+    try:
+        p, own = solve(case.gram, case.weights, case.c)
+    except Exception as error:  # whatever it is, it is a failure with a seed
+        return [f"raised {type(error).__name__}"], {}
+    if not (np.isfinite(p).all() and np.isfinite(own)):
+        return ["not finite"], {}
+    failures = []
+    if (p < 0).any() or abs(p.sum() - 1) > 1e-14 * m:
+        failures.append("off the simplex")
+    if not own <= GAP:
+        failures.append("own gap")
+    figures = {"own_gap": own}
+    H, w, c = case.gram, case.weights, case.c
+    strict = certificate(H, w, c, p)
+    if strict > GAP:
+        figures["within_resolution"] = 1
+        if excess_gap(H, w, c, p, rounding=max(case.rounding, EPS)) > GAP:
+            failures.append("gap")
+    else:
+        figures["strict_gap"] = strict
+    if deep:
+        failures += _deep_failures(case, p, kind, seed)
+    return failures, figures
+
+
+def _deep_failures(case: Problem, p: np.ndarray, kind: str, seed: int) -> list[str]:
+    H, w, c = case.gram, case.weights, case.c
+    m, rng = len(w), np.random.default_rng(seed)
+    determined = kind in WELL_CONDITIONED or case.rounding == 0
+    failures = []
+
+    doubled, _ = solve(H * 4.0 ** int(rng.integers(-26, 27)), w, c)
+    if not np.array_equal(doubled, p):
+        failures.append("scaling by a power of two")
+
+    def same(other: np.ndarray) -> bool:
+        if determined:
+            return float(np.abs(other - p).max()) <= SAME
+        return excess_gap(H, w, c, other, rounding=max(case.rounding, EPS)) <= GAP
+
+    # Only a power of two keeps what is exact in an exact Gram.
+    if case.rounding and not same(solve(H * 10.0 ** rng.uniform(-16, 16), w, c)[0]):
+        failures.append("scaling")
+    order = rng.permutation(m)
+    permuted, _ = solve(H[np.ix_(order, order)], w[order], c)
+    if not same(permuted[np.argsort(order)]):
+        failures.append("permutation")
+    if determined and m <= 4 and np.abs(exact_minimum(H, w, c).p - p).max() > SAME:
+        failures.append("not the minimiser closest to w")
+    return failures
+
+
+def main() -> None:
+    """Checks all problems, writes the JSON and prints what failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=108_000, help="number of Gram matrices")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--deep-every", type=int, default=10, help="share of symmetry checks")
+    parser.add_argument(
+        "--only", metavar="KIND:M:SEED", help="one problem, from a list of failures"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.only:
+        kind, m, seed = arguments.only.split(":")
+        print(problem(kind, int(m), int(seed)))
+        print(check(kind, int(m), int(seed), deep=True))
+        return
+
+    rows: dict[str, dict[str, Any]] = {
+        kind: {"grams": 0, "deep": 0, "failures": 0, "within_resolution": 0}
+        | {"largest_strict_gap": 0.0, "largest_own_gap": 0.0, "failed_checks": {}, "failed": []}
+        for kind in KINDS
+    }
+    losses: collections.Counter[int] = collections.Counter()
+    started = time.perf_counter()
+    failed = 0
+    progress = tqdm(cases(arguments.count, arguments.seed), total=arguments.count, smoothing=0)
+    for i, (kind, m, seed) in enumerate(progress):
+        # Every kind in turn gets the deep checks.
+        deep = (i // len(KINDS)) % arguments.deep_every == 0
+        failures, figures = check(kind, m, seed, deep=deep)
+        row = rows[kind]
+        row["grams"] += 1
+        row["deep"] += deep
+        losses[m] += 1
+        row["within_resolution"] += int(figures.get("within_resolution", 0))
+        for name in ("strict_gap", "own_gap"):
+            key = f"largest_{name}"
+            row[key] = max(row[key], figures.get(name, 0.0))
+        if failures:
+            failed += 1
+            progress.set_postfix(failed=failed)
+            row["failures"] += 1
+            for failure in failures:
+                row["failed_checks"][failure] = row["failed_checks"].get(failure, 0) + 1
+            if len(row["failed"]) < 20:
+                row["failed"].append(f"{kind}:{m}:{seed}")
+    results = {
+        "question": __doc__.splitlines()[0],
+        "environment": environment(seed=arguments.seed, packages=("mpmath",)),
+        "seconds": round(time.perf_counter() - started, 1),
+        "grams": sum(row["grams"] for row in rows.values()),
+        "failures": failed,
+        "required_gap": GAP,
+        "grams_by_losses": dict(sorted(losses.items())),
+        "kinds": rows,
+    }
+    path = write_results("fuzz_subproblem", results)
+    print("| kind | Grams | failures | within resolution | largest gap | own |")
+    print("|---|---|---|---|---|---|")
+    for kind, row in rows.items():
+        print(
+            f"| {kind} | {row['grams']} | {row['failures']} {row['failed_checks'] or ''} "
+            f"| {row['within_resolution']} | {row['largest_strict_gap']:.0e} "
+            f"| {row['largest_own_gap']:.0e} |"
+        )
+    print(f"{results['grams']:,} Gram matrices, {failed} failures. Written to {path}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""The wrapper is a torch optimizer: whatever takes one takes it, and changes the inner one.
+
+With one loss and c = 0 the combined gradient is the gradient itself, bit for bit, so that a
+wrapped run must equal a plain one in every bit, whatever stands between the two.
+"""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import LBFGS, Optimizer, lr_scheduler
+from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
+
+import raco_optim
+from raco_optim import CAGradClip, MultiObjectiveOptimizer
+from tests.problems_nn import (
+    INNER,
+    NAMES,
+    WRAPPERS,
+    as_asked,
+    batch,
+    bits,
+    everything,
+    flat_grad,
+    network,
+    train_step,
+    two_losses,
+)
+
+# With one loss and these, the combined gradient is that of the loss.
+IDENTITIES = {
+    "CAGradClip": lambda inner: CAGradClip(inner, [1.0], c=0.0),
+    "named": lambda inner: CAGradClip(inner, {"a": 1.0}, c=0.0),
+    "rule": lambda inner: MultiObjectiveOptimizer(inner, lambda gram: torch.ones(len(gram))),
+}
+
+
+def cycles_momentum(opt):
+    return "momentum" in opt.defaults or "betas" in opt.defaults
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda _: 0.9),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [1, 3]),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, total_iters=2),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, total_iters=3),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.8),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 4),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 4, 2.0),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=0.5),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(
+        o, 0.01, 0.1, step_size_up=2, cycle_momentum=cycles_momentum(o)
+    ),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(
+        o, 0.1, total_steps=6, cycle_momentum=cycles_momentum(o)
+    ),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.5)], milestones=[2]
+    ),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.5), lr_scheduler.ExponentialLR(o, 0.9)], optimizer=o
+    ),
+    "SWALR": lambda o: SWALR(o, swa_lr=0.2, anneal_epochs=3),
+}
+
+
+@pytest.fixture(params=INNER)
+def inner(request):
+    return INNER[request.param]
+
+
+@pytest.fixture(params=WRAPPERS)
+def wrap(request):
+    return WRAPPERS[request.param]
+
+
+def plain_step(opt, model, x):
+    def closure():
+        opt.zero_grad()
+        loss = two_losses(model, x)[0]
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+
+
+def wrapped_step(opt, model, x):
+    def closure():
+        opt.zero_grad()
+        return as_asked(opt, two_losses(model, x)[:1])
+
+    opt.step(closure)
+
+
+def test_every_scheduler_of_torch_is_in_the_table():
+    assert set(lr_scheduler.__all__) - {"LRScheduler"} <= set(SCHEDULERS)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("identity", IDENTITIES)
+def test_scheduled_run_equals_the_plain_one_bit_for_bit(inner, identity, scheduler):
+    trajectories = []
+    for make, step in ((lambda opt: opt, plain_step), (IDENTITIES[identity], wrapped_step)):
+        model = network()
+        opt = make(inner(model.parameters()))
+        schedule = SCHEDULERS[scheduler](opt)
+        trajectory = []
+        for t in range(5):
+            step(opt, model, batch(t))
+            metric = (1.0,) if scheduler == "ReduceLROnPlateau" else ()
+            schedule.step(*metric)
+            groups = [{**group, "params": None} for group in opt.param_groups]
+            trajectory.append(bits([groups, list(model.parameters()), list(opt.state.values())]))
+        trajectories.append(trajectory)
+    assert trajectories[0] == trajectories[1]
+
+
+def test_is_an_optimizer_that_reads_through_to_the_inner_one(inner, wrap):
+    model = network()
+    opt = wrap(inner(model.parameters()))
+    train_step(opt, model, batch(0))
+    assert isinstance(opt, Optimizer)
+    assert opt.param_groups is opt.optimizer.param_groups
+    assert opt.state is opt.optimizer.state
+    assert opt.defaults is opt.optimizer.defaults
+    opt.param_groups[0]["lr"] = 0.125
+    assert opt.optimizer.param_groups[0]["lr"] == 0.125
+    # A fused inner optimizer divides by the scale itself; through the wrapper the scaler must.
+    assert not getattr(opt, "_step_supports_amp_scaling", False)
+
+
+def test_repr_shows_the_wrapper_its_settings_and_the_inner_optimizer(inner):
+    opt = CAGradClip(inner(network().parameters()), [0.25, 0.75], c=0.3)
+    shown = repr(opt)
+    assert shown.startswith("CAGradClip(")
+    assert "weights=(0.25, 0.75)" in shown
+    assert "c=0.3" in shown
+    assert type(opt.optimizer).__name__ in shown
+
+
+def test_averaged_model_and_its_batch_norm(wrap):
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    opt = wrap(INNER["AdamW"](model.parameters()))
+    average, weights = AveragedModel(model), []
+    for t in range(3):
+        train_step(opt, model, batch(t))
+        average.update_parameters(model)
+        weights.append(model[0].weight.detach().clone())
+    update_bn([batch(7, 64)], average)
+    torch.testing.assert_close(average.module[0].weight, sum(weights) / 3)
+    expected = average.module[0](batch(7, 64)).mean(dim=0)
+    torch.testing.assert_close(average.module[1].running_mean, expected)
+
+
+def test_step_hooks_fire_once_with_the_wrapper(inner, wrap):
+    model, calls = network(), []
+    opt = wrap(inner(model.parameters()))
+    before = opt.register_step_pre_hook(lambda o, args, kwargs: calls.append(("before", o)))
+    opt.register_step_post_hook(lambda o, args, kwargs: calls.append(("after", o)))
+    train_step(opt, model, batch(0))
+    assert calls == [("before", opt), ("after", opt)]
+    before.remove()
+    train_step(opt, model, batch(1))
+    assert calls == [("before", opt), ("after", opt), ("after", opt)]
+
+
+def test_hooks_of_the_inner_optimizer_fire_too(wrap):
+    model, calls = network(), []
+    opt = wrap(INNER["SGD"](model.parameters()))
+    opt.optimizer.register_step_post_hook(lambda o, args, kwargs: calls.append(o))
+    train_step(opt, model, batch(0))
+    assert calls == [opt.optimizer]
+
+
+@pytest.mark.parametrize("as_mapping", [False, True], ids=["list", "mapping"])
+def test_closure_equals_backward_and_step(inner, as_mapping):
+    weights = dict(zip(NAMES, [0.6, 0.4], strict=True)) if as_mapping else [0.6, 0.4]
+    runs = []
+    for with_closure in (True, False):
+        model = network()
+        opt = CAGradClip(inner(model.parameters()), weights, c=0.4)
+        if with_closure or isinstance(opt.optimizer, LBFGS):
+
+            def closure(model=model, opt=opt):
+                opt.zero_grad()
+                return as_asked(opt, two_losses(model, batch(0)))
+
+            with torch.no_grad():  # as trainers call it; the closure needs a graph all the same
+                value = opt.step(closure)
+            first = [loss.item() for loss in two_losses(network(), batch(0))]
+            assert float(value) == pytest.approx(0.6 * first[0] + 0.4 * first[1], rel=1e-6)
+        else:
+            train_step(opt, model, batch(0))
+        runs.append(everything(model, opt))
+    assert runs[0] == runs[1]
+
+
+def test_lbfgs_without_closure_says_so():
+    opt = CAGradClip(INNER["LBFGS"](network().parameters()), [0.5, 0.5])
+    with pytest.raises(TypeError, match="closure"):
+        opt.step()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(inner, set_to_none):
+    model = network()
+    opt = CAGradClip(inner(model.parameters()), [0.6, 0.4])
+    opt.backward(two_losses(model, batch(0)))
+    expected = flat_grad(model)
+    assert expected.norm() > 0
+    opt.zero_grad(set_to_none=set_to_none)
+    assert [p.grad is None for p in model.parameters()] == [set_to_none] * 4
+    assert flat_grad(model).norm() == 0
+    opt.backward(two_losses(model, batch(0)))
+    assert torch.equal(flat_grad(model), expected)
+
+
+@pytest.mark.parametrize("name", sorted(INNER.keys() - {"LBFGS"}))  # which takes one group
+def test_parameter_group_added_mid_run(name, wrap):
+    """The new parameters enter the Gram, and the scheduler that was there before goes on."""
+    model = network()
+    opt = wrap(INNER[name](model[0].parameters()))
+    schedule = lr_scheduler.ExponentialLR(opt, 0.5)
+    train_step(opt, model, batch(0))
+    small = opt.report.gram
+    old = model[2].weight.clone()
+    opt.add_param_group({"params": model[2].parameters(), "lr": 0.25})
+    assert len(opt.optimizer.param_groups) == 2
+    train_step(opt, model, batch(0))
+    assert opt.report.gram.trace() > small.trace()
+    assert not torch.equal(model[2].weight, old)
+    schedule.step()
+    assert [group["lr"] for group in opt.param_groups][1] == 0.125
+
+
+class Hiding:
+    """Like Accelerate's AcceleratedOptimizer: holds the optimizer and forwards what torch knows."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none=None):
+        self.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_free_function_reaches_through_wrappers(layers):
+    results = []
+    for hidden in (False, True):
+        model = network()
+        opt = outer = CAGradClip(INNER["SGD"](model.parameters()), [0.6, 0.4])
+        for _ in range(layers):
+            outer = Hiding(outer)
+        outer.zero_grad()
+        if hidden:
+            raco_optim.backward(outer, two_losses(model, batch(0)), accumulate=True)
+            raco_optim.backward(outer, two_losses(model, batch(1)))
+        else:
+            opt.backward(two_losses(model, batch(0)), accumulate=True)
+            opt.backward(two_losses(model, batch(1)))
+        outer.step()
+        results.append(everything(model, opt))
+    assert results[0] == results[1]
+
+
+def test_two_wrappers_do_not_share_what_they_hook():
+    """`_patch_step_function` works on classes: in whatever order they come, a step is hooked once."""
+    for name in (*WRAPPERS, *reversed(WRAPPERS)):
+        model, calls = network(), []
+        opt = WRAPPERS[name](INNER["SGD"](model.parameters()))
+        opt.register_step_pre_hook(lambda *args, calls=calls: calls.append(1))
+        twin, twin_opt = copy.deepcopy((model, opt))
+        train_step(twin_opt, twin, batch(0))
+        assert calls == []  # a copy has no hooks, as in torch
+        train_step(opt, model, batch(0))
+        assert calls == [1]
+
+
+def test_scheduler_sees_that_the_optimizer_stepped():
+    """Torch warns if a scheduler steps first; it knows from a wrapper around `step`."""
+    model = network()
+    opt = CAGradClip(INNER["SGD"](model.parameters()), [0.6, 0.4])
+    schedule = lr_scheduler.StepLR(opt, 1)
+    with pytest.warns(UserWarning, match="before `optimizer.step"):
+        schedule.step()
+    schedule = lr_scheduler.StepLR(opt, 1)
+    train_step(opt, model, batch(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedule.step()

@@ -1,0 +1,217 @@
+"""Checkpoints, copies and the state hooks of the wrapper: nothing is lost, nothing is shared."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import lr_scheduler
+
+from raco_optim import CAGradClip
+from tests.problems_nn import (
+    INNER,
+    WRAPPERS,
+    as_asked,
+    batch,
+    bits,
+    everything,
+    network,
+    train_step,
+    two_losses,
+)
+
+
+COPIES = pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))],
+    ids=["deepcopy", "pickle"],
+)
+
+
+@pytest.fixture(params=INNER)
+def inner(request):
+    return INNER[request.param]
+
+
+@pytest.fixture(params=WRAPPERS)
+def wrap(request):
+    return WRAPPERS[request.param]
+
+
+def through_a_file(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def run(model, opt, schedule, steps):
+    for t in steps:
+        train_step(opt, model, batch(t))
+        schedule.step()
+
+
+def start(inner, wrap):
+    model = network()
+    opt = wrap(inner(model.parameters()))
+    return model, opt, lr_scheduler.ExponentialLR(opt, 0.9)
+
+
+def test_resumed_run_is_equal_in_every_bit(inner, wrap):
+    whole = start(inner, wrap)
+    run(*whole, range(3))
+    checkpoint = through_a_file([part.state_dict() for part in whole])
+    run(*whole, range(3, 6))
+
+    resumed = start(inner, wrap)
+    for part, state in zip(resumed, checkpoint, strict=True):
+        part.load_state_dict(state)
+    assert bits(resumed[1].state_dict()) == bits(checkpoint[1])
+    run(*resumed, range(3, 6))
+    resumed[0].zero_grad()
+    whole[0].zero_grad()
+    assert everything(*resumed[:2]) == everything(*whole[:2])
+    assert resumed[2].get_last_lr() == whole[2].get_last_lr()
+
+
+def test_state_holds_the_inner_moments_and_the_wrappers_settings(inner):
+    model, opt, schedule = start(inner, WRAPPERS["CAGradClip"])
+    run(model, opt, schedule, range(2))
+    opt.weights, opt.c = [0.1, 0.9], 0.25
+    state = opt.state_dict()
+    plain = opt.optimizer.state_dict()
+    assert bits(state["state"]) == bits(plain["state"]) != {}
+    assert bits(state["param_groups"]) == bits(plain["param_groups"])
+    _, other, _ = start(inner, WRAPPERS["CAGradClip"])
+    other.load_state_dict(through_a_file(state))
+    assert (other.weights, other.c) == ((0.1, 0.9), 0.25)
+
+
+def test_what_is_set_after_loading_reaches_the_inner_optimizer(inner, wrap):
+    """Loading rebinds the parameter groups: a wrapper that kept the old list steers a dead copy."""
+    model, opt, schedule = start(inner, wrap)
+    run(model, opt, schedule, range(2))
+    opt.load_state_dict(opt.state_dict())
+    for group in opt.param_groups:
+        group["lr"] = 0.5
+    schedule.step()
+    assert opt.optimizer.param_groups[0]["lr"] == pytest.approx(0.45)
+
+
+def test_checkpoint_of_a_plain_optimizer_is_loaded(inner, wrap):
+    model, opt, schedule = start(inner, wrap)
+    run(model, opt, schedule, range(2))
+    plain = through_a_file(opt.optimizer.state_dict())
+    fresh = wrap(inner(network().parameters()))
+    settings = fresh.weights
+    fresh.load_state_dict(plain)
+    assert bits(fresh.optimizer.state_dict()) == bits(plain)
+    assert fresh.weights == settings
+
+
+def test_checkpoint_of_the_wrapper_is_loaded_by_a_plain_optimizer(inner, wrap):
+    model, opt, schedule = start(inner, wrap)
+    run(model, opt, schedule, range(2))
+    plain = inner(network().parameters())
+    plain.load_state_dict(through_a_file(opt.state_dict()))
+    assert bits(plain.state_dict()) == bits(opt.optimizer.state_dict())
+
+
+@COPIES
+@pytest.mark.parametrize("name", sorted(INNER.keys() - {"LBFGS"}))  # torch's copy of it cannot step
+def test_copies_go_on_alike_and_apart(name, wrap, duplicate):
+    """Model, optimizer and scheduler are copied together, in the middle of an accumulation."""
+    original = start(INNER[name], wrap)
+    run(*original, range(2))
+    model, opt, _ = original
+    opt.zero_grad()
+    opt.backward(as_asked(opt, two_losses(model, batch(2))), accumulate=True)
+    twin = duplicate(original)
+    before = everything(*twin[:2])
+    assert before == everything(model, opt)
+
+    for model, opt, _ in (original, twin):
+        opt.backward(as_asked(opt, two_losses(model, batch(3))))
+        opt.step()
+    run(*original, range(4, 6))
+    run(*twin, range(4, 6))
+    assert everything(*original[:2]) == everything(*twin[:2]) != before
+    run(*twin, range(6, 7))
+    assert everything(*original[:2]) != everything(*twin[:2])
+
+
+@COPIES
+def test_copies_know_their_shared_parameters(duplicate):
+    """A set of `id`s would be that of the original's parameters."""
+    model = network()
+    opt = CAGradClip(
+        INNER["AdamW"](model.parameters()), [0.6, 0.4], shared_parameters=model[0].parameters()
+    )
+    twin, twin_opt = duplicate((model, opt))
+    train_step(opt, model, batch(0))
+    train_step(twin_opt, twin, batch(0))
+    assert opt.report.gram.trace() > 0
+    same_gram = torch.equal(twin_opt.report.gram, opt.report.gram)
+    assert same_gram
+    same = everything(twin, twin_opt) == everything(model, opt)
+    assert same
+
+
+def test_state_hooks_fire_with_the_wrapper():
+    model = network()
+    opt = WRAPPERS["CAGradClip"](INNER["AdamW"](model.parameters()))
+    calls = []
+    opt.register_state_dict_pre_hook(lambda o: calls.append(("save", o)))
+    opt.register_state_dict_post_hook(lambda o, state: {**state, "tokens": 17})
+    opt.register_load_state_dict_pre_hook(
+        lambda o, state: calls.append((state["tokens"], o))
+        or {key: value for key, value in state.items() if key != "tokens"}
+    )
+    opt.register_load_state_dict_post_hook(lambda o: calls.append(("loaded", o)))
+    state = opt.state_dict()
+    assert state["tokens"] == 17
+    opt.load_state_dict(state)
+    assert calls == [("save", opt), (17, opt), ("loaded", opt)]
+    assert "tokens" in state, "the caller's dictionary is not touched"
+
+
+@pytest.mark.parametrize("name", sorted(INNER.keys() - {"LBFGS"}))  # its state is not per parameter
+def test_distributed_checkpoint_functions(name, wrap):
+    """They call step(closure=None) before any backward, with zero gradients and lr = 0."""
+    model, opt, schedule = start(INNER[name], wrap)
+    run(model, opt, schedule, range(2))
+    saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
+    other = network()
+    other.load_state_dict(model.state_dict())
+    fresh = wrap(INNER[name](other.parameters()))
+    set_optimizer_state_dict(other, fresh, saved)
+    moments = [list(state.values()) for state in opt.state.values()]
+    assert bits([list(state.values()) for state in fresh.state.values()]) == bits(moments)
+    train_step(opt, model, batch(3))
+    train_step(fresh, other, batch(3))
+    assert bits(list(other.parameters())) == bits(list(model.parameters()))
+
+
+def test_named_parameters_are_saved_by_name():
+    """Torch keeps the names of `named_parameters` in the groups, where checkpoints use them."""
+    model = network()
+    opt = CAGradClip(torch.optim.AdamW(model.named_parameters()), [0.6, 0.4])
+    train_step(opt, model, batch(0))
+    names = [name for name, _ in model.named_parameters()]
+    assert opt.state_dict()["param_groups"][0]["param_names"] == names
+
+
+def test_number_of_skipped_steps_is_part_of_the_state():
+    x = nn.Parameter(torch.ones(2))
+    opt = CAGradClip(torch.optim.SGD([x], 0.1), [0.5, 0.5], nonfinite="skip")
+    opt.backward([x.sum() * torch.nan, x.prod()])
+    other = CAGradClip(torch.optim.SGD([x], 0.1), [0.5, 0.5], nonfinite="skip")
+    other.load_state_dict(opt.state_dict())
+    other.backward([x.sum(), x.prod()])
+    assert other.report.skipped == 1

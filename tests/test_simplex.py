@@ -1,0 +1,436 @@
+"""The subproblem: against exact truth where m is small, against a certificate where it is not."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raco_optim import SubproblemSolution, min_norm_point, solve_subproblem
+from tests.oracles import (
+    certificate,
+    exact_min_norm,
+    exact_minimum,
+    excess_gap,
+    grid_minimum,
+    phi,
+)
+from tests.samplers import SAMPLERS, Problem, problem, simplex_point
+
+KINDS = sorted(SAMPLERS)
+GENERIC = ("random", "conflicting", "aligned", "vertex", "interior")
+SOLVERS = ("exact", "pgd", "slsqp")
+GAP = 1e-9
+
+
+def solve(case: Problem, solver: str = "exact") -> SubproblemSolution:
+    return solve_subproblem(torch.from_numpy(case.gram), case.weights, case.c, solver=solver)
+
+
+def assert_solves(case: Problem, solution: SubproblemSolution) -> None:
+    """Feasible, optimal by our certificate and by the solution's own."""
+    p = solution.p.numpy()
+    assert solution.p.dtype == solution.value.dtype == solution.gap.dtype == torch.float64
+    assert np.isfinite(p).all()
+    assert (p >= 0).all()
+    assert abs(p.sum() - 1) <= 1e-14 * len(p)
+    assert -1e-14 <= float(solution.gap) <= GAP
+    rounding = max(case.rounding, 2.0**-52)  # nobody but the sampler knows that H is exact
+    assert excess_gap(case.gram, case.weights, case.c, p, rounding=rounding) <= GAP
+
+
+# --- The witnesses themselves --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("m", [2, 3])
+def test_exact_minimum_agrees_with_a_grid(kind, m):
+    for seed in range(3):
+        case = problem(kind, m, seed)
+        truth = exact_minimum(case.gram, case.weights, case.c)
+        _, value = grid_minimum(case.gram, case.weights, case.c)
+        scale = np.sqrt(case.weights @ case.gram @ case.weights * case.gram.diagonal().max())
+        # In float64, norms near zero are known to the root of the rounding.
+        tolerance = 1e-7 * scale + 1e-8 * case.gram.max()
+        assert value == pytest.approx(truth.value, abs=tolerance)
+        assert phi(case.gram, case.weights, case.c, truth.p) >= truth.value - 1e-15 * scale
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samplers_know_their_minimiser(kind):
+    for seed in range(10):
+        for m in (1, 2, 3, 4):
+            case = problem(kind, m, seed)
+            assert sum(case.weights) == pytest.approx(1, abs=1e-15)
+            if case.p is not None:
+                truth = exact_minimum(case.gram, case.weights, case.c)
+                np.testing.assert_allclose(truth.p, case.p, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", GENERIC)
+def test_certificate_bounds_the_suboptimality(kind):
+    rng = np.random.default_rng(0)
+    for seed in range(10):
+        case = problem(kind, 4, seed)
+        H, w, c = case.gram, case.weights, case.c
+        truth = exact_minimum(H, w, c)
+        assert certificate(H, w, c, truth.p) <= 1e-13
+        p = rng.dirichlet(np.ones(4))
+        missed = phi(H, w, c, p) - truth.value
+        missed /= np.sqrt(w @ H @ w * H.diagonal().max())
+        assert certificate(H, w, c, p) >= missed - 1e-15
+        assert excess_gap(H, w, c, p) >= missed - 1e-9  # rounding excuses nothing here
+
+
+# --- Pinned values -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_example_of_theorem_3_2(solver):
+    g = torch.tensor([[1.0, -4.0], [-1.0, 1.0]], dtype=torch.float64)
+    solution = solve_subproblem(g @ g.T, [0.2, 0.8], 0.5, solver=solver)
+    np.testing.assert_allclose(solution.p, [0.3561, 0.6439], atol=5e-5)
+    truth = exact_minimum((g @ g.T).numpy(), np.array([0.2, 0.8]), 0.5)
+    np.testing.assert_allclose(solution.p, truth.p, atol=1e-6)
+    assert float(solution.value) == pytest.approx(truth.value, rel=1e-9)
+
+
+PINNED = [
+    # Orthogonal gradients of one length and even weights: even by symmetry.
+    (np.eye(3), [1 / 3] * 3, 0.5, [1 / 3] * 3),
+    # H = diag(1, 4): Phi has the derivatives 0.5 + s and 2 at the first vertex, s = 0.56.
+    (np.diag([1.0, 4.0]), [0.5, 0.5], 0.5, [1.0, 0.0]),
+    # g_2 = -g_1: g0 = 0.4 g_1, so the loss that gets worse takes all.
+    ([[1.0, -1.0], [-1.0, 1.0]], [0.7, 0.3], 0.4, [0.0, 1.0]),
+    # g_1 and g_2 opposed, all weight on g_3 orthogonal to both: a kink.
+    ([[1.0, -2.0, 0.0], [-2.0, 4.0, 0.0], [0.0, 0.0, 1.0]], [0, 0, 1.0], 0.4, [2 / 3, 1 / 3, 0]),
+]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(("gram", "weights", "c", "p"), PINNED)
+def test_pinned(gram, weights, c, p, solver):
+    np.testing.assert_allclose(solve_subproblem(gram, weights, c, solver=solver).p, p, atol=1e-6)
+
+
+# --- Against exact truth -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5])
+def test_exact_solver_finds_the_minimiser_closest_to_the_weights(kind, m):
+    for seed in range(12 if m < 5 else 5):
+        case = problem(kind, m, seed)
+        solution = solve(case)
+        assert_solves(case, solution)
+        if case.rounding == 0 or kind in GENERIC:
+            truth = exact_minimum(case.gram, case.weights, case.c)
+            np.testing.assert_allclose(solution.p, truth.p, atol=1e-6, err_msg=f"seed {seed}")
+            scale = np.sqrt(case.weights @ case.gram @ case.weights * case.gram.diagonal().max())
+            assert float(solution.value) == pytest.approx(truth.value, abs=1e-8 * scale)
+
+
+@pytest.mark.parametrize("solver", ["pgd", "slsqp"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_solvers_agree_with_the_exact_one(kind, solver):
+    for m in (1, 2, 3, 5):
+        for seed in range(4):
+            case = problem(kind, m, seed)
+            solution = solve(case, solver)
+            assert_solves(case, solution)
+            if kind in GENERIC and case.c > 1e-9:
+                np.testing.assert_allclose(solution.p, solve(case).p, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("m", [8, 20, 64])
+def test_certificate_for_many_losses(kind, m):
+    for seed in range(4):
+        case = problem(kind, m, seed)
+        assert_solves(case, solve(case))
+
+
+@st.composite
+def degenerate_problems(draw, largest=4):
+    """Small integer gradients and dyadic weights: exact, and full of coincidences."""
+    m, n = draw(st.integers(1, largest)), draw(st.integers(1, 3))
+    entries = st.lists(st.integers(-3, 3), min_size=n, max_size=n)
+    g = np.array(draw(st.lists(entries, min_size=m, max_size=m)), float)
+    cuts = sorted(draw(st.lists(st.integers(0, 16), min_size=m - 1, max_size=m - 1)))
+    w = np.diff([0, *cuts, 16]) / 16
+    return Problem(g @ g.T, w, draw(st.sampled_from([0.0, 0.25, 0.4, 0.75, 0.999, 1.5])), 0)
+
+
+@given(degenerate_problems())
+def test_degenerate_problems_exactly(case):
+    solution = solve(case)
+    assert_solves(case, solution)
+    truth = exact_minimum(case.gram, case.weights, case.c)
+    np.testing.assert_allclose(solution.p, truth.p, atol=1e-6)
+
+
+@given(st.sampled_from(KINDS), st.integers(1, 12), st.integers(0, 2**32))
+def test_any_problem(kind, m, seed):
+    case = problem(kind, m, seed)
+    assert_solves(case, solve(case))
+
+
+# --- Symmetries ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_scaling_by_powers_of_two_changes_no_bit(kind, solver):
+    for m in (2, 3, 6):
+        case = problem(kind, m, 0)
+        p = solve(case, solver).p
+        for exponent in (-53, -8, 1, 30, 53):  # of H: 1e-16 to 1e16
+            scaled = Problem(case.gram * 4.0**exponent, case.weights, case.c)
+            assert torch.equal(solve(scaled, solver).p, p)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("k", [1e-300, 1e-16, 1e-5, 1e9, 1e16, 1e300])
+def test_scaling_by_any_factor_changes_nothing(k, solver):
+    for kind in GENERIC:
+        for m in (2, 3, 6):
+            case = problem(kind, m, 1)
+            unit = case.gram / case.gram.max()
+            p = solve_subproblem(unit, case.weights, 0.4, solver=solver).p
+            scaled = solve_subproblem(unit * k, case.weights, 0.4, solver=solver)
+            np.testing.assert_allclose(scaled.p, p, atol=1e-6 if solver != "exact" else 1e-9)
+            assert float(scaled.gap) <= GAP
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_permuting_the_losses_permutes_the_solution(kind):
+    rng = np.random.default_rng(0)
+    for m in (2, 3, 6):
+        for seed in range(4):
+            case = problem(kind, m, seed)
+            order = rng.permutation(m)
+            permuted = Problem(case.gram[np.ix_(order, order)], case.weights[order], case.c)
+            p, q = solve(case).p.numpy()[order], solve(permuted).p.numpy()
+            if case.rounding == 0 or kind in GENERIC:
+                np.testing.assert_allclose(q, p, atol=1e-6)
+            else:  # ill-conditioned: p may move, Phi may not
+                assert excess_gap(case.gram, case.weights, case.c, solve(case).p.numpy()) <= GAP
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_same_call_gives_the_same_bits(solver):
+    for kind in KINDS:
+        case = problem(kind, 5, 0)
+        first, second = solve(case, solver), solve(case, solver)
+        assert torch.equal(first.p, second.p)
+        assert torch.equal(first.gap, second.gap)
+
+
+def test_the_argument_is_left_alone():
+    gram = torch.tensor([[2.0, -1.0], [-1.0, 3.0]], dtype=torch.float64)
+    kept = gram.clone()
+    for solver in SOLVERS:
+        solve_subproblem(gram, [0.5, 0.5], 0.4, solver=solver)
+    assert torch.equal(gram, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_float_type_is_solved_in_float64(dtype):
+    gram = torch.tensor([[2.0, -1.0, 0.5], [-1.0, 3.0, 0.0], [0.5, 0.0, 1.0]], dtype=dtype)
+    p = solve_subproblem(gram, [0.25, 0.25, 0.5], 0.4).p
+    listed = solve_subproblem(gram.double().tolist(), [0.25, 0.25, 0.5], 0.4).p
+    assert p.dtype == torch.float64
+    assert torch.equal(p, listed)
+
+
+# --- Several minimisers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.9, 0.1], [1.0, 0.0], [1 / 3, 2 / 3]])
+@pytest.mark.parametrize("c", [0.0, 1e-12, 0.4, 0.999999])
+def test_duplicates_share_as_the_weights_do(weights, c):
+    p = solve_subproblem([[3.0, 3.0], [3.0, 3.0]], weights, c).p
+    np.testing.assert_allclose(p, weights, atol=1e-12)
+
+
+def test_duplicates_among_others_move_together():
+    """The distance to w is least when both shares of a duplicate move by the same amount."""
+    g = np.array([[1.0, 0.0], [1.0, 0.0], [-1.0, 2.0]])
+    w = np.array([0.5, 0.125, 0.375])
+    p = solve_subproblem(g @ g.T, w, 0.75).p.numpy()
+    assert p[0] - w[0] == pytest.approx(p[1] - w[1], abs=1e-12)
+    truth = exact_minimum(g @ g.T, w, 0.75)
+    assert not truth.unique
+    np.testing.assert_allclose(p, truth.p, atol=1e-12)
+    # Unless one of them would be negative: then the other has all.
+    p = solve_subproblem(g @ g.T, [0.75, 0.125, 0.125], 0.5).p
+    np.testing.assert_allclose(p, [0.25, 0.0, 0.75], atol=1e-12)
+
+
+def test_equal_derivatives_without_a_radius_keep_the_weights():
+    np.testing.assert_allclose(solve_subproblem(np.eye(2), [0.5, 0.5], 0.0).p, [0.5, 0.5])
+    np.testing.assert_allclose(solve_subproblem(np.eye(3), [1 / 3] * 3, 0.0).p, [1 / 3] * 3)
+
+
+# --- Limits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("c", [0.0, 1e-12, 0.4, 0.999999])
+class TestLimits:
+    def test_one_loss(self, c, solver):
+        solution = solve_subproblem([[4.0]], [1.0], c, solver=solver)
+        assert solution.p.tolist() == [1.0]
+        assert float(solution.value) == pytest.approx(4 * (1 + c))
+
+    def test_no_gradient_at_all(self, c, solver):
+        for m in (1, 2, 3):
+            w = simplex_point(np.arange(1.0, m + 1))
+            solution = solve_subproblem(np.zeros((m, m)), w, c, solver=solver)
+            assert solution.p.tolist() == w.tolist()
+            assert float(solution.value) == float(solution.gap) == 0
+
+    def test_stationary(self, c, solver):
+        g = np.array([[3.0, 0.0], [-1.0, 2.0], [-1.0, -2.0]])
+        w = [0.25, 0.375, 0.375]
+        solution = solve_subproblem(g @ g.T, w, c, solver=solver)
+        assert solution.p.tolist() == w
+        assert float(solution.gap) == 0
+
+    def test_weights_at_a_vertex(self, c, solver):
+        g = np.array([[1.0, 2.0, 0.0], [-3.0, 1.0, 1.0], [0.5, -1.0, 2.0]])
+        for w in np.eye(3):
+            case = Problem(g @ g.T, w, c)
+            assert_solves(case, solve(case, solver))
+
+
+@pytest.mark.parametrize("c", [1.0, 1.5, 10.0])
+def test_a_large_radius_is_solved_too(c):
+    for kind in ("random", "conflicting", "kink", "duplicate", "opposed"):
+        for m in (2, 3, 4, 20):
+            case = problem(kind, m, 0)
+            case = Problem(case.gram, case.weights, c, case.rounding)
+            assert_solves(case, solve(case))
+
+
+# --- The min-norm point --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_min_norm_point(kind):
+    for m in (1, 2, 3, 4):
+        for seed in range(4):
+            case = problem(kind, m, seed)
+            if kind == "single_precision":
+                continue  # indefinite: there is no norm
+            solution = min_norm_point(torch.from_numpy(case.gram))
+            p, largest = solution.p.numpy(), np.sqrt(case.gram.diagonal().max())
+            assert (p >= 0).all()
+            assert p.sum() == pytest.approx(1, abs=1e-14)
+            # H holds squares, so zero is known to the root of the rounding.
+            assert float(solution.gap) <= 3e-8
+            if case.rounding == 0 or kind in GENERIC:
+                assert float(solution.gap) <= GAP
+                norm = exact_min_norm(case.gram)
+                assert float(solution.value) == pytest.approx(norm, abs=3e-8 * largest)
+                assert np.sqrt(max(p @ case.gram @ p, 0)) <= norm + 3e-8 * largest
+
+
+def test_min_norm_point_of_equal_gradients_is_even():
+    np.testing.assert_allclose(min_norm_point(np.ones((3, 3))).p, [1 / 3] * 3)
+
+
+# --- Bad input -----------------------------------------------------------------------------------
+
+EYE = [[1.0, 0.0], [0.0, 1.0]]
+NAN, INF = float("nan"), float("inf")
+
+BAD_SHAPES = {
+    "not square": [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]],
+    "a vector": [1.0, 2.0],
+    "empty": np.zeros((0, 0)),
+    "a batch": np.zeros((4, 2, 2)),
+    "ragged": [[1.0, 0.0], [0.0]],
+    "text": "H",
+    "nothing": None,
+    "complex": np.eye(2) * 1j,
+}
+BAD_ENTRIES = {
+    "asymmetric": [[1.0, 0.5], [0.2, 1.0]],
+    "NaN": [[1.0, NAN], [NAN, 1.0]],
+    "NaN on the diagonal": [[NAN, 0.0], [0.0, 1.0]],
+    "Inf": [[INF, 0.0], [0.0, 1.0]],
+    "minus Inf": [[1.0, -INF], [-INF, 1.0]],
+    "a negative diagonal": [[-1.0, 0.0], [0.0, 1.0]],
+    "all of it negative": [[-1.0, 0.0], [0.0, -1.0]],
+    "a product larger than the norms": [[1.0, 3.0], [3.0, 1.0]],
+    "a product with a zero gradient": [[0.0, 1.0], [1.0, 1.0]],
+    "a product of zero gradients": [[0.0, 1.0], [1.0, 0.0]],
+}
+
+
+@pytest.mark.parametrize("gram", BAD_SHAPES.values(), ids=BAD_SHAPES.keys())
+def test_bad_shape(gram):
+    for solver in ("exact", "slsqp"):
+        with pytest.raises(ValueError, match="`gram` must"):
+            solve_subproblem(gram, [0.5, 0.5], 0.4, solver=solver)
+    with pytest.raises(ValueError, match="`gram` must"):
+        min_norm_point(gram)
+
+
+@pytest.mark.parametrize("gram", BAD_ENTRIES.values(), ids=BAD_ENTRIES.keys())
+def test_bad_entries(gram):
+    wider = np.zeros((3, 3))  # another loss, and another solver
+    wider[:2, :2], wider[2, 2] = gram, max(np.nanmax(np.diag(gram)), 1e-3)
+    for H, weights in ((gram, [0.5, 0.5]), (wider, [0.5, 0.25, 0.25])):
+        for solver in ("exact", "slsqp"):
+            with pytest.raises(ValueError, match="`gram` must"):
+                solve_subproblem(H, weights, 0.4, solver=solver)
+        with pytest.raises(ValueError, match="`gram` must"):
+            min_norm_point(H)
+
+
+BAD_WEIGHTS = {
+    "too few": [1.0],
+    "too many": [0.5, 0.25, 0.25],
+    "none": [],
+    "negative": [1.5, -0.5],
+    "not summing to 1": [0.5, 0.4],
+    "NaN": [NAN, 1.0],
+    "Inf": [INF, 0.0],
+    "text": ["a", "b"],
+    "nothing": None,
+    "a number": 0.5,
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("weights", BAD_WEIGHTS.values(), ids=BAD_WEIGHTS.keys())
+def test_bad_weights(weights, solver):
+    with pytest.raises(ValueError, match="`weights` must"):
+        solve_subproblem(EYE, weights, 0.4, solver=solver)
+
+
+@pytest.mark.parametrize("c", [-0.1, NAN, INF, "large", None, [0.1, 0.2]])
+def test_bad_radius(c):
+    with pytest.raises(ValueError, match="`c` must"):
+        solve_subproblem(EYE, [0.5, 0.5], c)
+
+
+@pytest.mark.parametrize("solver", ["newton", "", None, 1, ["exact"]])
+def test_bad_solver(solver):
+    with pytest.raises(ValueError, match="`solver` must be one of 'exact', 'pgd', 'slsqp'; got"):
+        solve_subproblem(EYE, [0.5, 0.5], 0.4, solver=solver)
+
+
+def test_rounding_is_no_mistake():
+    g = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    gram = g @ g.T
+    gram[0, 1] *= 1 + 1e-6  # asymmetric as a sum in another order would be
+    solve_subproblem(gram, [0.2, 0.3, 0.5 + 5e-7], 0.4)
+
+
+def test_a_mapping_of_weights_counts_in_its_order():
+    named = solve_subproblem([[2.0, -1.0], [-1.0, 3.0]], {"a": 0.3, "b": 0.7}, 0.4)
+    listed = solve_subproblem([[2.0, -1.0], [-1.0, 3.0]], [0.3, 0.7], 0.4)
+    assert torch.equal(named.p, listed.p)
