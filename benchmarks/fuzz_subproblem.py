@@ -1,4 +1,4 @@
-"""Does the exact solver ever fail? Random Gram matrices of every kind, checked from outside.
+"""Does a solver ever fail? Random Gram matrices of every kind, checked from outside.
 
     python -m benchmarks.fuzz_subproblem                            # all of it, several minutes
     python -m benchmarks.fuzz_subproblem --only kink:7:12345        # one problem, kind:m:seed
@@ -11,7 +11,8 @@ Every solution is checked without the library, by `tests.oracles`:
   often that was needed is counted as `within_resolution`;
 * on a share: the same bits when the gradients are scaled by a power of two, H by 1e-16 to 1e16,
   the same solution when H is scaled by any other factor, and when the losses are permuted;
-* on a share of the exact Grams with m <= 4: the minimiser closest to w, from an exact solution.
+* on a share of the exact Grams with m <= 4: the minimiser closest to w, from an exact solution;
+* on a smaller share, the solvers `pgd` and `slsqp`: feasible, and certified by themselves and by us.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import argparse
 import collections
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from benchmarks.harness import environment, write_results
 from raco_optim import solve_subproblem
 from tests.oracles import EPS, certificate, exact_minimum, excess_gap
 from tests.samplers import SAMPLERS, Problem, problem
+
+Solver = Literal["exact", "pgd", "slsqp"]
 
 GAP = 1e-9
 SAME = 1e-6  # two p that should be equal, where p is well determined
@@ -47,13 +50,17 @@ def cases(count: int, seed: int) -> Iterator[tuple[str, int, int]]:
         yield KINDS[i % len(KINDS)], int(sizes[i]), seed * 1_000_000_007 + i
 
 
-def solve(gram: np.ndarray, weights: np.ndarray, c: float) -> tuple[np.ndarray, float]:
+def solve(
+    gram: np.ndarray, weights: np.ndarray, c: float, solver: Solver = "exact"
+) -> tuple[np.ndarray, float]:
     """Solves with the library; returns p and its own gap."""
-    solution = solve_subproblem(torch.from_numpy(gram), weights, c)
+    solution = solve_subproblem(torch.from_numpy(gram), weights, c, solver=solver)
     return solution.p.numpy(), float(solution.gap)
 
 
-def check(kind: str, m: int, seed: int, *, deep: bool) -> tuple[list[str], dict[str, float]]:
+def check(
+    kind: str, m: int, seed: int, *, deep: bool = False, solver: Solver = "exact"
+) -> tuple[list[str], dict[str, float]]:
     """Returns which checks fail, and the gaps.
 
     Args:
@@ -61,10 +68,11 @@ def check(kind: str, m: int, seed: int, *, deep: bool) -> tuple[list[str], dict[
         m: Number of losses.
         seed: Seed of the problem.
         deep: Whether to check the symmetries and the exact solution too.
+        solver: Which solver to check.
     """
     case = problem(kind, m, seed)
     try:
-        p, own = solve(case.gram, case.weights, case.c)
+        p, own = solve(case.gram, case.weights, case.c, solver)
     except Exception as error:  # whatever it is, it is a failure with a seed
         return [f"raised {type(error).__name__}"], {}
     if not (np.isfinite(p).all() and np.isfinite(own)):
@@ -115,12 +123,59 @@ def _deep_failures(case: Problem, p: np.ndarray, kind: str, seed: int) -> list[s
     return failures
 
 
+class Tally:
+    """Counts the failures and the largest gaps by kind."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self.rows = {
+            kind: {"grams": 0, "failures": 0, "within_resolution": 0}
+            | {"largest_strict_gap": 0.0, "largest_own_gap": 0.0, "failed_checks": {}, "failed": []}
+            for kind in KINDS
+        }
+
+    def add(self, name: tuple[str, int, int], failures: list[str], figures: dict) -> None:
+        """Counts one problem, and keeps the names of the first that fail."""
+        row: dict[str, Any] = self.rows[name[0]]
+        row["grams"] += 1
+        row["within_resolution"] += int(figures.get("within_resolution", 0))
+        for gap in ("strict_gap", "own_gap"):
+            row[f"largest_{gap}"] = max(row[f"largest_{gap}"], figures.get(gap, 0.0))
+        if failures:
+            self.failures += 1
+            row["failures"] += 1
+            for failure in failures:
+                row["failed_checks"][failure] = row["failed_checks"].get(failure, 0) + 1
+            if len(row["failed"]) < 20:
+                row["failed"].append(":".join(map(str, name)))
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the totals and the counts by kind."""
+        grams = sum(row["grams"] for row in self.rows.values())
+        return {"grams": grams, "failures": self.failures, "kinds": self.rows}
+
+    def table(self) -> str:
+        """Renders the counts as a markdown table."""
+        lines = [
+            "| kind | Grams | failures | within resolution | largest gap | own |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {kind} | {row['grams']} | {row['failures']} {row['failed_checks'] or ''} "
+            f"| {row['within_resolution']} | {row['largest_strict_gap']:.0e} "
+            f"| {row['largest_own_gap']:.0e} |"
+            for kind, row in self.rows.items()
+        ]
+        return "\n".join(lines)
+
+
 def main() -> None:
     """Checks all problems, writes the JSON and prints what failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=108_000, help="number of Gram matrices")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--deep-every", type=int, default=10, help="share of symmetry checks")
+    parser.add_argument("--others-every", type=int, default=100, help="share of pgd and slsqp")
     parser.add_argument(
         "--only", metavar="KIND:M:SEED", help="one problem, from a list of failures"
     )
@@ -129,58 +184,40 @@ def main() -> None:
     if arguments.only:
         kind, m, seed = arguments.only.split(":")
         print(problem(kind, int(m), int(seed)))
-        print(check(kind, int(m), int(seed), deep=True))
+        for solver in get_args(Solver):
+            deep = solver == "exact"
+            print(solver, *check(kind, int(m), int(seed), deep=deep, solver=solver))
         return
 
-    rows: dict[str, dict[str, Any]] = {
-        kind: {"grams": 0, "deep": 0, "failures": 0, "within_resolution": 0}
-        | {"largest_strict_gap": 0.0, "largest_own_gap": 0.0, "failed_checks": {}, "failed": []}
-        for kind in KINDS
-    }
-    losses: collections.Counter[int] = collections.Counter()
+    tallies = {solver: Tally() for solver in get_args(Solver)}
+    sizes: collections.Counter[int] = collections.Counter()
     started = time.perf_counter()
-    failed = 0
+    deep_checks = 0
     progress = tqdm(cases(arguments.count, arguments.seed), total=arguments.count, smoothing=0)
-    for i, (kind, m, seed) in enumerate(progress):
-        # Every kind in turn gets the deep checks.
-        deep = (i // len(KINDS)) % arguments.deep_every == 0
-        failures, figures = check(kind, m, seed, deep=deep)
-        row = rows[kind]
-        row["grams"] += 1
-        row["deep"] += deep
-        losses[m] += 1
-        row["within_resolution"] += int(figures.get("within_resolution", 0))
-        for name in ("strict_gap", "own_gap"):
-            key = f"largest_{name}"
-            row[key] = max(row[key], figures.get(name, 0.0))
-        if failures:
-            failed += 1
-            progress.set_postfix(failed=failed)
-            row["failures"] += 1
-            for failure in failures:
-                row["failed_checks"][failure] = row["failed_checks"].get(failure, 0) + 1
-            if len(row["failed"]) < 20:
-                row["failed"].append(f"{kind}:{m}:{seed}")
+    for i, name in enumerate(progress):
+        round_ = i // len(KINDS)  # every kind in turn gets the rarer checks
+        deep = round_ % arguments.deep_every == 0
+        deep_checks += deep
+        sizes[name[1]] += 1
+        tallies["exact"].add(name, *check(*name, deep=deep))
+        if round_ % arguments.others_every == 0:
+            for solver in ("pgd", "slsqp"):
+                tallies[solver].add(name, *check(*name, solver=solver))
+        progress.set_postfix({solver: tally.failures for solver, tally in tallies.items()})
     results = {
         "question": __doc__.splitlines()[0],
         "environment": environment(seed=arguments.seed, packages=("mpmath",)),
         "seconds": round(time.perf_counter() - started, 1),
-        "grams": sum(row["grams"] for row in rows.values()),
-        "failures": failed,
         "required_gap": GAP,
-        "grams_by_losses": dict(sorted(losses.items())),
-        "kinds": rows,
+        "deep_checks": deep_checks,
+        "grams_by_losses": dict(sorted(sizes.items())),
+        "solvers": {solver: tally.summary() for solver, tally in tallies.items()},
     }
     path = write_results("fuzz_subproblem", results)
-    print("| kind | Grams | failures | within resolution | largest gap | own |")
-    print("|---|---|---|---|---|---|")
-    for kind, row in rows.items():
-        print(
-            f"| {kind} | {row['grams']} | {row['failures']} {row['failed_checks'] or ''} "
-            f"| {row['within_resolution']} | {row['largest_strict_gap']:.0e} "
-            f"| {row['largest_own_gap']:.0e} |"
-        )
-    print(f"{results['grams']:,} Gram matrices, {failed} failures. Written to {path}.")
+    for solver, tally in tallies.items():
+        print(f"{solver}: {tally.summary()['grams']:,} Grams, {tally.failures} failures")
+        print(tally.table())
+    print(f"Written to {path}.")
 
 
 if __name__ == "__main__":

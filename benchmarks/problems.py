@@ -24,7 +24,7 @@ from torch import Tensor
 from raco_optim.pareto import distance_to_front
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """m losses of one parameter vector theta, and what is known of their Pareto front.
 

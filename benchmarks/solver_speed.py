@@ -5,10 +5,12 @@
 All candidates see the same Gram matrices in one process on one thread, in turn. Every call is the
 public one, from a Gram tensor to a tensor, with its checks. It is timed twice: in bursts of 5 ms,
 as a loop over nothing else would see it (the figures that the targets are for), and "cold", as one
-call between those of the others, which is nearer to a call per training step. TorchJD returns the coefficients of
-the gradients and not p, so `coefficients` (ours, from the same Gram to the same coefficients) is
-its like-for-like counterpart; `exact`, `pgd` and `slsqp` stop at p. TorchJD has uniform weights
-only, so those are used. An error is (Phi(p) - best known Phi) / (|g0| max_i |g_i|), in 60 digits.
+call between those of the others, which is nearer to one call per training step.
+
+TorchJD returns the coefficients of the gradients and not p, so `coefficients` (ours, from the same
+Gram to the same coefficients) is its like-for-like counterpart; `exact`, `pgd` and `slsqp` stop at
+p. TorchJD has uniform weights only, so those are used. An error is
+(Phi(p) - best known Phi) / (|g0| max_i |g_i|), in 60 digits.
 """
 
 from __future__ import annotations
@@ -141,25 +143,6 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"| {us['lower_quartile']:,.0f} to {us['upper_quartile']:,.0f} "
                 f"| {figures['times_faster_than_torchjd']:.1f} | {target} "
                 f"| {cold['median']:,.0f} | {figures['times_faster_than_torchjd_cold']:.1f} "
-                f"| {figures['largest_error']:.0e} |"
-            )
-    return "\n".join(lines)
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Renders the results as a markdown table."""
-    lines = [
-        "| family | m | candidate | median us | quartiles us | x faster | target | largest error |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        for name, figures in row["candidates"].items():
-            us = figures["microseconds"]
-            target = f"{TARGETS[row['m']]}" if name in ("exact", "coefficients") else ""
-            lines.append(
-                f"| {row['family']} | {row['m']} | {name} | {us['median']:,.0f} "
-                f"| {us['lower_quartile']:,.0f} to {us['upper_quartile']:,.0f} "
-                f"| {figures['times_faster_than_torchjd']:.1f} | {target} "
                 f"| {figures['largest_error']:.0e} |"
             )
     return "\n".join(lines)

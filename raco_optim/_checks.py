@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Choice = TypeVar("Choice", bound=str)
 
 # A squared norm p.Hp below ZERO (sum_i p_i |g_i|)^2 is the rounding error of a float64 Gram matrix.
 ZERO = 64 * 2.0**-52
@@ -17,10 +20,12 @@ _SUM_TOLERANCE = 1e-6
 _GRAM_TOLERANCE = 1e-4
 
 
-def checked_weights(weights: Sequence[float] | Mapping[str, float] | Tensor) -> list[float]:
+def checked_weights(weights: Any) -> list[float]:  # noqa: ANN401  # that is what it checks
     """Returns `weights` as floats that sum to 1 exactly, or raises `ValueError`."""
     values = weights.values() if isinstance(weights, Mapping) else weights
     try:
+        if isinstance(values, str | bytes | Set) or any(isinstance(x, str) for x in values):
+            raise TypeError
         w = [float(x) for x in values]
     except (TypeError, ValueError) as error:
         raise ValueError(
@@ -37,13 +42,14 @@ def checked_weights(weights: Sequence[float] | Mapping[str, float] | Tensor) -> 
             f"`weights` must sum to 1 (within {_SUM_TOLERANCE:g}); got {w}, which sums to "
             f"{total:.9g}. Divide each weight by the sum."
         )
-    return [x / total for x in w]
+    # Left alone where the sum is 1 to rounding, so that checking twice changes nothing.
+    return w if abs(total - 1) <= 1e-15 else [x / total for x in w]
 
 
-def checked_radius(c: float, *, below_one: bool) -> float:
+def checked_radius(c: Any, *, below_one: bool) -> float:  # noqa: ANN401  # that is what it checks
     """Returns the radius `c` as a float, or raises `ValueError`."""
     try:
-        value = float(c)
+        value = math.nan if isinstance(c, str) else float(c)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`c` must be a number; got {c!r}.") from error
     if not (math.isfinite(value) and value >= 0 and (value < 1 or not below_one)):
@@ -53,11 +59,11 @@ def checked_radius(c: float, *, below_one: bool) -> float:
             if below_one
             else ""
         )
-        raise ValueError(f"`c` must be {rule}; got {value!r}.{remedy}")
+        raise ValueError(f"`c` must be {rule}; got {c!r}.{remedy}")
     return value
 
 
-def checked_choice(argument: str, value: str, choices: Sequence[str]) -> str:
+def checked_choice(argument: str, value: Choice, choices: Sequence[str]) -> Choice:
     """Returns `value` if it is one of `choices`, or raises `ValueError`."""
     if value not in choices:
         expected = ", ".join(repr(choice) for choice in choices)
@@ -117,3 +123,86 @@ def check_gram_values(rows: list[list[float]]) -> None:
                     f"[{i}, {j}] with the diagonal entries {row[i]!r} and {rows[j][j]!r}. "
                     f"Is it a Gram matrix of gradients?"
                 )
+
+
+def as_list(losses: Any) -> list[Any]:  # noqa: ANN401  # that is what it checks
+    """Returns the losses as a list, or raises `TypeError`."""
+    if not isinstance(losses, Iterable) or (isinstance(losses, Tensor) and losses.dim() == 0):
+        raise TypeError(
+            f"`losses` must be a sequence or a mapping of losses; got a single "
+            f"{type(losses).__name__}. Pass [loss]."
+        )
+    return list(losses)
+
+
+def check_any_present(losses: Sequence[object]) -> None:
+    """Raises `ValueError` if there is no loss, or None stands for all of them."""
+    if all(loss is None for loss in losses):
+        got = "None for all of them" if losses else "none"
+        raise ValueError(f"`losses` must hold at least one loss; got {got}.")
+
+
+def named_losses(
+    losses: Any,  # noqa: ANN401  # that is what it checks
+    names: tuple[str, ...] | None,
+    number: int | None,
+) -> tuple[tuple[str, ...], list[Any]]:
+    """Returns names and losses in the order of the weights, or raises.
+
+    Losses without names are named by their positions.
+
+    Args:
+        losses: What the user passed.
+        names: The names that the losses must have, if they are known.
+        number: How many there must be, if that is known.
+    """
+    positions = tuple(str(i) for i in range(number or 0))
+    if isinstance(losses, Mapping):
+        if names is None and number is None:
+            names = tuple(losses)
+        if names is None or set(losses) != set(names):
+            expected = (
+                f"a sequence of {number}" if names is None else f"a mapping with {list(names)}"
+            )
+            raise ValueError(
+                f"`losses` must be {expected}, like the weights; got the names {list(losses)}."
+            )
+        return names, [losses[name] for name in names]
+    ordered = as_list(losses)
+    if number is None:
+        number = len(ordered)
+        positions = tuple(str(i) for i in range(number))
+    if names is not None and names != positions:
+        raise ValueError(
+            f"`losses` must be a mapping with the names {list(names)}; got a "
+            f"{type(losses).__name__}."
+        )
+    if len(ordered) != number:
+        raise ValueError(
+            f"`losses` must hold one loss per weight, {number}; got {len(ordered)}. Pass None for "
+            f"a loss that is absent from this batch."
+        )
+    return positions, ordered
+
+
+def checked_shared_parameters(
+    shared: Any,  # noqa: ANN401  # that is what it checks
+    known: list[Tensor],
+) -> list[Tensor]:
+    """Returns the parameters as a list if all of them are known, or raises."""
+    advice = "Pass for example model.trunk.parameters()."
+    chosen = list(shared) if isinstance(shared, Iterable) else [shared]
+    identities = {id(p) for p in known}
+    for p in chosen:
+        if not isinstance(p, Tensor):
+            raise TypeError(
+                f"`shared_parameters` must be tensors; got {type(p).__name__}. {advice}"
+            )
+        if id(p) not in identities:
+            raise ValueError(
+                f"`shared_parameters` must be parameters of `inner`; got another one, of shape "
+                f"{list(p.shape)}. {advice}"
+            )
+    if not chosen:
+        raise ValueError(f"`shared_parameters` must hold one at least; got none. {advice}")
+    return chosen

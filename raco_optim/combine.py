@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def add_combined_gradient(
         tensor([0.5000, 0.5000])
     """
     # Python numbers where they are at hand: a multiplication by a tensor is slower.
-    scales: list[float] | list[Tensor] = (
+    scales: list[Any] = (
         coefficients.tolist() if coefficients.device.type == "cpu" else list(coefficients.unbind())
     )
     for j, parameter in enumerate(parameters):

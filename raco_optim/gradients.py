@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from raco_optim._checks import as_list, check_any_present
 
 Loss = Tensor | Callable[[], Tensor]
 Gradient = list[Tensor | None]
@@ -29,7 +31,7 @@ _REMEDIES = (
 
 
 def per_loss_gradients(
-    losses: Sequence[Loss | None], parameters: Sequence[Tensor]
+    losses: Iterable[Loss | None], parameters: Iterable[Tensor]
 ) -> list[Gradient]:
     r"""Computes the gradient of every loss with respect to every parameter.
 
@@ -68,12 +70,14 @@ def per_loss_gradients(
     References:
         Algorithm 1, line 3, of arXiv 2602.02495.
     """
-    names = [str(i) for i in range(len(losses))]
-    return [gradient for _, gradient in iterate_gradients(losses, parameters, names)]
+    ordered = as_list(losses)
+    check_any_present(ordered)
+    names = [str(i) for i in range(len(ordered))]
+    return [gradient for _, gradient in iterate_gradients(ordered, list(parameters), names)]
 
 
 def iterate_gradients(
-    losses: Sequence[Loss | None], parameters: Sequence[Tensor], names: Sequence[str]
+    losses: list[Loss | None], parameters: list[Tensor], names: Sequence[str]
 ) -> Iterator[tuple[Tensor | None, Gradient]]:
     """Yields value and gradient of one loss after the other; see `per_loss_gradients`.
 
@@ -88,27 +92,36 @@ def iterate_gradients(
                 f"loss {name!r} must be a scalar tensor, a callable that returns one, or None; "
                 f"got {type(loss).__name__}."
             )
-    present = [i for i, loss in enumerate(losses) if loss is not None]
-    if not present:
-        raise ValueError("`losses` must hold at least one loss; got None for all of them.")
-
     trainable = [p for p in parameters if p.requires_grad]
+    last = len(losses) - 1
+    last_tensor = max((i for i, loss in enumerate(losses) if isinstance(loss, Tensor)), default=-1)
     for i, (name, loss) in enumerate(zip(names, losses, strict=True)):
         if loss is None:
             yield None, [None] * len(parameters)
             continue
         if isinstance(loss, Tensor):
-            value, retain = loss, i != present[-1]
+            value = loss.detach().clone()
+            found = _gradient(name, loss, trainable, retain=i < last_tensor)
         else:
-            with torch.enable_grad():
-                value = loss()
-            _check_loss(name, value, parameters)
-            retain = False
-        reached = iter(_gradient(name, value, trainable, retain))
-        yield value.detach(), [next(reached) if p.requires_grad else None for p in parameters]
+            value, found = _evaluate(name, loss, trainable)
+            if i < last:
+                # The next callable may refill a buffer that a custom function returned as gradient.
+                found = [None if g is None else g.clone() for g in found]
+        reached = iter(found)
+        yield value, [next(reached) if p.requires_grad else None for p in parameters]
 
 
-def _gradient(name: str, loss: Tensor, trainable: list[Tensor], retain: bool) -> Gradient:
+def _evaluate(
+    name: str, loss: Callable[[], Tensor], trainable: list[Tensor]
+) -> tuple[Tensor, Gradient]:
+    # In a function of its own, so that nothing of the graph outlives the call.
+    with torch.enable_grad():
+        value = loss()
+    _check_loss(name, value, trainable)
+    return value.detach().clone(), _gradient(name, value, trainable, retain=False)
+
+
+def _gradient(name: str, loss: Tensor, trainable: list[Tensor], *, retain: bool) -> Gradient:
     try:
         gradient: Gradient = list(
             torch.autograd.grad(loss, trainable, retain_graph=retain, allow_unused=True)
@@ -135,7 +148,7 @@ def _gradient(name: str, loss: Tensor, trainable: list[Tensor], retain: bool) ->
     return gradient
 
 
-def _check_parameters(parameters: Sequence[Tensor]) -> None:
+def _check_parameters(parameters: list[Tensor]) -> None:
     for p in parameters:
         if p.is_complex():
             raise ValueError(
@@ -150,7 +163,7 @@ def _check_parameters(parameters: Sequence[Tensor]) -> None:
         )
 
 
-def _check_loss(name: str, loss: object, parameters: Sequence[Tensor]) -> None:
+def _check_loss(name: str, loss: object, parameters: list[Tensor]) -> None:
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"loss {name!r} must be a scalar tensor; its callable returned {type(loss).__name__}."

@@ -30,7 +30,8 @@ def gram_matrix(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
         H, ``[m, m]``, float64, symmetric, on the gradients' device.
 
     Raises:
-        ValueError: There is no row, or the rows differ in their number or shapes of tensors.
+        ValueError: There is no row, the rows differ in their number or shapes of tensors, or a
+            tensor is complex.
 
     Example:
         >>> import torch
@@ -72,6 +73,8 @@ def _columns(rows: list[list[Tensor | None]]) -> Iterator[tuple[Tensor | None, .
             f"{lengths} entries."
         )
     for j, column in enumerate(zip(*rows, strict=True)):
+        if any(g is not None and g.is_complex() for g in column):
+            raise ValueError(f"`gradients` must be real; got complex ones for parameter {j}.")
         shapes = {tuple(g.shape) for g in column if g is not None}
         if len(shapes) > 1:
             raise ValueError(

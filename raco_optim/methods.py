@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from raco_optim._checks import checked_choice, checked_radius
+from raco_optim._checks import checked_choice, checked_radius, checked_weights
 from raco_optim.coefficients import (
     CLIPS,
     Clip,
@@ -77,9 +77,10 @@ class CAGradClip(MultiObjectiveOptimizer):
         shared_parameters: Iterable[Tensor] | None = None,
         nonfinite: NonFinite = "raise",
     ) -> None:
+        checked_weights(weights)
         self.c = c
-        self.clip = checked_choice("clip", clip, CLIPS)
-        self.solver = checked_choice("solver", solver, SOLVERS)
+        self.clip: Clip = checked_choice("clip", clip, CLIPS)
+        self.solver: Solver = checked_choice("solver", solver, SOLVERS)
         super().__init__(
             inner,
             self._mix,
@@ -110,6 +111,10 @@ class CAGradClip(MultiObjectiveOptimizer):
 
     def _own_state(self) -> dict[str, Any]:
         return {**super()._own_state(), "c": self.c}
+
+    def _check_own_state(self, own: dict[str, Any]) -> None:
+        super()._check_own_state(own)
+        self._checked_c(own["c"])
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         super()._load_own_state(own)
@@ -242,6 +247,7 @@ class LinearScalarization(MultiObjectiveOptimizer):
     def __init__(
         self, inner: Optimizer, weights: Weights, *, nonfinite: NonFinite = "raise"
     ) -> None:
+        checked_weights(weights)
         super().__init__(inner, self._mix, weights=weights, nonfinite=nonfinite)
 
     def _mix(self, gram: Tensor) -> MixingCoefficients:

@@ -24,7 +24,7 @@ from scipy.optimize import nnls
 
 from raco_optim._checks import ZERO
 
-Array = NDArray[np.floating[Any]]
+Array = NDArray[Any]
 Point = tuple[Array, Array]
 """p, and <g_i, y> / D_i."""
 
@@ -240,4 +240,5 @@ def _closest(w: Array, p: Array, tight: Array, metric: Array, D: Array) -> Array
         nearest = nearest - basis @ (residual[:-1] / residual[-1])
     closest = np.zeros_like(p)
     closest[index] = np.maximum(nearest, 0)
-    return closest / closest.sum()
+    closest /= closest.sum()
+    return closest

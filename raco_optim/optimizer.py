@@ -1,8 +1,7 @@
-"""The wrapper: an optimizer whose ``backward`` takes several losses. All state is here."""
+"""The optimizer whose ``backward`` takes several losses. What a step keeps is kept here."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,23 +9,27 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from raco_optim._checks import checked_choice, checked_weights
+from raco_optim._checks import (
+    check_any_present,
+    checked_choice,
+    checked_shared_parameters,
+    checked_weights,
+    named_losses,
+)
 from raco_optim.gradients import Loss
 from raco_optim.report import StepReport, make_report
 from raco_optim.step import NONFINITE, Gradients, NonFinite, Rule, Step, collect, solve, write
+from raco_optim.wrapper import OptimizerWrapper
 
 Weights = Sequence[float] | Mapping[str, float]
 Losses = Iterable[Loss | None] | Mapping[str, Loss | None]
-
-_STATE_KEY = "raco_optim"
-_STATE_VERSION = 1
 
 
 class _Skipped(Exception):
     """Leaves the inner step when the losses of its closure are not finite."""
 
 
-class MultiObjectiveOptimizer(Optimizer):
+class MultiObjectiveOptimizer(OptimizerWrapper):
     r"""Wraps a `torch.optim` optimizer so that it steps along a combination of several gradients.
 
     ``backward(losses)`` computes one gradient per loss and their Gram matrix H, asks `rule` for
@@ -83,33 +86,23 @@ class MultiObjectiveOptimizer(Optimizer):
         shared_parameters: Iterable[Tensor] | None = None,
         nonfinite: NonFinite = "raise",
     ) -> None:
-        if not isinstance(inner, Optimizer):
-            raise TypeError(
-                f"`inner` must be a torch.optim.Optimizer; got {type(inner).__name__}. Build it "
-                f"first: {type(self).__name__}(torch.optim.AdamW(model.parameters()), ...)."
-            )
+        super().__init__(inner)
         if not callable(rule):
             raise TypeError(
                 f"`rule` must be a callable from the Gram matrix to the coefficients; got {rule!r}."
             )
-        # Optimizer.__init__ would make parameter groups of its own, which drift apart from those
-        # of the inner optimizer when a checkpoint is loaded; hooks are all that is needed of it.
-        self.optimizer = inner
         self.rule = rule
-        self.nonfinite = checked_choice("nonfinite", nonfinite, NONFINITE)
-        self._names: tuple[str, ...] | None = None
-        self._weights: list[float] | None = None
-        if weights is not None:
-            self._weights = checked_weights(weights)
-            self._names = tuple(weights) if isinstance(weights, Mapping) else None
-        self._shared = self._checked_shared(shared_parameters)
+        self.nonfinite: NonFinite = checked_choice("nonfinite", nonfinite, NONFINITE)
+        self._names = tuple(weights) if isinstance(weights, Mapping) else None
+        self._weights = None if weights is None else checked_weights(weights)
+        self._shared = None
+        if shared_parameters is not None:
+            known = [p for group in inner.param_groups for p in group["params"]]
+            self._shared = checked_shared_parameters(shared_parameters, known)
         self._pending: Gradients | None = None
         self._last: Step | None = None
         self._skip = False
         self._skipped = 0
-        self._add_hooks()
-
-    # -- the step ---------------------------------------------------------------------------------
 
     def backward(self, losses: Losses, *, accumulate: bool = False) -> None:
         """Adds the combined gradient of the losses to ``.grad``, as ``loss.backward()`` does.
@@ -135,22 +128,31 @@ class MultiObjectiveOptimizer(Optimizer):
         as before the call.
         """
         _check_single_process()
-        names, ordered = self._named(losses)
+        names, number = self._names, None if self._weights is None else len(self._weights)
+        if self._pending is not None:
+            names, number = self._pending.names, len(self._pending.names)
+        names, ordered = named_losses(losses, names, number)
+        if not accumulate and self._pending is None:
+            check_any_present(ordered)
         parameters = [p for group in self.param_groups for p in group["params"]]
         gradients = collect(names, ordered, parameters, self._pending, keep=accumulate)
         if accumulate:
             self._pending = gradients
             return
         weights = self._weights or [1 / len(names)] * len(names)
-        shared = [self._shared is None or id(p) in self._shared for p in parameters]
-        step = solve(names, weights, gradients, shared, self.rule, self.nonfinite)
+        chosen = None if self._shared is None else {id(p) for p in self._shared}
+        shared = [chosen is None or id(p) in chosen for p in parameters]
+        step = solve(gradients, weights, shared, self.rule, self.nonfinite)
         if step.skip:
+            self._skip = True
             self._skipped += 1
         else:
             write(parameters, gradients, step, shared)
-        self._last, self._skip, self._pending = step, step.skip, None
+        self._last, self._pending = step, None
 
-    def step(self, closure: Callable[[], Losses] | None = None) -> Any:  # noqa: ANN401
+    def step(  # type: ignore[override]  # the closure returns losses, not a loss
+        self, closure: Callable[[], Losses] | None = None
+    ) -> Any:  # noqa: ANN401  # what the inner step returns
         """Performs the step of the inner optimizer.
 
         Args:
@@ -187,7 +189,7 @@ class MultiObjectiveOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets the gradients of all parameters, and drops accumulated ones."""
-        self.optimizer.zero_grad(set_to_none=set_to_none)
+        super().zero_grad(set_to_none=set_to_none)
         self._pending = None
         self._skip = False
 
@@ -215,8 +217,6 @@ class MultiObjectiveOptimizer(Optimizer):
             skipped=self._skipped,
         )
 
-    # -- hyperparameters --------------------------------------------------------------------------
-
     @property
     def weights(self) -> dict[str, float] | tuple[float, ...] | None:
         """The user's weights, in the form they were given; they may be set between steps."""
@@ -228,13 +228,12 @@ class MultiObjectiveOptimizer(Optimizer):
 
     @weights.setter
     def weights(self, weights: Weights) -> None:
-        if self._names is not None:
-            if not isinstance(weights, Mapping) or set(weights) != set(self._names):
-                raise ValueError(
-                    f"`weights` must be a mapping with the names {list(self._names)}; got "
-                    f"{weights!r}."
-                )
-            weights = {name: weights[name] for name in self._names}
+        names = set(weights) if isinstance(weights, Mapping) else None
+        if names != (None if self._names is None else set(self._names)):
+            expected = "a sequence" if self._names is None else f"a mapping with {self._names}"
+            raise ValueError(f"`weights` must stay {expected}; got {weights!r}.")
+        if isinstance(weights, Mapping):
+            weights = {name: weights[name] for name in self._names or ()}
         checked = checked_weights(weights)
         if self._weights is not None and len(checked) != len(self._weights):
             raise ValueError(
@@ -242,90 +241,6 @@ class MultiObjectiveOptimizer(Optimizer):
                 f"a new optimizer for another number of losses."
             )
         self._weights = checked
-
-    # -- an optimizer like any other: groups, state and defaults are those of the inner one -------
-
-    @property  # type: ignore[override]  # a plain attribute in Optimizer
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Parameter groups of the inner optimizer."""
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = groups
-
-    @property  # type: ignore[override]  # a plain attribute in Optimizer
-    def state(self) -> Any:  # noqa: ANN401
-        """State of the inner optimizer."""
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:  # noqa: ANN401
-        self.optimizer.state = state
-
-    @property  # type: ignore[override]  # a plain attribute in Optimizer
-    def defaults(self) -> dict[str, Any]:
-        """Default options of the inner optimizer."""
-        return self.optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.optimizer.defaults = defaults
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group to the inner optimizer."""
-        self.optimizer.add_param_group(param_group)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the inner optimizer's state, with the wrapper's under the key "raco_optim".
-
-        Accumulated gradients are not part of it: take a checkpoint between steps.
-        """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        state_dict = self.optimizer.state_dict()
-        state_dict[_STATE_KEY] = {"version": _STATE_VERSION, **self._own_state()}
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = post_hook(self, state_dict) or state_dict
-        return state_dict
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned, or the state of a plain inner optimizer.
-
-        Raises:
-            ValueError: The state is of another number of losses, of other names, of a newer
-                version, or does not fit the inner optimizer. Nothing is loaded then.
-        """
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
-        own = state_dict.pop(_STATE_KEY, None)
-        if own is not None:
-            self._check_own_state(own)
-        self.optimizer.load_state_dict(state_dict)
-        if own is not None:
-            self._load_own_state(own)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def __repr__(self) -> str:
-        own = ", ".join(f"{name}={value!r}" for name, value in self._described().items())
-        inner = repr(self.optimizer).replace("\n", "\n  ")
-        return f"{type(self).__name__}(\n  {own},\n  {inner}\n)"
-
-    def __getstate__(self) -> dict[str, Any]:
-        # As in Optimizer, hooks are not kept, nor is the `step` that a scheduler put in place.
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if name != "step" and not name.endswith("_hooks")
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._add_hooks()
-
-    # -- private ----------------------------------------------------------------------------------
 
     def _described(self) -> dict[str, Any]:
         return {"rule": self.rule, "weights": self.weights}
@@ -335,11 +250,7 @@ class MultiObjectiveOptimizer(Optimizer):
         return {"weights": self._weights, "names": names, "skipped": self._skipped}
 
     def _check_own_state(self, own: dict[str, Any]) -> None:
-        if own["version"] > _STATE_VERSION:
-            raise ValueError(
-                f"`state_dict` must be of version {_STATE_VERSION} or older; got version "
-                f"{own['version']}. Update raco_optim."
-            )
+        super()._check_own_state(own)
         names = None if self._names is None else list(self._names)
         numbers = [None if w is None else len(w) for w in (self._weights, own["weights"])]
         if own["names"] != names or numbers[0] != numbers[1]:
@@ -347,78 +258,12 @@ class MultiObjectiveOptimizer(Optimizer):
                 f"`state_dict` must be of the same losses, {names or numbers[0]}; got "
                 f"{own['names'] or numbers[1]}."
             )
+        if own["weights"] is not None:
+            checked_weights(own["weights"])
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         self._weights = own["weights"]
         self._skipped = own["skipped"]
-
-    def _named(self, losses: Losses) -> tuple[tuple[str, ...], list[Loss | None]]:
-        """Returns names and losses in the order of the weights, or raises."""
-        if isinstance(losses, Tensor) and losses.dim() == 0:
-            raise TypeError(
-                "`losses` must be a sequence or a mapping of losses; got a single tensor. Pass "
-                "[loss]."
-            )
-        if isinstance(losses, Mapping):
-            names = self._names
-            if names is None and self._weights is None:
-                names = tuple(losses)
-            if names is None or set(losses) != set(names):
-                expected = (
-                    f"a sequence of {len(self._weights or ())} losses, like the weights"
-                    if names is None
-                    else f"a mapping with the names of the weights, {list(names)}"
-                )
-                raise ValueError(f"`losses` must be {expected}; got the names {list(losses)}.")
-            ordered = [losses[name] for name in names]
-        else:
-            if not isinstance(losses, Iterable):
-                raise TypeError(
-                    f"`losses` must be a sequence or a mapping of losses; got "
-                    f"{type(losses).__name__}."
-                )
-            if self._names is not None:
-                raise ValueError(
-                    f"`losses` must be a mapping with the names of the weights, "
-                    f"{list(self._names)}; got a {type(losses).__name__}."
-                )
-            ordered = list(losses)
-            names = tuple(str(i) for i in range(len(ordered)))
-        expected_number = len(ordered) if self._weights is None else len(self._weights)
-        if len(ordered) != expected_number or not ordered:
-            raise ValueError(
-                f"`losses` must hold one loss per weight, {expected_number or 'at least one'}; got "
-                f"{len(ordered)}. Pass None for a loss that is absent from this batch."
-            )
-        if self._pending is not None and len(self._pending.values) != len(ordered):
-            raise ValueError(
-                f"`losses` must be as many as in the accumulated micro-batches, "
-                f"{len(self._pending.values)}; got {len(ordered)}."
-            )
-        return names, ordered
-
-    def _checked_shared(self, shared: Iterable[Tensor] | None) -> dict[int, Tensor] | None:
-        if shared is None:
-            return None
-        chosen = {id(p): p for p in shared}
-        known = {id(p) for group in self.param_groups for p in group["params"]}
-        foreign = [list(p.shape) for key, p in chosen.items() if key not in known]
-        if foreign or not chosen:
-            raise ValueError(
-                f"`shared_parameters` must be parameters of `inner`, at least one; got "
-                f"{f'{len(foreign)} others, of shapes {foreign}' if foreign else 'none'}. Pass for "
-                f"example model.trunk.parameters()."
-            )
-        return chosen
-
-    def _add_hooks(self) -> None:
-        self._optimizer_step_pre_hooks = OrderedDict()
-        self._optimizer_step_post_hooks = OrderedDict()
-        self._optimizer_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_state_dict_post_hooks = OrderedDict()
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_load_state_dict_post_hooks = OrderedDict()
-        self._patch_step_function()
 
 
 def backward(optimizer: Any, losses: Losses, *, accumulate: bool = False) -> None:  # noqa: ANN401

@@ -35,6 +35,9 @@ def pareto_front(points: Tensor | npt.ArrayLike) -> Tensor:
         >>> from raco_optim.pareto import pareto_front
         >>> pareto_front([[1.0, 3.0], [2.0, 2.0], [2.0, 3.0], [1.0, 3.0]])
         tensor([ True,  True, False,  True])
+
+    References:
+        Kung, Luccio and Preparata, "On finding the maxima of a set of vectors", 1975.
     """
     # A dominated point comes after its dominator in lexicographic order, so the first point that
     # is left is on the front. Time n * |front| * m, memory n * m.
@@ -119,6 +122,10 @@ def distance_to_front(points: Tensor | npt.ArrayLike, front: Tensor | npt.ArrayL
         >>> from raco_optim.pareto import distance_to_front
         >>> distance_to_front([[0.0, 0.0], [3.0, 1.0]], front=[[0.0, 1.0], [3.0, 5.0]])
         tensor([1., 3.], dtype=torch.float64)
+
+    References:
+        Coello Coello and Reyes Sierra, "A study of the parallelization of a coevolutionary
+        multi-objective evolutionary algorithm", 2004 (IGD).
     """
     rows, targets = _as_points(points, "points"), _as_points(front, "front")
     if not len(targets) or targets.shape[1] != rows.shape[1]:
@@ -154,7 +161,7 @@ def pareto_criticality(gram: Tensor | Sequence[Sequence[float]]) -> Tensor:
         tensor(1.4142, dtype=torch.float64)
 
     References:
-        Desideri, "Multiple-gradient descent algorithm" (2012); arXiv 2602.02495, Theorem 3.1.
+        Desideri, "Multiple-gradient descent algorithm", 2012; Theorem 3.1 of arXiv 2602.02495.
     """
     return min_norm_point(gram).value.cpu()
 

@@ -98,7 +98,7 @@ def make_report(
 ) -> StepReport:
     """Derives a `StepReport` from what a step kept; waits for the device the tensors are on."""
     H = _host(gram)
-    w = torch.tensor(weights, dtype=torch.float64)
+    w = torch.tensor(weights, dtype=torch.float64, device="cpu")
     alpha = _host(coefficients)
     norms = H.diagonal().sqrt()
     inverse = torch.where(norms > 0, 1 / norms, 0.0)

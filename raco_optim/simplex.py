@@ -204,7 +204,7 @@ def _solve_in(
         solution = solve_slsqp(problem)
     if not extended and c > 0 and solution.squared_norm < FEW_DIGITS * (D @ solution.p) ** 2:
         return None
-    return solution.p, solution.value * norm_g0 * scale * scale, solution.gap
+    return solution.p, float(solution.value * norm_g0 * scale * scale), solution.gap
 
 
 def _cosines(values: Array) -> tuple[float, Array, Array]:
@@ -230,8 +230,9 @@ def _cosines(values: Array) -> tuple[float, Array, Array]:
 def _closest_on_face(derivative: Array, w: Array) -> Array:
     """Returns the minimiser of a linear function on the simplex that is closest to w."""
     face = derivative <= derivative.min() + 1e-15
-    p = np.where(face, w, 0.0)
-    return p + face * (1 - p.sum()) / face.sum()
+    p: Array = np.where(face, w, 0.0)
+    p += face * (1 - p.sum()) / face.sum()
+    return p
 
 
 def _solution(H: Tensor, p: Array | list[float], value: float, gap: float) -> SubproblemSolution:

@@ -23,6 +23,7 @@ NONFINITE = ("raise", "skip", "propagate")
 class Gradients:
     """Per-loss values and gradients, summed over the micro-batches of one step."""
 
+    names: tuple[str, ...]
     values: list[Tensor | None]
     rows: list[Gradient]
 
@@ -41,39 +42,36 @@ class Step:
 
 
 def collect(
-    names: Sequence[str],
-    losses: Sequence[Loss | None],
-    parameters: Sequence[Tensor],
+    names: tuple[str, ...],
+    losses: list[Loss | None],
+    parameters: list[Tensor],
     pending: Gradients | None,
     *,
     keep: bool,
 ) -> Gradients:
     """Computes the gradients of the losses and adds the pending ones, which stay as they are.
 
-    With `keep`, the result outlives this call: gradients are copied where autograd may have
-    returned a tensor that user code holds too.
+    With `keep`, the result outlives this call, and what autograd returned is copied: it may be a
+    tensor that user code holds too.
     """
-    found = Gradients([], [])
+    found = Gradients(names, [], [])
     for value, row in iterate_gradients(losses, parameters, names):
+        if keep:
+            row = [None if g is None else g.clone() for g in row]
         found.values.append(value)
         found.rows.append(row)
-    if pending is None:
-        if keep:
-            for row in found.rows:
-                row[:] = [None if g is None else g.clone() for g in row]
-        return found
-    for k, earlier in enumerate(pending.values):
-        found.values[k] = _sum(earlier, found.values[k])
-    for row, earlier_row in zip(found.rows, pending.rows, strict=True):
-        for j, g in enumerate(earlier_row):  # one at a time, so that each g is freed at once
-            row[j] = _sum(g, row[j])
+    if pending is not None:
+        for k, earlier in enumerate(pending.values):
+            found.values[k] = _sum(earlier, found.values[k])
+        for row, earlier_row in zip(found.rows, pending.rows, strict=True):
+            for j, g in enumerate(earlier_row):  # one at a time, so that each is freed at once
+                row[j] = _sum(g, row[j])
     return found
 
 
 def solve(
-    names: tuple[str, ...],
-    weights: list[float],
     gradients: Gradients,
+    weights: list[float],
     shared: Sequence[bool],
     rule: Rule,
     nonfinite: NonFinite,
@@ -84,7 +82,7 @@ def solve(
         FloatingPointError: See `MultiObjectiveOptimizer`.
         ValueError: The rule returned something other than one coefficient per loss.
     """
-    m = len(names)
+    names, m = gradients.names, len(gradients.names)
     gram = gram_matrix(
         [[g for g, s in zip(row, shared, strict=True) if s] for row in gradients.rows]
     )
@@ -107,11 +105,13 @@ def solve(
     skip = False
     if nonfinite == "propagate":
         finite = gram.isfinite().all()
-        mixing = _mix(rule, torch.where(finite, gram, torch.eye(m).to(gram)))
+        mixing = _mix(
+            rule, torch.where(finite, gram, torch.eye(m, dtype=gram.dtype, device=gram.device))
+        )
         alpha = mixing.coefficients
-        w = alpha.new_tensor(weights)
         mixing = MixingCoefficients(
-            torch.where(finite.to(alpha.device), alpha, w), mixing.p, mixing.p_clipped, mixing.gap
+            torch.where(finite.to(alpha.device), alpha, alpha.new_tensor(weights)),
+            *(_nan_unless(finite, x) for x in (mixing.p, mixing.p_clipped, mixing.gap)),
         )
     else:
         # The one copy to the host; what follows is of size m and done there.
@@ -128,7 +128,7 @@ def solve(
             )
         else:
             skip = True
-            mixing = MixingCoefficients(torch.zeros(m, dtype=torch.float64))
+            mixing = MixingCoefficients(gram.new_zeros(m))
     return Step(names, weights, gram, mixing, losses, absent, skip)
 
 
@@ -136,7 +136,7 @@ def write(
     parameters: Sequence[Tensor], gradients: Gradients, step: Step, shared: Sequence[bool]
 ) -> None:
     """Adds the combined gradient to ``.grad``; the heads get the weighted sum. Consumes the rows."""
-    weights = torch.tensor(step.weights, dtype=torch.float64)
+    weights = torch.tensor(step.weights, dtype=torch.float64, device="cpu")
     for part, coefficients in ((True, step.mixing.coefficients), (False, weights)):
         chosen = [j for j, s in enumerate(shared) if s == part]
         rows: list[Gradient] = []
@@ -151,6 +151,10 @@ def _sum(earlier: Tensor | None, later: Tensor | None) -> Tensor | None:
     if earlier is None or later is None:
         return later if earlier is None else earlier
     return earlier + later
+
+
+def _nan_unless(finite: Tensor, x: Tensor | None) -> Tensor | None:
+    return None if x is None else torch.where(finite.to(x.device), x, torch.nan)
 
 
 def _first_nonfinite(names: Sequence[str], host: Tensor) -> str | None:
@@ -168,13 +172,16 @@ def _first_nonfinite(names: Sequence[str], host: Tensor) -> str | None:
 def _mix(rule: Rule, gram: Tensor) -> MixingCoefficients:
     with torch.no_grad():
         mixing = rule(gram)
-    if not isinstance(mixing, MixingCoefficients):
+    if not isinstance(mixing, Tensor | MixingCoefficients):
+        raise TypeError(
+            f"`rule` must return a tensor or MixingCoefficients; got {type(mixing).__name__}."
+        )
+    if isinstance(mixing, Tensor):
         mixing = MixingCoefficients(mixing)
     alpha = mixing.coefficients
-    if not isinstance(alpha, Tensor) or alpha.shape != gram.shape[:1]:
-        got = f"shape {list(alpha.shape)}" if isinstance(alpha, Tensor) else type(alpha).__name__
+    if alpha.shape != gram.shape[:1] or not alpha.is_floating_point():
         raise ValueError(
-            f"`rule` must return a tensor of shape [{len(gram)}], one coefficient per loss; got "
-            f"{got}."
+            f"`rule` must return a real tensor of shape [{len(gram)}], one coefficient per loss; "
+            f"got shape {list(alpha.shape)} and dtype {alpha.dtype}."
         )
     return mixing

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raco_optim.pareto import distance_to_front, hypervolume, pareto_criticality, pareto_front
+from tests.oracles import exact_min_norm
 
 CELLS = 5
 
@@ -251,6 +252,16 @@ def test_criticality_of_two_gradients_is_the_distance_from_a_segment(norms, angl
     assert pareto_criticality(two_gradients(a, b, angle)).item() == pytest.approx(
         expected, rel=1e-7
     )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_criticality_is_the_least_norm_to_40_digits(seed):
+    rng = np.random.default_rng(seed)
+    # Integers: H has no rounding in it, and dependent gradients are common.
+    gradients = rng.integers(-4, 5, size=(2 + seed % 4, 3)).astype(float)
+    gram = gradients @ gradients.T
+    tolerance = 1e-7 * math.sqrt(gram.diagonal().max())
+    assert pareto_criticality(gram).item() == pytest.approx(exact_min_norm(gram), abs=tolerance)
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -37,28 +37,27 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         options.output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=options.output).close()
     except OSError as error:
-        parser.error(f"--output must be a folder to write to; got {options.output} ({error}).")
+        parser.exit(2, f"--output must be a folder to write to; got {options.output} ({error}).\n")
     return options
 
 
 def main(settings: Settings, output: Path) -> None:
     """Runs the experiment and reports on it."""
-    # The matrices are too small to keep more threads busy, and the result of a sum depends on how
-    # many share it: a fixed number gives the same figures on every number of cores.
-    torch.set_num_threads(2)
     start = time.perf_counter()
     corpus = Corpus(settings.test_pairs)
-    ceiling = accuracy_ceiling(corpus.held_out)
     with tqdm(total=settings.total_steps, unit="step", desc="pretrain and align") as progress:
         runs = list(run_experiment(settings, corpus, on_step=progress.update))
     seconds = time.perf_counter() - start
 
-    print(table(runs, ceiling, settings))
+    ceiling = accuracy_ceiling(corpus.held_out)
     save(output / "results.json", runs, ceiling, settings, seconds)
     draw(output / "tradeoff.png", runs, ceiling)
-    print(f"\n{output / 'tradeoff.png'}\n{output / 'results.json'}")
+    print(f"\n{table(runs, ceiling)}\n\n{output / 'results.json'}\n{output / 'tradeoff.png'}")
 
 
 if __name__ == "__main__":
     options = parse()
+    # These matrices keep no more than two threads busy, and how many threads share a sum decides
+    # its last digits: with a fixed number, the figures don't depend on the number of cores.
+    torch.set_num_threads(2)
     main(Settings(seeds=tuple(options.seeds)), options.output)

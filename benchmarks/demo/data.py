@@ -56,7 +56,7 @@ class PreferencePair:
 
 
 def load_papers(*splits: str) -> list[Document]:
-    """Papers of the given splits of aclsum, ``"train"``, ``"val"`` and ``"test"``, which share none."""
+    """Papers of splits of aclsum: ``"train"``, ``"val"``, ``"test"``; no two share a paper."""
     return [paper for split in splits for paper in ACLSum(split).documents]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Tokenizer
 
-from benchmarks.demo.align import Evaluation, PairTensors, Training, align, evaluate, pair_tensors
+from benchmarks.demo.align import Evaluation, Training, align, evaluate, pair_tensors
 from benchmarks.demo.data import PreferencePair, load_papers, sample_pairs, sentences
 from benchmarks.demo.model import build_model, pretrain, tokenize, train_tokenizer
 from raco_optim import MGDA, CAGrad, CAGradClip, LinearScalarization, MultiObjectiveOptimizer
@@ -70,9 +70,7 @@ class Corpus:
 
     def __init__(self, test_pairs: int) -> None:
         self.train_papers = load_papers("train", "val")
-        self.texts = [
-            sentence.text for paper in self.train_papers for sentence in sentences(paper)
-        ]
+        self.texts = [sentence.text for paper in self.train_papers for sentence in sentences(paper)]
         self.tokenizer: Tokenizer = train_tokenizer(self.texts)
         # Sorted by length, so that batches of them carry little padding.
         self.held_out: list[PreferencePair] = sorted(

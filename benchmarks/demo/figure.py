@@ -1,99 +1,126 @@
-"""Runs -> a picture of the trade-off and of what it costs in steps that hurt an objective."""
+"""Runs -> a picture: the trade-off that was reached, and the steps that hurt an objective."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from benchmarks.demo.data import OBJECTIVES
 from benchmarks.demo.experiment import Run
 from benchmarks.demo.results import Ceiling, Estimate, by_point
 
-# Colours of Okabe and Ito, told apart with any colour vision, and a marker each for grey printers.
-STYLE = {
-    "Weighted DPO": ("#0072B2", "o"),
-    "CAGrad": ("#E69F00", "s"),
-    "CAGrad-Clip": ("#009E73", "D"),
-    "MGDA": ("#CC79A7", "^"),
+# Okabe and Ito's colours, which differ for any colour vision; markers differ in print without
+# colour. The sizes let three methods show that end up in the same place.
+STYLES = {
+    "Weighted DPO": {"color": "#0072B2", "marker": "o", "markersize": 6},
+    "CAGrad": {"color": "#E69F00", "marker": "s", "markersize": 9, "markerfacecolor": "white"},
+    "CAGrad-Clip": {"color": "#009E73", "marker": "D", "markersize": 4.5},
+    "MGDA": {"color": "#CC79A7", "marker": "^", "markersize": 7},
 }
-INK, FAINT = "#222222", "#8a8a8a"
+INK, GREY, SHADE = "#222222", "#767676", "#efefef"
 
 
 def draw(path: Path, runs: Sequence[Run], ceiling: Ceiling) -> None:
-    """Draws the held-out accuracies with their ceiling, and the share of hurting steps."""
-    matplotlib.use("Agg")
-    with plt.rc_context(
-        {
-            "font.size": 9.5,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.edgecolor": FAINT,
-            "axes.labelcolor": INK,
-            "axes.titlesize": 10.5,
-            "axes.titlelocation": "left",
-            "xtick.color": INK,
-            "ytick.color": INK,
-        }
-    ):
-        figure, (left, right) = plt.subplots(
-            1, 2, figsize=(9.6, 4.6), width_ratios=(1.35, 1), layout="constrained"
-        )
-        _draw_tradeoff(left, runs, ceiling)
+    """Draws the held-out accuracies below their ceiling, and the share of hurting steps, as PNG."""
+    style = {
+        "font.size": 9.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": GREY,
+        "lines.linewidth": 1.6,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(9.2, 5.0), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+        _draw_accuracies(left, runs, ceiling)
         _draw_hurting_steps(right, runs)
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
         figure.savefig(path, dpi=200)
-        plt.close(figure)
 
 
-def _draw_tradeoff(axes: Axes, runs: Sequence[Run], ceiling: Ceiling) -> None:
-    points = by_point(runs)
-    for method, (color, marker) in STYLE.items():
-        groups = {key: group for key, group in points.items() if key[0] == method}
+def _draw_accuracies(axes: Axes, runs: Sequence[Run], ceiling: Ceiling) -> None:
+    seeds = len({run.seed for run in runs})
+    spread = f"large: mean of {seeds} seeds, small: each seed" if seeds > 1 else "one seed"
+    _set_title(axes, "Held-out preference accuracy", spread)
+    at_weight: dict[float, list[list[float]]] = {}
+    for method, style in STYLES.items():
         means = []
-        for group in groups.values():
-            accuracies = [[run.evaluation[name].accuracy for name in OBJECTIVES] for run in group]
-            axes.plot(*zip(*accuracies, strict=True), marker, color=color, ms=3, alpha=0.35, mew=0)
-            means.append([statistics.fmean(column) for column in zip(*accuracies, strict=True)])
-        axes.plot(
-            *zip(*means, strict=True),
-            marker=marker, color=color, label=method, ms=7, lw=1.6, mec="white", mew=0.8, zorder=3,
-        )
-        for (_, weight), (x, y) in zip(groups, means, strict=True):
+        for weight, group in _by_weight(runs, method).items():
+            points = [[run.evaluation[name].accuracy for name in OBJECTIVES] for run in group]
+            axes.scatter(*_columns(points), 7, style["color"], alpha=0.4, lw=0)
+            means.append([statistics.fmean(column) for column in _columns(points)])
             if weight is not None:
-                axes.annotate(f"{weight:g}", (x, y), (5, 5), textcoords="offset points", color=color, fontsize=8)
-    axes.plot(0.5, 0.5, "P", color=INK, ms=7, mec="white", mew=0.8)
-    axes.annotate("base model", (0.5, 0.5), (7, -3), textcoords="offset points", color=INK)
-    top = ceiling.accuracy_sum
-    axes.axline((top - 1, 1), (1, top - 1), color=INK, lw=1, ls=(0, (5, 3)), zorder=1)
-    axes.set_aspect("equal")
-    axes.set_xlabel(f"held-out accuracy: {OBJECTIVES[0]}")
-    axes.set_ylabel(f"held-out accuracy: {OBJECTIVES[1]}")
-    axes.set_title("Trade-off between two preferences")
+                at_weight.setdefault(weight, []).append(means[-1])
+        axes.plot(*_columns(means), label=method, zorder=3, **style)
+
+    axes.plot(0.5, 0.5, "P", color=INK, markersize=7)
+    axes.annotate("base model", (0.5, 0.5), (8, -3), textcoords="offset points", color=INK)
+    for weight, means in at_weight.items():
+        center = [statistics.fmean(column) for column in _columns(means)]
+        axes.annotate(
+            f"w = {weight:g}",
+            center,
+            (-10, -12),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            color=INK,
+        )
+
+    accuracies = [run.evaluation[name].accuracy for run in runs for name in OBJECTIVES]
+    low, high = min(0.5, *accuracies) - 0.06, max(0.5, *accuracies) + 0.07
+    total, conflict = ceiling.accuracy_sum, ceiling.conflicting / ceiling.pairs
+    axes.fill([total - high, high, high], [high, total - high, high], color=SHADE, zorder=0)
+    axes.plot([total - high, high], [high, total - high], color=GREY, lw=1, zorder=1)
+    axes.text(
+        0.98,
+        0.98,
+        f"out of reach of any model:\nthe objectives disagree\non {conflict:.0%} of the pairs",
+        transform=axes.transAxes,
+        ha="right",
+        va="top",
+        color=GREY,
+    )
+    axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
+    axes.set_xlabel("accuracy on “states the outcome”")
+    axes.set_ylabel("accuracy on “is shorter”")
 
 
 def _draw_hurting_steps(axes: Axes, runs: Sequence[Run]) -> None:
-    points = by_point(runs)
-    for method, (color, marker) in STYLE.items():
+    seeds = len({run.seed for run in runs})
+    spread = f"mean and s.d. of {seeds} seeds" if seeds > 1 else "one seed"
+    _set_title(axes, "Steps that push an objective's loss up", f"{spread}; MGDA takes no weights")
+    for method, style in STYLES.items():
         shares = {
             weight: Estimate.of(100 * run.training.hurting_steps for run in group)
-            for (name, weight), group in points.items()
-            if name == method
+            for weight, group in _by_weight(runs, method).items()
         }
+        means = [share.mean for share in shares.values()]
         if None in shares:
-            axes.axhline(shares[None].mean, color=color, lw=1.6, ls=":")
-            continue
-        axes.errorbar(
-            list(shares),
-            [share.mean for share in shares.values()],
-            [share.deviation for share in shares.values()],
-            marker=marker, color=color, ms=7, lw=1.6, mec="white", mew=0.8, elinewidth=1,
-        )
-    axes.set_xlabel("weight of outcome")
-    axes.set_ylabel("steps that hurt an objective [%]")
-    axes.set_title("What the optimizer did")
+            axes.axhline(*means, color=style["color"], ls=":", zorder=1)
+        else:
+            deviations = [share.deviation for share in shares.values()]
+            axes.errorbar(list(shares), means, deviations, elinewidth=1, **style)
+    axes.set_xticks(sorted({run.outcome_weight for run in runs} - {None}))
+    axes.set_ylim(bottom=-2)
+    axes.set_xlabel("weight w of “states the outcome”")
+    axes.set_ylabel("training steps [%]")
+
+
+def _set_title(axes: Axes, title: str, subtitle: str) -> None:
+    axes.set_title(title, loc="left", pad=20, color=INK, fontsize=11)
+    axes.text(0, 1.025, subtitle, transform=axes.transAxes, color=GREY, fontsize=9)
+
+
+def _by_weight(runs: Sequence[Run], method: str) -> dict[float | None, list[Run]]:
+    return {weight: group for (name, weight), group in by_point(runs).items() if name == method}
+
+
+def _columns(points: Sequence[Sequence[float]]) -> Iterator[tuple[float, ...]]:
+    return zip(*points, strict=True)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import platform
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib.metadata import version
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.demo.align import BETA
 from benchmarks.demo.data import OBJECTIVES, PreferencePair
 from benchmarks.demo.experiment import C, Run, Settings
+from benchmarks.harness import environment
 from raco_optim.pareto import hypervolume
 
 # Worst errors there are: fixed before any result is known.
@@ -72,12 +71,9 @@ def accuracy_ceiling(pairs: Sequence[PreferencePair]) -> Ceiling:
     return Ceiling(len(pairs), labelled, conflicting, 2 - conflicting / max(labelled))
 
 
-Key = tuple[str, float | None]
-
-
-def by_point(runs: Sequence[Run]) -> dict[Key, list[Run]]:
+def by_point(runs: Sequence[Run]) -> dict[tuple[str, float | None], list[Run]]:
     """Groups the runs of all seeds by method and weight, in the order of the runs."""
-    points: dict[Key, list[Run]] = {}
+    points: dict[tuple[str, float | None], list[Run]] = {}
     for run in runs:
         points.setdefault((run.method, run.outcome_weight), []).append(run)
     return points
@@ -99,71 +95,67 @@ def hypervolumes(runs: Sequence[Run]) -> dict[str, list[float]]:
     return volumes
 
 
-def table(runs: Sequence[Run], ceiling: Ceiling, settings: Settings) -> str:
-    """Everything that was measured, as text."""
-    return "\n".join(_lines(runs, ceiling, settings))
-
-
-def _lines(runs: Sequence[Run], ceiling: Ceiling, settings: Settings) -> Iterator[str]:
-    seeds = len(settings.seeds)
-    yield ""
-    yield f"{'':12} {'':4} {'held-out loss':^19} {'held-out margin':^19} {'held-out accuracy':^19}"
-    yield (
-        f"{'method':12} {'w':4}" + f" {OBJECTIVES[0]:>9} {OBJECTIVES[1]:>9}" * 3
-        + f" {'hurting':>8} {'conflict':>8}"
-    )
-    for (method, weight), group in by_point(runs).items():
+def table(runs: Sequence[Run], ceiling: Ceiling) -> str:
+    """Everything that was measured, as text: means over seeds, with standard deviations."""
+    points = by_point(runs)
+    seeds = len({run.seed for run in runs})
+    pair = " ".join(f"{name:>9}" for name in OBJECTIVES)
+    lines = [
+        f"{'':17} {'held-out loss':^19} {'held-out margin':^19} {'held-out accuracy':^19}",
+        f"{'method':12} {'w':>4} {pair} {pair} {pair} {'hurting':>8} {'conflict':>8}",
+    ]
+    for (method, weight), group in points.items():
         cells = [
             Estimate.of(getattr(run.evaluation[name], metric) for run in group)
             for metric in ("loss", "margin", "accuracy")
             for name in OBJECTIVES
         ]
-        hurting = statistics.fmean(run.training.hurting_steps for run in group)
-        conflicting = statistics.fmean(run.training.conflicting_steps for run in group)
-        label = "-" if weight is None else f"{weight:g}"
-        yield (
-            f"{method:12} {label:4} "
+        lines.append(
+            f"{method:12} {'-' if weight is None else weight:>4} "
             + " ".join(f"{cell!s:>9}" for cell in cells)
-            + f" {hurting:8.0%} {conflicting:8.0%}"
+            + f" {statistics.fmean(run.training.hurting_steps for run in group):8.0%}"
+            + f" {statistics.fmean(run.training.conflicting_steps for run in group):8.0%}"
         )
-    yield ""
-    yield "w         weight of outcome; short has 1 - w. MGDA takes no weights: one run per seed"
-    yield "hurting   steps whose combined gradient, followed downhill, raises an objective's loss"
-    yield "conflict  steps on which the gradients of the two objectives have a negative product"
-    spread = "mean±standard deviation over" if seeds > 1 else "no spread: only"
-    yield f"{spread} {seeds} seed{'s' * (seeds > 1)}, on {ceiling.pairs} held-out pairs"
-    yield ""
-    yield "hypervolume of the accuracies, reference point (0, 0):"
+    spread = "mean±standard deviation of" if seeds > 1 else "no spread is known from"
+    lines += [
+        "",
+        f"{spread} {seeds} seed{'s' * (seeds > 1)}; {ceiling.pairs} held-out pairs",
+        "w         weight of outcome; short has the rest. MGDA takes no weights: one point",
+        "hurting   training steps along a combined gradient that raises an objective's loss",
+        "conflict  training steps on which the gradients of the objectives point apart",
+        "",
+        "hypervolume of the held-out accuracies, reference point (0, 0):",
+    ]
     for method, volumes in hypervolumes(runs).items():
-        points = sum(key[0] == method for key in by_point(runs))
-        yield f"  {method:12} {Estimate.of(volumes)}  ({points} point{'s' * (points > 1)})"
-    share = ceiling.conflicting / ceiling.pairs
+        size = sum(other == method for other, _ in points)
+        lines.append(f"  {method:12} {Estimate.of(volumes)}  {size} point{'s' * (size > 1)}")
     best = max(
-        sum(statistics.fmean(run.evaluation[name].accuracy for run in group) for name in OBJECTIVES)
-        for group in by_point(runs).values()
+        statistics.fmean(sum(run.evaluation[name].accuracy for name in OBJECTIVES) for run in group)
+        for group in points.values()
     )
-    yield (
-        f"{OBJECTIVES[0]} and {OBJECTIVES[1]} disagree on {share:.1%} of the held-out pairs, so no "
-        f"model's two accuracies exceed a sum of {ceiling.accuracy_sum:.3f}; the best here: {best:.3f}"
-    )
+    lines += [
+        "",
+        f"The objectives disagree on {ceiling.conflicting / ceiling.pairs:.1%} of the held-out "
+        f"pairs: no model's accuracies have a sum above {ceiling.accuracy_sum:.3f}.",
+        f"The highest mean sum above is {best:.3f}; the base model's is 1.",
+    ]
+    return "\n".join(lines)
 
 
 def save(
     path: Path, runs: Sequence[Run], ceiling: Ceiling, settings: Settings, seconds: float
 ) -> None:
     """Writes all runs, and what is needed to repeat and to judge them, as JSON."""
-    packages = ("raco_optim", "torch", "transformers", "tokenizers", "aclsum")
     record = {
         "settings": dataclasses.asdict(settings) | {"beta": BETA, "c": C},
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in packages[1:]},
+        "environment": environment(packages=("transformers", "tokenizers", "aclsum")),
+        "seconds": round(seconds, 1),
         "held_out": ceiling._asdict(),
         "hypervolume": {
-            "space": "1 - accuracy",
+            "of": "1 - accuracy",
             "reference": REFERENCE,
             "per_seed": hypervolumes(runs),
         },
         "runs": [dataclasses.asdict(run) for run in runs],
-        "seconds": round(seconds, 1),
     }
     path.write_text(json.dumps(record, indent=1) + "\n")

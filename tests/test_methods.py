@@ -1,0 +1,308 @@
+"""A whole step against Algorithm 1 written out with plain backward passes and a 60-digit p."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from raco_optim import MGDA, CAGrad, CAGradClip, LinearScalarization
+from tests.problems_nn import (
+    INNER,
+    batch,
+    bits,
+    clipped_alpha,
+    flat_grad,
+    jacobian,
+    network,
+    train_step,
+    two_losses,
+)
+
+DOUBLE = torch.float64
+
+
+def three_losses(model, x):
+    out = model(x)
+    return [*two_losses(model, x), ((out[:, 1] - 2) ** 2).mean()]
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+CASES = [
+    (two_losses, [0.6, 0.4]),
+    (two_losses, [0.1, 0.9]),
+    (two_losses, [1.0, 0.0]),
+    (three_losses, [0.2, 0.5, 0.3]),
+    (three_losses, [0.0, 0.5, 0.5]),
+]
+
+
+@pytest.mark.parametrize("solver", ["exact", "pgd", "slsqp"])
+@pytest.mark.parametrize("clip", ["hard", "soft", "none"])
+@pytest.mark.parametrize(("losses", "weights"), CASES)
+def test_one_step_is_algorithm_1(losses, weights, clip, solver):
+    model, x = network(DOUBLE), batch(0, dtype=DOUBLE)
+    J = jacobian(model, lambda: losses(model, x))
+    alpha = clipped_alpha(J, weights, 0.4, clip)
+    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+    opt = CAGradClip(sgd(model), weights, c=0.4, clip=clip, solver=solver)
+    opt.backward(losses(model, x))
+    torch.testing.assert_close(opt.report.coefficients, alpha, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(flat_grad(model), alpha @ J, rtol=1e-6, atol=1e-6)
+    opt.step()
+    after = nn.utils.parameters_to_vector(model.parameters())
+    torch.testing.assert_close(after, before - 0.1 * alpha @ J, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(INNER.keys() - {"LBFGS"}))
+def test_trajectory_equals_the_inner_optimizer_on_hand_made_gradients(name):
+    model, witness = network(DOUBLE), network(DOUBLE)
+    opt = CAGradClip(INNER[name](model.parameters()), [0.3, 0.7], c=0.5)
+    plain = INNER[name](witness.parameters())
+    for t in range(5):
+        x = batch(t, dtype=DOUBLE)
+        train_step(opt, model, x)
+        J = jacobian(witness, lambda x=x: two_losses(witness, x))
+        combined = clipped_alpha(J, [0.3, 0.7], 0.5, "hard") @ J
+        nn.utils.vector_to_parameters  # noqa: B018
+        offset = 0
+        for p in witness.parameters():
+            p.grad = combined[offset : offset + p.numel()].view_as(p).clone()
+            offset += p.numel()
+        plain.step()
+    for p, q in zip(model.parameters(), witness.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["CAGradClip", "CAGrad", "LinearScalarization", "loss"])
+@pytest.mark.parametrize("name", INNER)
+def test_without_a_radius_it_is_the_weighted_sum(name, method):
+    def train(step, model):
+        for t in range(4):
+            step(batch(t, dtype=DOUBLE))
+        return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    witness = network(DOUBLE)
+    plain = INNER[name](witness.parameters())
+
+    def plain_step(x):
+        def closure():
+            plain.zero_grad()
+            first, second = two_losses(witness, x)
+            loss = 0.25 * first + 0.75 * second
+            loss.backward()
+            return loss
+
+        plain.step(closure)
+
+    model = network(DOUBLE)
+    inner = INNER[name](model.parameters())
+    opt = {
+        "CAGradClip": lambda: CAGradClip(inner, [0.25, 0.75], c=0.0),
+        "CAGrad": lambda: CAGrad(inner, [0.25, 0.75], c=0.0),
+        "LinearScalarization": lambda: LinearScalarization(inner, [0.25, 0.75]),
+        "loss": lambda: CAGradClip(inner, [1.0], c=0.0),
+    }[method]()
+
+    def step(x):
+        def closure():
+            opt.zero_grad()
+            first, second = two_losses(model, x)
+            return [0.25 * first + 0.75 * second] if method == "loss" else [first, second]
+
+        opt.step(closure)
+
+    torch.testing.assert_close(train(step, model), train(plain_step, witness), rtol=1e-9, atol=1e-9)
+
+
+def test_backward_adds_as_loss_backward_does():
+    model = network()
+    opt = CAGradClip(sgd(model), [0.6, 0.4])
+    opt.backward(two_losses(model, batch(0)))
+    first = flat_grad(model)
+    opt.backward(two_losses(model, batch(0)))
+    assert torch.equal(flat_grad(model), 2 * first)
+    opt.zero_grad()
+    opt.backward(two_losses(model, batch(1)))
+    other = flat_grad(model)
+    model(batch(0)).sum().backward()  # an ordinary backward adds to it just as well
+    assert not torch.equal(flat_grad(model), other)
+
+
+@pytest.mark.parametrize("c", [0.0, 0.4, 0.99])
+def test_one_loss_is_lengthened_by_the_radius(c):
+    """p = w = 1: G0 = g + c |g| g / |g|."""
+    model, x = network(DOUBLE), batch(0, dtype=DOUBLE)
+    J = jacobian(model, lambda: two_losses(model, x)[:1])
+    CAGradClip(sgd(model), [1.0], c=c).backward(two_losses(model, x)[:1])
+    torch.testing.assert_close(flat_grad(model), (1 + c) * J[0], rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.9, 0.1], [0.2, 0.3, 0.5]])
+def test_identical_losses_are_one_loss(weights):
+    model, x = network(DOUBLE), batch(0, dtype=DOUBLE)
+    J = jacobian(model, lambda: two_losses(model, x)[:1])
+    CAGradClip(sgd(model), weights, c=0.4).backward(two_losses(model, x)[:1] * len(weights))
+    torch.testing.assert_close(flat_grad(model), 1.4 * J[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("order", [[1, 0, 2], [2, 0, 1], [2, 1, 0]])
+def test_order_of_the_losses_does_not_matter(order):
+    weights, results = [0.2, 0.5, 0.3], []
+    for permutation in ([0, 1, 2], order):
+        model = network(DOUBLE)
+        opt = CAGradClip(sgd(model), [weights[i] for i in permutation], c=0.5)
+        losses = three_losses(model, batch(0, dtype=DOUBLE))
+        opt.backward([losses[i] for i in permutation])
+        alpha = torch.empty(3, dtype=DOUBLE)
+        alpha[permutation] = opt.report.coefficients
+        results.append((alpha, flat_grad(model)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [CAGradClip, MGDA])
+@pytest.mark.parametrize("losses", [two_losses, three_losses])
+def test_scale_of_the_losses_does_not_change_the_coefficients(losses, method):
+    def coefficients(scale):
+        model = network(DOUBLE)
+        m = len(losses(model, batch(0, dtype=DOUBLE)))
+        opt = method(sgd(model), [1 / m] * m)
+        opt.backward([scale * loss for loss in losses(model, batch(0, dtype=DOUBLE))])
+        return opt.report.coefficients
+
+    alpha = coefficients(1.0)
+    for power in (-60, -13, 1, 16, 53):
+        assert torch.equal(coefficients(2.0**power), alpha), "a power of two rounds nothing"
+    for scale in (1e-16, 1e-8, 1e-3, 1e3, 1e8, 1e16):
+        torch.testing.assert_close(coefficients(scale), alpha, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("losses", [two_losses, three_losses])
+def test_half_precision(losses, dtype):
+    """The coefficients are those of a float64 computation on the same gradients; one rounding."""
+    model, x = network(dtype), batch(0, dtype=dtype)
+    weights = [0.6, 0.4] if losses is two_losses else [0.2, 0.5, 0.3]
+    J = jacobian(model, lambda: losses(model, x))
+    alpha = clipped_alpha(J, weights, 0.4, "hard")
+    opt = CAGradClip(torch.optim.AdamW(model.parameters()), weights, c=0.4)
+    opt.backward(losses(model, x))
+    torch.testing.assert_close(opt.report.coefficients, alpha, rtol=1e-4, atol=1e-4)
+    exact = opt.report.coefficients @ J
+    one_rounding = (exact.to(dtype).double() - exact).abs()
+    assert bool(((flat_grad(model) - exact).abs() <= one_rounding + 1e-6 * exact.abs()).all())
+    opt.step()
+
+
+def test_gradient_clipping_sees_the_combined_gradient():
+    model = network(DOUBLE)
+    opt = CAGradClip(sgd(model), [0.6, 0.4])
+    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    opt.backward(two_losses(model, batch(0, dtype=DOUBLE)))
+    combined = flat_grad(model)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    assert float(norm) == pytest.approx(float(combined.norm()))
+    opt.step()
+    update = nn.utils.parameters_to_vector(model.parameters()).detach() - before
+    assert float(update.norm()) == pytest.approx(0.1 * 0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [tuple, iter, torch.stack, lambda losses: [lambda i=i: losses[i] for i in range(2)]],
+    ids=["tuple", "iterator", "stacked", "callables"],
+)
+def test_losses_in_any_form(form):
+    results = []
+    for make in (list, form):
+        model = network()
+        opt = CAGradClip(sgd(model), [0.6, 0.4])
+        # The callables have a graph each, as the first one to run frees its own.
+        pair = [two_losses(model, batch(0))[i] for i in range(2)]
+        opt.backward(make(pair))
+        results.append(bits([p.grad for p in model.parameters()]))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        torch.no_grad,
+        lambda: torch.device("meta"),  # stands for the GPU that a script makes its default
+        lambda: torch.autograd.set_detect_anomaly(True, check_nan=False),
+    ],
+    ids=["autocast", "no_grad", "default device", "anomaly mode"],
+)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+@pytest.mark.parametrize("solver", ["exact", "pgd"])
+@pytest.mark.parametrize("nonfinite", ["raise", "propagate"])
+def test_context_around_backward_changes_nothing(context, solver, nonfinite):
+    results = []
+    for surroundings in (contextlib.nullcontext, context):
+        model = network()
+        opt = CAGradClip(sgd(model), [0.2, 0.5, 0.3], solver=solver, nonfinite=nonfinite)
+        losses = three_losses(model, batch(0))
+        with surroundings():
+            opt.backward(losses)
+        results.append(bits([p.grad for p in model.parameters()]))
+    assert results[0] == results[1]
+
+
+def test_weights_and_radius_may_change_between_steps():
+    model, x = network(DOUBLE), batch(0, dtype=DOUBLE)
+    opt = CAGradClip(sgd(model), np.array([0.5, 0.5]), c=0.1)
+    J = jacobian(model, lambda: two_losses(model, x))
+    for weights, c in (((0.5, 0.5), 0.1), (torch.tensor([0.25, 0.75]), 0.1), ([0.25, 0.75], 0.9)):
+        opt.weights, opt.c = weights, c
+        opt.zero_grad()
+        opt.backward(two_losses(model, x))
+        torch.testing.assert_close(
+            flat_grad(model), clipped_alpha(J, weights, c, "hard") @ J, rtol=1e-9, atol=1e-9
+        )
+    assert opt.weights == (0.25, 0.75)
+
+
+# The baselines
+
+
+def test_mgda_is_the_point_of_smallest_norm():
+    """For two gradients: p = clamp((|g2|^2 - <g1, g2>) / |g1 - g2|^2, 0, 1), Desideri 2012."""
+    model, x = network(DOUBLE), batch(0, dtype=DOUBLE)
+    g1, g2 = jacobian(model, lambda: two_losses(model, x))
+    p = float(((g2 @ g2 - g1 @ g2) / (g1 - g2).square().sum()).clamp(0, 1))
+    MGDA(sgd(model)).backward(two_losses(model, x))
+    torch.testing.assert_close(flat_grad(model), p * g1 + (1 - p) * g2, rtol=1e-10, atol=1e-12)
+
+
+def test_mgda_hurts_no_loss():
+    """<g_i, d> >= |d|^2 for all i characterises the projection of zero on the convex hull."""
+    model, x = network(DOUBLE), batch(0, dtype=DOUBLE)
+    J = jacobian(model, lambda: three_losses(model, x))
+    MGDA(sgd(model)).backward(three_losses(model, x))
+    d = flat_grad(model)
+    assert bool((J @ d >= (d @ d) * (1 - 1e-9)).all())
+
+
+@pytest.mark.parametrize("c", [1.0, 1.7, 12.0])
+def test_cagrad_with_a_large_radius_conflicts_with_no_loss(c):
+    model, x = network(DOUBLE), batch(0, dtype=DOUBLE)
+    J = jacobian(model, lambda: two_losses(model, x))
+    assert (J @ J.T)[0, 1] < 0
+    CAGrad(sgd(model), [0.9, 0.1], c=c).backward(two_losses(model, x))
+    G = flat_grad(model)
+    assert bool((J @ G >= -1e-9 * G.norm() * J.norm(dim=1)).all())
+
+
+@pytest.mark.parametrize("method", [CAGradClip, CAGrad])
+def test_correction_has_the_length_of_the_radius(method):
+    model, x = network(DOUBLE), batch(0, dtype=DOUBLE)
+    J = jacobian(model, lambda: three_losses(model, x))
+    g0 = torch.tensor([0.2, 0.5, 0.3], dtype=DOUBLE) @ J
+    method(sgd(model), [0.2, 0.5, 0.3], c=0.3).backward(three_losses(model, x))
+    assert float((flat_grad(model) - g0).norm() / g0.norm()) == pytest.approx(0.3, rel=1e-9)
