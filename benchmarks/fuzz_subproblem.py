@@ -11,8 +11,9 @@ Every solution is checked without the library, by `tests.oracles`:
   often that was needed is counted as `within_resolution`;
 * on a share: the same bits when the gradients are scaled by a power of two, H by 1e-16 to 1e16,
   the same solution when H is scaled by any other factor, and when the losses are permuted;
-* on a share of the exact Grams with m <= 4: the minimiser closest to w, from an exact solution;
-* on a smaller share, the solvers `pgd` and `slsqp`: feasible, and certified by themselves and by us.
+* on a share: the exact solution where m <= 4, and on exact Grams of any size the optimality
+  conditions of "closest to w among the minimisers";
+* on a smaller share, the solvers `pgd` and `slsqp`: feasible, certified by themselves and by us.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from benchmarks.harness import environment, write_results
 from raco_optim import solve_subproblem
-from tests.oracles import EPS, certificate, exact_minimum, excess_gap
+from tests.oracles import EPS, certificate, distance_to_closest, exact_minimum, excess_gap
 from tests.samplers import SAMPLERS, Problem, problem
 
 Solver = Literal["exact", "pgd", "slsqp"]
@@ -119,6 +120,8 @@ def _deep_failures(case: Problem, p: np.ndarray, kind: str, seed: int) -> list[s
     if not same(permuted[np.argsort(order)]):
         failures.append("permutation")
     if determined and m <= 4 and np.abs(exact_minimum(H, w, c).p - p).max() > SAME:
+        failures.append("not the exact solution")
+    if case.rounding == 0 and distance_to_closest(H, w, c, p) > SAME:
         failures.append("not the minimiser closest to w")
     return failures
 

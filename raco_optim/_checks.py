@@ -77,7 +77,8 @@ def as_gram(gram: Tensor | Sequence[Sequence[float]], *, batched: bool = False) 
     The shape alone is checked, so that a Gram matrix on an accelerator is not waited for.
     """
     try:
-        tensor = torch.as_tensor(gram)
+        # A tensor stays where it is, whatever the default device.
+        tensor = gram if isinstance(gram, Tensor) else torch.as_tensor(gram)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"`gram` must be a square matrix of numbers; got {gram!r}.") from error
     if tensor.is_complex():

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.linalg.lapack import dposv
+from scipy.optimize import nnls
 
 from raco_optim._checks import ZERO
 from raco_optim.optimality import (
@@ -86,7 +87,6 @@ def solve_two(problem: TwoLosses) -> tuple[float, float, float, bool]:
             p1 = min(max((a2 - shift) / squared_length, 0.0), 1.0)
         else:
             p1 = 0.0 if kappa > 0 else 1.0
-    p1 = float(p1)
     p2 = 1.0 - p1
     if h12 > 0:
         f1, f2 = h12 + p1 * a1, h12 + p2 * a2
@@ -102,7 +102,7 @@ def solve_two(problem: TwoLosses) -> tuple[float, float, float, bool]:
         r1 = r2 = 0.0  # the one that cancels g_0, within reach because c >= 1
     value = p1 * r1 + p2 * r2
     enough = squared_g0 > FEW_DIGITS * size * size and squared_norm > FEW_DIGITS * size_p * size_p
-    return p1, float(value), max(float((value - min(r1, r2)) / norm_g0), 0.0), bool(enough)
+    return float(p1), float(value), max(float((value - min(r1, r2)) / norm_g0), 0.0), bool(enough)
 
 
 def solve_active_set(problem: Problem) -> Solution:
@@ -157,13 +157,15 @@ def _search(C: Array, e: Array, b: Array, c: float) -> DualSolution | None:
         q = np.zeros(m)
         q[best] = c
         slack[best] = np.inf
-        return DualSolution(q, level, slack, bool((slack > TIGHT * (1 + abs(level) * e)).all()))
+        unique = bool((slack > TIGHT * (1 + abs(level) * e)).all())
+        slack[best] = 0
+        return DualSolution(q, level, slack, unique)
     support[best] = True
 
     # Exchange all violating losses at once while that lowers their number (patience: a few
-    # rises); else only the last one, a rule under which no support comes back.
-    fewest, patience = m + 1, 3
-    for _ in range(20 + 10 * m):
+    # rises); where it does not, Lawson and Hanson's method solves the level for certain.
+    fewest, patience, settled = m + 1, 3, False
+    for _ in range(20 + 2 * m):
         index = support.nonzero()[0]
         rows = C[:, index]
         factor, solved, failed = dposv(rows[index], np.array((e[index], b[index])).T)
@@ -185,22 +187,27 @@ def _search(C: Array, e: Array, b: Array, c: float) -> DualSolution | None:
                 unique = pivots.min() ** 2 > DEPENDENT and bool(
                     (slack > TIGHT * (1 + abs(root) * e)).all()
                 )
+                slack[index] = 0
                 return DualSolution(full, root, slack, unique)
         violating, q, _ = _violations(level, index, u, v, images, b, e)
-        if not violating.any():
+        if settled or not violating.any():
             distance = math.sqrt(max(level * level * eu - 2 * level * ev + bv, 0.0))
             level -= (distance - c) * distance / (level * eu - ev)
             violating, q, _ = _violations(level, index, u, v, images, b, e)
-            fewest, patience = m + 1, 3
+            fewest, patience, settled = m + 1, 3, False
         count = int(violating.sum())
         if count < fewest:
             fewest, patience = count, 3
         elif patience:
             patience -= 1
         else:
-            last = violating.nonzero()[0][-1]
-            violating[:] = False
-            violating[last] = True
+            settled = True
+            try:
+                R = np.linalg.cholesky(C).T
+            except np.linalg.LinAlgError:
+                return None
+            q, _ = nnls(R, np.linalg.solve(R.T, level * e - b))
+            support, violating = q > 0, np.zeros(m, dtype=bool)
         support = support ^ violating
         if not support.any():
             support[best] = True
@@ -213,7 +220,7 @@ def _violations(
     """Returns which losses violate optimality at `level`, q on the support, and the slacks."""
     q = level * u - v
     slack = b + level * images[:, 0] - images[:, 1] - level * e
-    magnitude = float(np.abs(q).sum())
+    magnitude = float(abs(level) * np.abs(u).sum() + np.abs(v).sum())  # q may be a small difference
     violating = slack < -EPS * 8 * len(e) * (1 + magnitude + abs(level) * e)
-    violating[index] = q < -EPS * 8 * magnitude
+    violating[index] = q < -EPS * 8 * len(e) * magnitude
     return violating, q, slack

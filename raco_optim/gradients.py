@@ -93,7 +93,10 @@ def iterate_gradients(
                 f"got {type(loss).__name__}."
             )
     trainable = [p for p in parameters if p.requires_grad]
-    last = len(losses) - 1
+    last_callable = max(
+        (i for i, loss in enumerate(losses) if callable(loss) and not isinstance(loss, Tensor)),
+        default=-1,
+    )
     last_tensor = max((i for i, loss in enumerate(losses) if isinstance(loss, Tensor)), default=-1)
     for i, (name, loss) in enumerate(zip(names, losses, strict=True)):
         if loss is None:
@@ -104,9 +107,9 @@ def iterate_gradients(
             found = _gradient(name, loss, trainable, retain=i < last_tensor)
         else:
             value, found = _evaluate(name, loss, trainable)
-            if i < last:
-                # The next callable may refill a buffer that a custom function returned as gradient.
-                found = [None if g is None else g.clone() for g in found]
+        if i < last_callable:
+            # The next callable may refill a buffer that a custom function returned as gradient.
+            found = [None if g is None else g.clone() for g in found]
         reached = iter(found)
         yield value, [next(reached) if p.requires_grad else None for p in parameters]
 

@@ -91,23 +91,23 @@ def certify(problem: Problem, p: Array, y: Array) -> Solution:
     """Bounds how far Phi(p) is above the minimum: by no more than the gap.
 
     Any y of norm <= 1 gives a bound, Phi(p) - min_i D_i (b_i + c <g_i, y> / D_i); the direction of
-    G_p gives the Frank-Wolfe gap. Where G_p is zero to rounding its norm counts as zero.
+    G_p gives the Frank-Wolfe gap. Where G_p is zero to rounding its norm may count as zero.
     """
     C, D, b, c, _ = problem
     weighted = D * p
     image = C @ weighted
     squared_norm = weighted @ image
     linear = weighted @ b
-    if squared_norm > ZERO * weighted.sum() ** 2:
+    value, gap = linear, math.inf
+    if squared_norm > 0:
         norm = math.sqrt(squared_norm)
         value = linear + c * norm
-        lower = (D * (b + c * (image / norm))).min()
-        if value - lower > TIGHT:
-            lower = max(lower, (D * (b + c * y)).min())
-    else:
-        value = linear
-        lower = (D * (b + c * y)).min()
-    return Solution(p, float(value), max(float(value - lower), 0.0), float(squared_norm))
+        gap = value - (D * (b + c * (image / norm))).min()
+    if not gap <= TIGHT:
+        if squared_norm <= ZERO * weighted.sum() ** 2:
+            value = 0.0
+        gap = min(gap, value - (D * (b + c * y)).min())
+    return Solution(p, float(value), max(float(gap), 0.0), float(squared_norm))
 
 
 def points_on_support(problem: Problem, support: Array) -> Iterator[Point]:
@@ -145,7 +145,12 @@ def points_of(problem: Problem, dual: DualSolution) -> Iterator[Point]:
 
 def _primal(problem: Problem, q: Array) -> Point:
     p = q / np.where(problem.D > 0, problem.D, 1)
-    return p / p.sum(), problem.C @ q / problem.c
+    return p / p.sum(), _subgradient(problem, q)
+
+
+def _subgradient(problem: Problem, q: Array) -> Array:
+    image = problem.C @ q
+    return image / max(problem.c, math.sqrt(max(q @ image, 0.0)))  # |y| <= 1 whatever q is
 
 
 def indefiniteness(cosines: Array) -> float:
@@ -157,11 +162,8 @@ def _refined(problem: Problem, q: Array) -> Array:
     """Solves the optimality conditions on the support of q anew, in the precision of C."""
     C, D, b, c, _ = problem
     index = q.nonzero()[0]
-    rows, right = C[np.ix_(index, index)], np.array((1 / D[index], b[index])).T
-    inverse = np.linalg.pinv(rows.astype(np.float64), rcond=EPS, hermitian=True)
-    solved = np.zeros_like(right)
-    for _ in range(3):
-        solved += inverse @ (right - rows @ solved)
+    right = np.array((1 / D[index], b[index])).T
+    solved = _eliminate(C[np.ix_(index, index)], right)
     (eu, _), (ev, bv) = solved.T @ right
     discriminant = ev * ev - eu * (bv - c * c)
     if discriminant < 0 or eu <= 0:
@@ -169,6 +171,25 @@ def _refined(problem: Problem, q: Array) -> Array:
     refined = np.zeros_like(D)
     refined[index] = np.maximum((ev + np.sqrt(discriminant)) / eu * solved[:, 0] - solved[:, 1], 0)
     return refined if refined.any() else q
+
+
+def _eliminate(A: Array, right: Array) -> Array:
+    """Solves A x = right for a positive semi-definite A, with x = 0 where a row is dependent.
+
+    Gauss-Jordan elimination, since LAPACK has no extended precision.
+    """
+    n = len(A)
+    table = np.hstack([A, right])
+    for k in range(n):
+        if table[k, k] <= n * np.finfo(table.dtype).eps:
+            table[k] = 0
+            table[:, k] = 0
+            continue
+        table[k] /= table[k, k]
+        others = table[:, k].copy()
+        others[k] = 0
+        table -= np.outer(others, table[k])
+    return table[:, n:]
 
 
 def points_at_zero(problem: Problem) -> Iterator[Point]:
@@ -201,9 +222,13 @@ def points_at_zero(problem: Problem) -> Iterator[Point]:
         p = np.zeros(m)
         p[tight] = z / D[tight]
         p /= p.sum()
-    y = C @ q / c
-    yield _closest(w, p, tight, C, D), y
-    yield p, y
+    support = q.nonzero()[0]
+    refined = np.zeros_like(D)
+    refined[support] = _eliminate(C[np.ix_(support, support)], -b[support, None])[:, 0]
+    closest = _closest(w, p, tight, C, D)
+    yield closest, _subgradient(problem, q)
+    yield closest, _subgradient(problem, np.maximum(refined, 0))
+    yield p, _subgradient(problem, q)
 
 
 def _closest(w: Array, p: Array, tight: Array, metric: Array, D: Array) -> Array:
@@ -229,10 +254,11 @@ def _closest(w: Array, p: Array, tight: Array, metric: Array, D: Array) -> Array
     basis = np.linalg.qr(null)[0]
     start = p[index]
     nearest = start + basis @ (basis.T @ (w[index] - start))
-    if nearest.min() < 0:
-        # Nearest point of the polytope {nearest + basis x >= 0} to x = 0, by its dual.
-        rows = np.vstack([basis.T, -nearest])
-        rows = rows[:, np.abs(rows).max(axis=0) > EPS]  # `nnls` needs columns that are not zero
+    if nearest.min() < -EPS:
+        # Nearest point of the polytope {nearest + basis x >= 0} to x = 0, by its dual. Losses that
+        # cannot move stay out: `nnls` goes astray on columns of rounding errors.
+        movable = np.abs(basis).max(axis=1) > math.sqrt(EPS)
+        rows = np.vstack([basis[movable].T, -nearest[movable]])
         target = np.append(np.zeros(basis.shape[1]), 1.0)
         residual = rows @ nnls(rows, target)[0] - target
         if residual[-1] > -math.sqrt(EPS):

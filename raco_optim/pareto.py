@@ -19,8 +19,7 @@ def pareto_front(points: Tensor | npt.ArrayLike) -> Tensor:
 
     .. math:: a \text{ dominates } b \iff a_i \le b_i \text{ for all } i \text{ and } a \ne b
 
-    Equal points do not dominate each other: every copy of a non-dominated point is marked, so the
-    answer does not depend on the order of the points.
+    Equal points do not dominate each other: of a point on the front, every copy is marked.
 
     Args:
         points: Objective values, ``[n, m]``, finite; n may be 0.
@@ -81,19 +80,18 @@ def hypervolume(points: Tensor | npt.ArrayLike, reference: Tensor | npt.ArrayLik
         Fonseca et al., "An improved dimension-sweep algorithm for the hypervolume indicator", 2006.
     """
     rows = _as_points(points, "points")
-    m = rows.shape[1]
     bound = _as_finite(reference, "reference")
-    if tuple(bound.shape) != (m,):
+    if bound.shape != rows.shape[1:]:
         raise ValueError(
-            f"`reference` must have shape [{m}], one bound per objective of `points`; got "
-            f"{list(bound.shape)}. Pass a value that is worse than every point worth counting."
+            f"`reference` must have shape {list(rows.shape[1:])}, one bound per objective of "
+            f"`points`; got {list(bound.shape)}. Pass one that is worse than what shall count."
         )
     # Measured from the reference, an offset of the objectives is gone before any product.
     sides = bound - rows[(rows < bound).all(dim=1)]
-    if m > 2:
+    if len(bound) > 2:
         return _moocore_hypervolume(sides)
     widths, order = sides[:, 0].sort(descending=True)
-    heights = sides[order, 1] if m == 2 else torch.ones_like(widths)
+    heights = sides[order, 1] if len(bound) == 2 else torch.ones_like(widths)
     # A staircase: the strip between two widths is as high as the highest box at least as wide.
     strips = widths - torch.cat([widths[1:], widths.new_zeros(1)])
     return (strips * heights.cummax(dim=0).values).sum()
@@ -104,9 +102,9 @@ def distance_to_front(points: Tensor | npt.ArrayLike, front: Tensor | npt.ArrayL
 
     .. math:: d(a) = \min_{b \in \text{front}} \|a - b\|_2
 
-    Its mean is the generational distance of the points; with the arguments swapped it is the
-    inverted one, ``IGD = distance_to_front(front, points).mean()``. Where `front` is a sample,
-    the distance to the front itself can be smaller, by no more than the sample's spacing.
+    Its mean is the generational distance; with the arguments swapped it is the inverted one of
+    Coello Coello and Reyes Sierra (2004), ``IGD = distance_to_front(front, points).mean()``. If
+    `front` is a sample, the front itself can be closer, by no more than the sample's spacing.
 
     Args:
         points: Objective values, ``[n, m]``, finite; n may be 0.
@@ -122,10 +120,6 @@ def distance_to_front(points: Tensor | npt.ArrayLike, front: Tensor | npt.ArrayL
         >>> from raco_optim.pareto import distance_to_front
         >>> distance_to_front([[0.0, 0.0], [3.0, 1.0]], front=[[0.0, 1.0], [3.0, 5.0]])
         tensor([1., 3.], dtype=torch.float64)
-
-    References:
-        Coello Coello and Reyes Sierra, "A study of the parallelization of a coevolutionary
-        multi-objective evolutionary algorithm", 2004 (IGD).
     """
     rows, targets = _as_points(points, "points"), _as_points(front, "front")
     if not len(targets) or targets.shape[1] != rows.shape[1]:
@@ -188,8 +182,7 @@ def _as_finite(values: Tensor | npt.ArrayLike, argument: str) -> Tensor:
     bad = tensor[~tensor.isfinite()]
     if len(bad):
         raise ValueError(
-            f"`{argument}` must be finite; got {bad[0].item()} ({len(bad)} of {tensor.numel()} "
-            f"values are NaN or Inf). Leave out what diverged, and say so."
+            f"`{argument}` must be finite; got {len(bad)} NaN or Inf. Leave out what diverged."
         )
     return tensor.to(torch.float64)
 
@@ -199,8 +192,8 @@ def _moocore_hypervolume(sides: Tensor) -> Tensor:
         import moocore
     except ImportError as error:
         raise ImportError(
-            f"`hypervolume` must have the package moocore for more than two objectives; got "
-            f'{sides.shape[1]} without it. Run `pip install "raco_optim[pareto]"`.'
+            "`hypervolume` must have moocore installed for three objectives or more; got none. "
+            'Run `pip install "raco_optim[pareto]"`.'
         ) from error
     volume = moocore.hypervolume(-sides.numpy(), ref=[0.0] * sides.shape[1])
     return torch.tensor(volume, dtype=torch.float64)

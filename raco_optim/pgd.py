@@ -163,7 +163,7 @@ def _solve_masked(C: Tensor, support: Tensor, x: Tensor, y: Tensor) -> tuple[Ten
     both = support[..., :, None] & support[..., None, :]
     diagonal = torch.where(support, 4 * C.shape[-1] * 2.0**-52, 1.0)
     matrix = torch.where(both, C, 0.0) + torch.diag_embed(diagonal)
-    right = torch.where(support, torch.stack([x, y], dim=-2), 0.0).mT
+    right = torch.stack([torch.where(support, x, 0.0), torch.where(support, y, 0.0)], dim=-1)
     solved, _ = torch.linalg.solve_ex(matrix, right)
     u, v = solved.unbind(-1)
     return u, v

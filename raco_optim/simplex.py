@@ -25,7 +25,7 @@ from raco_optim._checks import (
     checked_weights,
 )
 from raco_optim.active_set import TwoLosses, solve_active_set, solve_two
-from raco_optim.optimality import FEW_DIGITS, Array, Problem, certify
+from raco_optim.optimality import FEW_DIGITS, TIGHT, Array, Problem, certify
 from raco_optim.pgd import projected_gradient
 from raco_optim.slsqp import solve_slsqp
 
@@ -159,10 +159,10 @@ def _solve_two(H: Tensor, w: list[float], c: float) -> SubproblemSolution:
     largest = max(h11, h22)
     if largest == 0:
         return _solution(H, w, 0.0, 0.0)
-    scale = 2.0 ** math.frexp(largest)[1]  # a power of two, so that nothing is rounded
+    scale = math.ldexp(1, math.frexp(largest)[1] - 1)  # a power of two, so that nothing is rounded
     numbers = (h11 / scale, (h12 / scale + h21 / scale) / 2, h22 / scale, *w, c)
     p1, value, gap, enough_digits = solve_two(TwoLosses(*numbers))
-    if not enough_digits:
+    if not enough_digits or gap > TIGHT:
         p1, value, gap, _ = solve_two(TwoLosses(*map(np.longdouble, numbers)))
     return _solution(H, [p1, 1 - p1], value * scale, gap / math.sqrt(largest / scale))
 
@@ -202,7 +202,8 @@ def _solve_in(
         solution = solve_active_set(problem)
     else:
         solution = solve_slsqp(problem)
-    if not extended and c > 0 and solution.squared_norm < FEW_DIGITS * (D @ solution.p) ** 2:
+    few_digits = c > 0 and solution.squared_norm < FEW_DIGITS * (D @ solution.p) ** 2
+    if not extended and (few_digits or solution.gap > TIGHT):
         return None
     return solution.p, float(solution.value * norm_g0 * scale * scale), solution.gap
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -85,7 +86,7 @@ def solve(
     names, m = gradients.names, len(gradients.names)
     gram = gram_matrix(
         [[g for g, s in zip(row, shared, strict=True) if s] for row in gradients.rows]
-    )
+    ).to(next((g.device for row in gradients.rows for g in row if g is not None), "cpu"))
     absent = [value is None for value in gradients.values]
     zero = gram.new_zeros(())
     losses = torch.stack([zero if v is None else v.to(gram).reshape(()) for v in gradients.values])
@@ -117,7 +118,7 @@ def solve(
         # The one copy to the host; what follows is of size m and done there.
         host = torch.cat([gram, heads[:, None], losses[:, None]], dim=1).cpu()
         gram, losses = host[:, :m], host[:, m + 1]
-        problem = _first_nonfinite(names, host)
+        problem = _first_nonfinite(names, host.tolist())
         if problem is None:
             mixing = _mix(rule, gram)
         elif nonfinite == "raise":
@@ -157,14 +158,13 @@ def _nan_unless(finite: Tensor, x: Tensor | None) -> Tensor | None:
     return None if x is None else torch.where(finite.to(x.device), x, torch.nan)
 
 
-def _first_nonfinite(names: Sequence[str], host: Tensor) -> str | None:
-    finite = host.isfinite()
+def _first_nonfinite(names: Sequence[str], host: list[list[float]]) -> str | None:
     m = len(names)
-    for name, i in zip(names, range(m), strict=True):
-        if not finite[i, m + 1]:
+    for i, name in enumerate(names):
+        if not math.isfinite(host[i][m + 1]):
             return f"loss {name!r}"
-    for name, i in zip(names, range(m), strict=True):
-        if not (finite[i, i] and finite[i, m]):
+    for i, name in enumerate(names):
+        if not (math.isfinite(host[i][i]) and math.isfinite(host[i][m])):
             return f"the gradient of loss {name!r}"
     return None
 

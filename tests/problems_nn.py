@@ -53,6 +53,11 @@ def two_losses(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [first, second]
 
 
+def three_losses(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """A third one that is at odds with the second about the other output."""
+    return [*two_losses(model, x), ((model(x)[:, 1] - 2) ** 2).mean()]
+
+
 def as_asked(opt: MultiObjectiveOptimizer, losses: Sequence) -> Sequence | Mapping:
     """The losses in the form that the optimizer's weights ask for."""
     return dict(zip(opt.weights, losses, strict=True)) if isinstance(opt.weights, dict) else losses
@@ -121,6 +126,6 @@ def clipped_alpha(jacobian: Tensor, weights: Sequence[float], c: float, clip: st
     p = exact_minimum(J @ J.T, w, c).p
     both = np.where(p + w > 0, p + w, 1)
     p_clipped = {"hard": np.minimum(p, w), "soft": p * w / both, "none": p}[clip]
-    length = np.linalg.norm(p_clipped @ J)
-    scale = c * np.linalg.norm(w @ J) / length if length > 0 else 0.0
+    length, size = np.linalg.norm(p_clipped @ J), p_clipped @ np.linalg.norm(J, axis=1)
+    scale = c * np.linalg.norm(w @ J) / length if length > 1e-12 * size else 0.0
     return torch.from_numpy(w + scale * p_clipped)

@@ -181,7 +181,7 @@ def nearly_stationary(rng: Rng, m: int) -> Problem:
 
 
 def vertex(rng: Rng, m: int) -> Problem:
-    """p* is the vertex e_k, and nothing else, unless c = 0 and m - 1 weights are zero.
+    """p* is the vertex e_k, and nothing else.
 
     g_k = a v and g_j = b_j v + z_j with b_j > a > 0 and entries of z_j >= 0 orthogonal to v. With
     g0 = b v + z, the difference of partial derivatives at e_k is
@@ -255,9 +255,10 @@ def kink(rng: Rng, m: int) -> Problem:
 
 
 def spread(rng: Rng, m: int) -> Problem:
-    """The norms of the gradients are up to 1e9 apart, and 1e9 apart if m >= 2."""
+    """The norms of the gradients are up to some 1e9 apart, and two of them are (m >= 2)."""
     scales = 10.0 ** rng.uniform(-9, 0, m)
-    scales[rng.permutation(m)[:2]] = [1e-9, 1.0][:m] if m > 1 else 1.0
+    if m > 1:
+        scales[rng.permutation(m)[:2]] = 1e-9, 1
     return _problem(rng, rng.standard_normal((m, _dimension(rng, m))) * scales[:, None])
 
 

@@ -1,4 +1,4 @@
-"""Per-loss gradients against one ordinary backward pass per loss, and what becomes of the graphs."""
+"""Per-loss gradients against one ordinary backward pass per loss, and the fate of the graphs."""
 
 import weakref
 
@@ -187,26 +187,32 @@ def test_last_tensor_frees_the_shared_graph(others_after):
     assert reference() is None
 
 
-def test_gradient_of_one_callable_survives_the_next_one():
-    """Autograd may return memory that is the user's, who may write to it in the next forward."""
+class Buffered(torch.autograd.Function):
+    """Returns the user's own tensor as the gradient."""
 
-    class Buffered(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, buffer):
-            ctx.save_for_backward(buffer)
-            return (x * buffer).sum()
+    @staticmethod
+    def forward(ctx, x, buffer):
+        ctx.save_for_backward(buffer)
+        return (x * buffer).sum()
 
-        @staticmethod
-        def backward(ctx, grad):
-            return ctx.saved_tensors[0], None
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0], None
 
+
+@pytest.mark.parametrize("first", ["tensor", "callable"])
+def test_gradient_survives_the_forward_of_the_next_callable(first):
+    """Which may refill a buffer that the gradient is, as autograd returned it."""
     x, buffer = nn.Parameter(torch.ones(2)), torch.zeros(2)
 
     def loss(value):
         buffer.fill_(value)
         return Buffered.apply(x, buffer)
 
-    rows = per_loss_gradients([lambda: loss(1.0), lambda: loss(2.0)], [x])
+    losses = [lambda: loss(1.0), lambda: loss(2.0)]
+    if first == "tensor":
+        losses[0] = losses[0]()
+    rows = per_loss_gradients(losses, [x])
     assert [row[0].tolist() for row in rows] == [[1, 1], [2, 2]]
 
 
@@ -225,7 +231,7 @@ class Checkpointed(nn.Module):
         self.use_reentrant = use_reentrant
 
     def forward(self, tokens):
-        if self.embedding is None:  # the input needs gradients, or torch itself warns and gives none
+        if self.embedding is None:  # an input that needs no gradients: torch itself would warn
             h = nn.functional.one_hot(tokens, 5)[:, :4].float().requires_grad_()
         else:
             h = self.embedding(tokens)

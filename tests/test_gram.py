@@ -44,9 +44,7 @@ def test_is_the_sum_over_parameters_with_none_as_zero(sizes, m, seed):
         [None if absent[i, j] else g.double() for j, g in enumerate(row)]
         for i, row in enumerate(integers)
     ]
-    zeroed = [
-        [g * (not absent[i, j]) for j, g in enumerate(row)] for i, row in enumerate(integers)
-    ]
+    zeroed = [[g * (not absent[i, j]) for j, g in enumerate(row)] for i, row in enumerate(integers)]
     found = gram_matrix(rows)
     assert found.dtype == torch.float64
     assert torch.equal(found, in_float64(zeroed))  # integers: exact

@@ -16,16 +16,12 @@ from tests.problems_nn import (
     flat_grad,
     jacobian,
     network,
+    three_losses,
     train_step,
     two_losses,
 )
 
 DOUBLE = torch.float64
-
-
-def three_losses(model, x):
-    out = model(x)
-    return [*two_losses(model, x), ((out[:, 1] - 2) ** 2).mean()]
 
 
 def sgd(model):
@@ -69,7 +65,6 @@ def test_trajectory_equals_the_inner_optimizer_on_hand_made_gradients(name):
         train_step(opt, model, x)
         J = jacobian(witness, lambda x=x: two_losses(witness, x))
         combined = clipped_alpha(J, [0.3, 0.7], 0.5, "hard") @ J
-        nn.utils.vector_to_parameters  # noqa: B018
         offset = 0
         for p in witness.parameters():
             p.grad = combined[offset : offset + p.numel()].view_as(p).clone()
@@ -235,22 +230,23 @@ def test_losses_in_any_form(form):
         lambda: torch.autocast("cpu", torch.bfloat16),
         torch.no_grad,
         lambda: torch.device("meta"),  # stands for the GPU that a script makes its default
-        lambda: torch.autograd.set_detect_anomaly(True, check_nan=False),
     ],
-    ids=["autocast", "no_grad", "default device", "anomaly mode"],
+    ids=["autocast", "no_grad", "default device"],
 )
-@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
-@pytest.mark.parametrize("solver", ["exact", "pgd"])
+@pytest.mark.parametrize("solver", ["exact", "pgd", "slsqp"])
 @pytest.mark.parametrize("nonfinite", ["raise", "propagate"])
 def test_context_around_backward_changes_nothing(context, solver, nonfinite):
     results = []
+    targets = torch.randn(3, 5)
     for surroundings in (contextlib.nullcontext, context):
-        model = network()
-        opt = CAGradClip(sgd(model), [0.2, 0.5, 0.3], solver=solver, nonfinite=nonfinite)
-        losses = three_losses(model, batch(0))
+        x = nn.Parameter(torch.ones(5))
+        opt = CAGradClip(
+            torch.optim.SGD([x], 0.1), [0.2, 0.5, 0.3], solver=solver, nonfinite=nonfinite
+        )
+        losses = [(x - target).square().sum() for target in targets]
         with surroundings():
             opt.backward(losses)
-        results.append(bits([p.grad for p in model.parameters()]))
+        results.append(bits(x.grad))
     assert results[0] == results[1]
 
 
@@ -266,43 +262,3 @@ def test_weights_and_radius_may_change_between_steps():
             flat_grad(model), clipped_alpha(J, weights, c, "hard") @ J, rtol=1e-9, atol=1e-9
         )
     assert opt.weights == (0.25, 0.75)
-
-
-# The baselines
-
-
-def test_mgda_is_the_point_of_smallest_norm():
-    """For two gradients: p = clamp((|g2|^2 - <g1, g2>) / |g1 - g2|^2, 0, 1), Desideri 2012."""
-    model, x = network(DOUBLE), batch(0, dtype=DOUBLE)
-    g1, g2 = jacobian(model, lambda: two_losses(model, x))
-    p = float(((g2 @ g2 - g1 @ g2) / (g1 - g2).square().sum()).clamp(0, 1))
-    MGDA(sgd(model)).backward(two_losses(model, x))
-    torch.testing.assert_close(flat_grad(model), p * g1 + (1 - p) * g2, rtol=1e-10, atol=1e-12)
-
-
-def test_mgda_hurts_no_loss():
-    """<g_i, d> >= |d|^2 for all i characterises the projection of zero on the convex hull."""
-    model, x = network(DOUBLE), batch(0, dtype=DOUBLE)
-    J = jacobian(model, lambda: three_losses(model, x))
-    MGDA(sgd(model)).backward(three_losses(model, x))
-    d = flat_grad(model)
-    assert bool((J @ d >= (d @ d) * (1 - 1e-9)).all())
-
-
-@pytest.mark.parametrize("c", [1.0, 1.7, 12.0])
-def test_cagrad_with_a_large_radius_conflicts_with_no_loss(c):
-    model, x = network(DOUBLE), batch(0, dtype=DOUBLE)
-    J = jacobian(model, lambda: two_losses(model, x))
-    assert (J @ J.T)[0, 1] < 0
-    CAGrad(sgd(model), [0.9, 0.1], c=c).backward(two_losses(model, x))
-    G = flat_grad(model)
-    assert bool((J @ G >= -1e-9 * G.norm() * J.norm(dim=1)).all())
-
-
-@pytest.mark.parametrize("method", [CAGradClip, CAGrad])
-def test_correction_has_the_length_of_the_radius(method):
-    model, x = network(DOUBLE), batch(0, dtype=DOUBLE)
-    J = jacobian(model, lambda: three_losses(model, x))
-    g0 = torch.tensor([0.2, 0.5, 0.3], dtype=DOUBLE) @ J
-    method(sgd(model), [0.2, 0.5, 0.3], c=0.3).backward(three_losses(model, x))
-    assert float((flat_grad(model) - g0).norm() / g0.norm()) == pytest.approx(0.3, rel=1e-9)

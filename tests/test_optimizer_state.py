@@ -26,7 +26,6 @@ from tests.problems_nn import (
     two_losses,
 )
 
-
 COPIES = pytest.mark.parametrize(
     "duplicate",
     [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))],
@@ -170,8 +169,10 @@ def test_state_hooks_fire_with_the_wrapper():
     opt.register_state_dict_pre_hook(lambda o: calls.append(("save", o)))
     opt.register_state_dict_post_hook(lambda o, state: {**state, "tokens": 17})
     opt.register_load_state_dict_pre_hook(
-        lambda o, state: calls.append((state["tokens"], o))
-        or {key: value for key, value in state.items() if key != "tokens"}
+        lambda o, state: (
+            calls.append((state["tokens"], o))
+            or {key: value for key, value in state.items() if key != "tokens"}
+        )
     )
     opt.register_load_state_dict_post_hook(lambda o: calls.append(("loaded", o)))
     state = opt.state_dict()

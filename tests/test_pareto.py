@@ -189,8 +189,8 @@ def test_two_objectives_need_no_optional_package(monkeypatch):
     assert hypervolume([[1.0, 3.0], [2.0, 2.0]], [4.0, 4.0]).item() == 5
     assert hypervolume([[1.0], [2.0]], [4.0]).item() == 3
     message = (
-        "`hypervolume` must have the package moocore for more than two objectives; got 3 without "
-        'it. Run `pip install "raco_optim[pareto]"`.'
+        "`hypervolume` must have moocore installed for three objectives or more; got none. "
+        'Run `pip install "raco_optim[pareto]"`.'
     )
     with pytest.raises(ImportError, match=re.escape(message)):
         hypervolume([[1.0, 1.0, 1.0]], [2.0, 2.0, 2.0])
@@ -367,28 +367,25 @@ PAIR = [[1.0, 2.0], [2.0, 1.0]]
         ),
         (
             lambda: pareto_front([[1.0, math.nan], [math.inf, 1.0]]),
-            "`points` must be finite; got nan (2 of 4 values are NaN or Inf). Leave out what "
-            "diverged, and say so.",
+            "`points` must be finite; got 2 NaN or Inf. Leave out what diverged.",
         ),
         (
             lambda: hypervolume([[1.0, -math.inf]], [2.0, 2.0]),
-            "`points` must be finite; got -inf (1 of 2 values are NaN or Inf). Leave out what "
-            "diverged, and say so.",
+            "`points` must be finite; got 1 NaN or Inf. Leave out what diverged.",
         ),
         (
             lambda: hypervolume(PAIR, [3.0, 3.0, 3.0]),
-            "`reference` must have shape [2], one bound per objective of `points`; got [3]. Pass a "
-            "value that is worse than every point worth counting.",
+            "`reference` must have shape [2], one bound per objective of `points`; got [3]. Pass "
+            "one that is worse than what shall count.",
         ),
         (
             lambda: hypervolume(PAIR, 3.0),
-            "`reference` must have shape [2], one bound per objective of `points`; got []. Pass a "
-            "value that is worse than every point worth counting.",
+            "`reference` must have shape [2], one bound per objective of `points`; got []. Pass "
+            "one that is worse than what shall count.",
         ),
         (
             lambda: hypervolume(PAIR, [3.0, math.nan]),
-            "`reference` must be finite; got nan (1 of 2 values are NaN or Inf). Leave out what "
-            "diverged, and say so.",
+            "`reference` must be finite; got 1 NaN or Inf. Leave out what diverged.",
         ),
         (
             lambda: distance_to_front(PAIR, [[1.0, 2.0, 3.0]]),
@@ -407,8 +404,7 @@ PAIR = [[1.0, 2.0], [2.0, 1.0]]
         ),
         (
             lambda: distance_to_front(PAIR, [[1.0, math.nan]]),
-            "`front` must be finite; got nan (1 of 2 values are NaN or Inf). Leave out what "
-            "diverged, and say so.",
+            "`front` must be finite; got 1 NaN or Inf. Leave out what diverged.",
         ),
     ],
 )

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from raco_optim import SubproblemSolution, min_norm_point, solve_subproblem
 from tests.oracles import (
     certificate,
+    distance_to_closest,
     exact_min_norm,
     exact_minimum,
     excess_gap,
@@ -82,6 +83,22 @@ def test_certificate_bounds_the_suboptimality(kind):
         assert excess_gap(H, w, c, p) >= missed - 1e-9  # rounding excuses nothing here
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_closest_minimiser_has_no_distance_to_itself(kind):
+    for m in (2, 3, 4):
+        for seed in range(10):
+            case = problem(kind, m, seed)
+            if case.rounding == 0:
+                p = exact_minimum(case.gram, case.weights, case.c).p
+                assert distance_to_closest(case.gram, case.weights, case.c, p) <= 1e-9
+
+
+def test_the_distance_to_the_closest_minimiser_is_seen():
+    g, w = np.array([[1.0, 0.0], [1.0, 0.0], [-1.0, 2.0]]), np.array([0.5, 0.125, 0.375])
+    other = exact_minimum(g @ g.T, w, 0.75).p + [0.01, -0.01, 0.0]
+    assert distance_to_closest(g @ g.T, w, 0.75, other) == pytest.approx(0.01 * np.sqrt(2))
+
+
 # --- Pinned values -------------------------------------------------------------------------------
 
 
@@ -147,7 +164,10 @@ def test_other_solvers_agree_with_the_exact_one(kind, solver):
 def test_certificate_for_many_losses(kind, m):
     for seed in range(4):
         case = problem(kind, m, seed)
-        assert_solves(case, solve(case))
+        solution = solve(case)
+        assert_solves(case, solution)
+        if case.rounding == 0:
+            assert distance_to_closest(case.gram, case.weights, case.c, solution.p.numpy()) <= 1e-6
 
 
 @st.composite

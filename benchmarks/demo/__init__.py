@@ -13,5 +13,5 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Threads that wait for work sleep. By default they spin, which on cores that are shared with
-# other processes made the demo ten times slower.
+# other processes made the demo several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

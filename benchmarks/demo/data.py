@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,8 +21,8 @@ from aclsum.aclsum import Document
 
 OBJECTIVES = ("outcome", "short")
 
-# Most sentences of four to twenty-four words are sentences (shorter ones are often headings that
-# the PDF parser took for one), and a batch of them stays small enough for a CPU.
+# Fewer words are often a heading or a fragment that the PDF parser took for a sentence; more would
+# make the batches too long for a CPU.
 WORDS = range(4, 25)
 
 
@@ -98,18 +98,18 @@ def sample_pairs(
     Raises:
         ValueError: If the papers hold fewer than `count` pairs.
     """
-    pairs_by_paper = []
+    queues = []
     for paper in papers:
         usable = [sentence for sentence in sentences(paper) if sentence.words in WORDS]
         outcomes = [sentence for sentence in usable if sentence.states_outcome]
         others = [sentence for sentence in usable if not sentence.states_outcome]
-        pairs = list(itertools.product(outcomes, others))
-        generator.shuffle(pairs)
-        pairs_by_paper.append([(paper.id, *pair) for pair in pairs])
-    generator.shuffle(pairs_by_paper)
+        queue = [(paper.id, outcome, other) for outcome in outcomes for other in others]
+        generator.shuffle(queue)
+        queues.append(queue)
+    generator.shuffle(queues)
 
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*pairs_by_paper))
-    drawn = list(itertools.islice((pair for pair in turns if pair is not None), count))
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*queues))
+    drawn = list(itertools.islice(filter(None, turns), count))
     if len(drawn) < count:
         raise ValueError(
             f"`count` must be at most the {len(drawn)} pairs of these papers; got {count}."
@@ -117,15 +117,10 @@ def sample_pairs(
 
     pairs = []
     for paper_id, *pair in drawn:
-        # In random order, or "first" would always be the outcome and one constant would solve it.
+        # In random order: were the outcome always first, a constant would be the best answer.
         generator.shuffle(pair)
         first, second = pair
         pairs.append(
             PreferencePair(paper_id, first.text, second.text, preference_signs(first, second))
         )
     return pairs
-
-
-def conflicts(pairs: Sequence[PreferencePair]) -> int:
-    """Number of pairs on which the two objectives prefer different sentences."""
-    return sum(pair.signs[0] * pair.signs[1] < 0 for pair in pairs)

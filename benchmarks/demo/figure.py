@@ -95,7 +95,7 @@ def _draw_accuracies(axes: Axes, runs: Sequence[Run], ceiling: Ceiling) -> None:
 def _draw_hurting_steps(axes: Axes, runs: Sequence[Run]) -> None:
     seeds = len({run.seed for run in runs})
     spread = f"mean and s.d. of {seeds} seeds" if seeds > 1 else "one seed"
-    _set_title(axes, "Steps that push an objective's loss up", f"{spread}; MGDA takes no weights")
+    _set_title(axes, "Steps that work against an objective", f"{spread}; MGDA takes no weights")
     for method, style in STYLES.items():
         shares = {
             weight: Estimate.of(100 * run.training.hurting_steps for run in group)

@@ -11,10 +11,14 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 PAD, BOS, EOS = 0, 1, 2
+MAX_TOKENS = 128
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int = 1024) -> Tokenizer:
-    """Trains a byte-level BPE tokenizer that wraps every text in ``<bos> ... <eos>``."""
+    """Trains a byte-level BPE tokenizer.
+
+    It makes ``<bos> text <eos>`` of a text, and cuts it to `MAX_TOKENS`.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -29,6 +33,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 1024) -> Tokenizer:
         single="<bos> $A <eos>", special_tokens=[("<bos>", BOS), ("<eos>", EOS)]
     )
     tokenizer.enable_padding(pad_id=PAD, pad_token="<pad>")
+    tokenizer.enable_truncation(MAX_TOKENS)
     return tokenizer
 
 
@@ -48,7 +53,7 @@ def build_model(vocab_size: int) -> Qwen3ForCausalLM:
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=16,
-            max_position_embeddings=128,
+            max_position_embeddings=MAX_TOKENS,
             tie_word_embeddings=True,
             use_cache=False,
             pad_token_id=PAD,
@@ -60,19 +65,22 @@ def build_model(vocab_size: int) -> Qwen3ForCausalLM:
 
 
 def token_log_probs(model: Qwen3ForCausalLM, ids: Tensor) -> Tensor:
-    """Log-probability of each token given those before it, 0 for padding.
+    """Log-probability of each token given those before it.
 
     Args:
         model: A causal language model.
-        ids: Token ids ``[n, T]``, `BOS` first, padded on the right.
+        ids: Token ids ``[n, T]``, `BOS` first, padded on the right with `PAD`.
 
     Returns:
-        Log-probabilities ``[n, T - 1]`` of the tokens after `BOS`.
+        Log-probabilities ``[n, T]``: at position t that of token t + 1, 0 where there is none.
     """
-    # Padding on the right is invisible to the tokens before it: causal attention needs no mask.
-    logits = model(input_ids=ids).logits[:, :-1]
-    targets = ids[:, 1:]
-    return -F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=PAD, reduction="none")
+    # Tokens don't see what is right of them, padding included: no attention mask is needed.
+    logits = model(input_ids=ids).logits
+    # One target too many, which is ignored, is cheaper than a copy of the logits without the last.
+    targets = F.pad(ids[:, 1:], (0, 1), value=PAD)
+    return -F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=PAD, reduction="none"
+    ).view_as(ids)
 
 
 def pretrain(

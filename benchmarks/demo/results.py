@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,10 +33,10 @@ class Estimate(NamedTuple):
         spread = statistics.stdev(values) if len(values) > 1 else math.nan
         return cls(statistics.fmean(values), spread)
 
-    def __str__(self) -> str:
-        if math.isnan(self.deviation):
-            return f"{self.mean:.2f}"
-        return f"{self.mean:.2f}±{self.deviation:.2f}"
+    def text(self, digits: int) -> str:
+        """The mean and, if known, the deviation."""
+        spread = "" if math.isnan(self.deviation) else f"±{self.deviation:.{digits}f}"
+        return f"{self.mean:.{digits}f}{spread}"
 
 
 class Ceiling(NamedTuple):
@@ -106,13 +106,13 @@ def table(runs: Sequence[Run], ceiling: Ceiling) -> str:
     ]
     for (method, weight), group in points.items():
         cells = [
-            Estimate.of(getattr(run.evaluation[name], metric) for run in group)
+            Estimate.of(getattr(run.evaluation[name], metric) for run in group).text(2)
             for metric in ("loss", "margin", "accuracy")
             for name in OBJECTIVES
         ]
         lines.append(
             f"{method:12} {'-' if weight is None else weight:>4} "
-            + " ".join(f"{cell!s:>9}" for cell in cells)
+            + " ".join(f"{cell:>9}" for cell in cells)
             + f" {statistics.fmean(run.training.hurting_steps for run in group):8.0%}"
             + f" {statistics.fmean(run.training.conflicting_steps for run in group):8.0%}"
         )
@@ -121,14 +121,16 @@ def table(runs: Sequence[Run], ceiling: Ceiling) -> str:
         "",
         f"{spread} {seeds} seed{'s' * (seeds > 1)}; {ceiling.pairs} held-out pairs",
         "w         weight of outcome; short has the rest. MGDA takes no weights: one point",
-        "hurting   training steps along a combined gradient that raises an objective's loss",
-        "conflict  training steps on which the gradients of the objectives point apart",
+        "hurting   steps whose combined gradient, before AdamW scales it, raises a loss",
+        "conflict  steps on which the objectives' gradients have a negative inner product",
         "",
         "hypervolume of the held-out accuracies, reference point (0, 0):",
     ]
     for method, volumes in hypervolumes(runs).items():
         size = sum(other == method for other, _ in points)
-        lines.append(f"  {method:12} {Estimate.of(volumes)}  {size} point{'s' * (size > 1)}")
+        lines.append(
+            f"  {method:12} {Estimate.of(volumes).text(3)}  {size} point{'s' * (size > 1)}"
+        )
     best = max(
         statistics.fmean(sum(run.evaluation[name].accuracy for name in OBJECTIVES) for run in group)
         for group in points.values()

@@ -1,0 +1,270 @@
+"""Losses that `backward` refuses: each with its own message, and nothing has happened."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from raco_optim import CAGradClip, MultiObjectiveOptimizer
+from tests.problems_nn import (
+    NAMES,
+    as_asked,
+    batch,
+    everything,
+    inverse_norms,
+    network,
+    train_step,
+    two_losses,
+)
+
+
+class Net(nn.Module):
+    """A network with everything that can go wrong attached to it, unused unless asked for."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.body = network(dtype)
+        self.sparse = nn.Embedding(3, 2, sparse=True)
+        self.foreign = [nn.Parameter(torch.ones(2))]  # in a list, hence not registered
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class Breaks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("no way back")
+
+
+def good(model):
+    return two_losses(model, batch(0))
+
+
+def nan_gradient(model):
+    """The root of zero: a value of 0 with an infinite gradient, and 0 * Inf = NaN behind it."""
+    return (model(batch(0)) * 0).abs().sum().sqrt()
+
+
+def freed(model):
+    loss = good(model)[0]
+    torch.autograd.grad(loss, list(model.body.parameters()), allow_unused=True)
+    return loss
+
+
+def overwritten(model):
+    h = model.body[0](batch(0)).exp()
+    loss = h.sum()
+    h.add_(1)  # exp needs its result in the backward pass
+    return loss
+
+
+def reentrant(model):
+    return checkpoint(model.body[2], model.body[0](batch(0)), use_reentrant=True).sum()
+
+
+def without_grad(model):
+    with torch.no_grad():
+        return good(model)[0]
+
+
+# name -> (a loss for a model, exception, what its message must say); it stands in second place
+BAD_LOSS = {
+    "number": (lambda m: 1.0, TypeError, ["scalar tensor", "got float"]),
+    "text": (lambda m: "loss", TypeError, ["scalar tensor", "got str"]),
+    "list": (lambda m: good(m), TypeError, ["scalar tensor", "got list"]),
+    "vector": (lambda m: m(batch(0))[:, 0], ValueError, ["scalar", "shape [8]", ".mean()"]),
+    "matrix": (lambda m: m(batch(0)), ValueError, ["scalar", "shape [8, 2]", ".mean()"]),
+    "empty": (lambda m: m(batch(0))[:0, 0], ValueError, ["scalar", "shape [0]"]),
+    "complex": (lambda m: good(m)[0] * 1j, ValueError, ["real", "torch.complex64"]),
+    "no graph": (without_grad, ValueError, ["graph", "torch.no_grad()", "None"]),
+    "detached": (lambda m: good(m)[0].detach(), ValueError, ["graph", "detached"]),
+    "constant": (lambda m: torch.tensor(1.0), ValueError, ["graph"]),
+    "foreign": (lambda m: m.foreign[0].sum(), ValueError, ["reaches none", "None"]),
+    "other device": (
+        lambda m: m.foreign[0].to("meta").sum(),
+        ValueError,
+        ["device", "cpu", "meta", ".to()"],
+    ),
+    "freed graph": (freed, RuntimeError, ["second time", "compute the losses anew"]),
+    "overwritten": (overwritten, RuntimeError, ["modified by an inplace operation"]),
+    "failing": (lambda m: Breaks.apply(good(m)[0]), RuntimeError, ["no way back"]),
+    "sparse": (
+        lambda m: m.sparse(torch.tensor([0, 2])).sum(),
+        ValueError,
+        ["sparse", "[3, 2]", "sparse=False"],
+    ),
+    "reentrant": (reentrant, RuntimeError, ["checkpoint", "use_reentrant=False"]),
+    "NaN": (lambda m: good(m)[0] * math.nan, FloatingPointError, ["NaN", "nonfinite"]),
+    "Inf": (lambda m: good(m)[0] / 0, FloatingPointError, ["Inf", "nonfinite"]),
+    "NaN gradient": (nan_gradient, FloatingPointError, ["the gradient of", "nonfinite"]),
+}
+BAD_CALLABLE = {
+    "returns a number": (lambda: 1.0, TypeError, ["scalar tensor", "callable returned float"]),
+    "returns None": (lambda: None, TypeError, ["scalar tensor", "callable returned NoneType"]),
+    "fails": (lambda: 1 / 0, ZeroDivisionError, ["division by zero"]),
+    "takes arguments": (lambda x: x, TypeError, ["required positional argument"]),
+}
+
+
+class Untouched:
+    """A model and its optimizer in the middle of everything, with a twin that nothing happens to.
+
+    Moments, a `.grad` to be added to, and a pending micro-batch: after the failed call, both must
+    finish the step alike in every bit.
+    """
+
+    def __init__(self, make):
+        self.model = Net()
+        self.opt = make(torch.optim.AdamW(self.model.parameters(), lr=0.1))
+        for t in range(2):
+            train_step(self.opt, self.model, batch(t))
+        self.opt.backward(as_asked(self.opt, good(self.model)))
+        self.opt.backward(as_asked(self.opt, good(self.model)), accumulate=True)
+        self.twin, self.twin_opt = copy.deepcopy((self.model, self.opt))
+        for p, q in zip(self.model.parameters(), self.twin.parameters(), strict=True):
+            q.grad = copy.deepcopy(p.grad)  # which torch leaves out of a parameter's copy
+
+    def check(self):
+        before = everything(self.twin, self.twin_opt)
+        assert everything(self.model, self.opt) == before
+        for model, opt in ((self.model, self.opt), (self.twin, self.twin_opt)):
+            opt.backward(as_asked(opt, two_losses(model, batch(3))))
+            opt.step()
+        finished = everything(self.model, self.opt)
+        assert finished == everything(self.twin, self.twin_opt) != before
+
+
+MAKE = {
+    "list": lambda inner: CAGradClip(inner, [0.6, 0.4]),
+    "mapping": lambda inner: CAGradClip(inner, dict(zip(NAMES, [0.6, 0.4], strict=True))),
+}
+
+
+@pytest.mark.parametrize("form", MAKE)
+@pytest.mark.parametrize(
+    ("case", "accumulate"),
+    # What is not finite is noticed when the step is combined, without a look at each micro-batch.
+    [(case, False) for case in BAD_LOSS]
+    + [(case, True) for case in BAD_LOSS if BAD_LOSS[case][1] is not FloatingPointError],
+)
+@pytest.mark.parametrize("as_callable", [False, True], ids=["tensor", "callable"])
+def test_bad_loss(case, form, accumulate, as_callable):
+    make, exception, fragments = BAD_LOSS[case]
+    if as_callable and case in ("number", "text", "list"):
+        exception, fragments = TypeError, ["scalar tensor", "callable returned"]
+    state = Untouched(MAKE[form])
+    first = good(state.model)[0]
+    bad = (lambda: make(state.model)) if as_callable else make(state.model)
+    with pytest.raises(exception) as caught:
+        state.opt.backward(as_asked(state.opt, [first, bad]), accumulate=accumulate)
+    message = str(caught.value)
+    name = "1" if form == "list" else NAMES[1]
+    assert [f for f in (f"loss {name!r}", *fragments) if f not in message] == []
+    state.check()
+
+
+@pytest.mark.parametrize("case", BAD_CALLABLE)
+def test_bad_callable(case):
+    bad, exception, fragments = BAD_CALLABLE[case]
+    state = Untouched(MAKE["list"])
+    with pytest.raises(exception) as caught:
+        state.opt.backward([lambda: good(state.model)[0], bad])
+    assert [f for f in fragments if f not in str(caught.value)] == []
+    state.check()
+
+
+# name -> (form of the weights, losses for two good ones, exception, what its message must say)
+BAD_LOSSES = {
+    "single tensor": ("list", lambda a, b: a + b, TypeError, ["single Tensor", "[loss]"]),
+    "single callable": ("list", lambda a, b: lambda: a, TypeError, ["got a single", "[loss]"]),
+    "None": ("list", lambda a, b: None, TypeError, ["`losses`", "NoneType"]),
+    "too few": ("list", lambda a, b: [a], ValueError, ["one loss per weight", "2", "got 1"]),
+    "too many": ("list", lambda a, b: [a, b, a], ValueError, ["one loss per weight", "got 3"]),
+    "empty": ("list", lambda a, b: [], ValueError, ["one loss per weight", "got 0"]),
+    "mapping": ("list", lambda a, b: {"x": a, "y": b}, ValueError, ["sequence", "'x', 'y'"]),
+    "sequence": ("mapping", lambda a, b: [a, b], ValueError, ["mapping", *NAMES, "list"]),
+    "other name": (
+        "mapping",
+        lambda a, b: {NAMES[0]: a, "x": b},
+        ValueError,
+        ["names", *NAMES, "'x'"],
+    ),
+    "a name too few": ("mapping", lambda a, b: {NAMES[0]: a}, ValueError, ["names", NAMES[1]]),
+    "a name too many": (
+        "mapping",
+        lambda a, b: {NAMES[0]: a, NAMES[1]: b, "x": a},
+        ValueError,
+        ["names", *NAMES, "'x'"],
+    ),
+}
+
+
+@pytest.mark.parametrize("accumulate", [False, True], ids=["combine", "accumulate"])
+@pytest.mark.parametrize("case", BAD_LOSSES)
+def test_wrong_number_names_or_container(case, accumulate):
+    form, make, exception, fragments = BAD_LOSSES[case]
+    state = Untouched(MAKE[form])
+    with pytest.raises(exception) as caught:
+        state.opt.backward(make(*good(state.model)), accumulate=accumulate)
+    assert [f for f in ("`losses`", *fragments) if f not in str(caught.value)] == []
+    state.check()
+
+
+def test_none_for_all_losses():
+    opt = MAKE["list"](torch.optim.SGD(network().parameters(), 0.1))
+    with pytest.raises(ValueError, match="`losses` must hold at least one loss; got None for all"):
+        opt.backward([None, None])
+
+
+def raise_key_error(gram):
+    raise KeyError("a rule's own error")
+
+
+BAD_RULE = {
+    "shape": (lambda gram: gram, ValueError, ["`rule`", "[2]", "[2, 2]"]),
+    "number": (lambda gram: gram.sum(), ValueError, ["`rule`", "[2]", "shape []"]),
+    "list": (lambda gram: [0.5, 0.5], TypeError, ["`rule`", "got list"]),
+    "complex": (lambda gram: gram[0] * 1j, ValueError, ["`rule`", "complex"]),
+    "error": (raise_key_error, KeyError, ["a rule's own error"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RULE)
+def test_bad_rule(case):
+    rule, exception, fragments = BAD_RULE[case]
+    state = Untouched(lambda inner: MultiObjectiveOptimizer(inner, inverse_norms))
+    state.opt.rule = rule
+    with pytest.raises(exception) as caught:
+        state.opt.backward(good(state.model))
+    assert [f for f in fragments if f not in str(caught.value)] == []
+    state.opt.rule = inverse_norms
+    state.check()
+
+
+@pytest.mark.parametrize(
+    ("parameter", "fragments"),
+    [
+        (
+            lambda: torch.ones(3, dtype=torch.complex64),
+            ["real", "complex64", "[3]", "view_as_real"],
+        ),
+        (lambda: torch.ones(3, device="meta"), ["one device", "cpu", "meta", "Move the model"]),
+    ],
+    ids=["complex", "another device"],
+)
+def test_parameters_that_cannot_share_a_gram(parameter, fragments):
+    model = network()
+    model.register_parameter("odd", nn.Parameter(parameter()))
+    opt = MAKE["list"](torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(ValueError) as caught:
+        opt.backward(two_losses(model, batch(0)))
+    assert [f for f in ("parameters", *fragments) if f not in str(caught.value)] == []
+    assert all(p.grad is None for p in model.parameters())

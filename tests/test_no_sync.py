@@ -1,0 +1,125 @@
+"""A step waits for no device unless it is asked to.
+
+On the meta device tensors have no values: whatever would wait for one (`.item()`, `.tolist()`, a
+copy to the host, a branch on a comparison) raises. A step that runs there waits for nothing.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from raco_optim import MGDA, CAGrad, CAGradClip, LinearScalarization, MultiObjectiveOptimizer
+from tests.problems_nn import batch, inverse_norms, network, two_losses
+
+NO_VALUE = (NotImplementedError, RuntimeError)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.heads, self.spare = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(1, 1)
+
+    def losses(self, m):
+        x = torch.ones(3, device="meta")
+        return list(self.heads(self.trunk(x).tanh()).square())[:m]
+
+
+def on_meta(make, m=3, **kwargs):
+    with torch.device("meta"):
+        model = Net()
+    return model, make(torch.optim.AdamW(model.parameters()), [1 / m] * m, **kwargs)
+
+
+PROPAGATE = {"nonfinite": "propagate"}
+WAIT_FOR_NOTHING = {
+    "one loss": (CAGradClip, 1, {"solver": "pgd"}),
+    "CAGradClip": (CAGradClip, 3, {"solver": "pgd"}),
+    "soft": (CAGradClip, 2, {"solver": "pgd", "clip": "soft"}),
+    "CAGrad": (CAGrad, 2, {"solver": "pgd"}),
+    "LinearScalarization": (LinearScalarization, 3, {}),
+    "rule": (lambda o, w, **kw: MultiObjectiveOptimizer(o, inverse_norms, weights=w, **kw), 3, {}),
+}
+
+
+@pytest.mark.parametrize("name", WAIT_FOR_NOTHING)
+def test_step_waits_for_nothing(name):
+    make, m, kwargs = WAIT_FOR_NOTHING[name]
+    model, opt = on_meta(make, m, **kwargs, **PROPAGATE)
+    opt.backward(model.losses(m), accumulate=True)
+    opt.backward([lambda i=i: model.losses(m)[i] for i in range(m)])
+    opt.step()
+    opt.zero_grad(set_to_none=False)
+    assert model.trunk.weight.grad.is_meta
+    assert model.spare.weight.grad is None
+    with pytest.raises(NO_VALUE):
+        _ = opt.report
+
+
+@pytest.mark.parametrize("losses", ["both parts", "heads only"])
+def test_neither_does_one_with_heads(losses):
+    model, _ = on_meta(CAGradClip)
+    opt = CAGradClip(
+        torch.optim.AdamW(model.parameters()),
+        [0.5, 0.5],
+        solver="pgd",
+        shared_parameters=model.trunk.parameters(),
+        **PROPAGATE,
+    )
+    if losses == "both parts":
+        opt.backward(model.losses(2))
+    else:
+        opt.backward(list(model.heads(torch.ones(3, device="meta")))[:2])
+    opt.step()
+    assert model.heads.weight.grad.is_meta
+
+
+@pytest.mark.parametrize(
+    ("make", "kwargs"),
+    [
+        (CAGradClip, {"solver": "exact"} | PROPAGATE),
+        (CAGradClip, {"solver": "slsqp"} | PROPAGATE),
+        (CAGradClip, {"solver": "pgd", "nonfinite": "raise"}),
+        (CAGradClip, {"solver": "pgd", "nonfinite": "skip"}),
+        (MGDA, PROPAGATE),
+    ],
+    ids=["exact", "slsqp", "raise", "skip", "MGDA"],
+)
+def test_what_the_documentation_says_waits_does(make, kwargs):
+    """So that the test above would notice."""
+    model, opt = on_meta(make, **kwargs)
+    with pytest.raises(NO_VALUE):
+        opt.backward(model.losses(3))
+
+
+class Copies(TorchDispatchMode):
+    """Counts what would fetch a value from a device, where the CPU plays the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.scalars = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.scalars += func in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.equal.default,
+            torch.ops.aten.nonzero.default,
+        )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("solver", ["exact", "pgd", "slsqp"])
+@pytest.mark.parametrize("nonfinite", ["raise", "skip", "propagate"])
+def test_no_number_is_fetched_alone(solver, nonfinite):
+    """One copy of a small matrix where a host needs it, and never one number after the other."""
+    model = network()
+    opt = CAGradClip(
+        torch.optim.AdamW(model.parameters(), foreach=True),
+        [0.6, 0.4],
+        solver=solver,
+        nonfinite=nonfinite,
+    )
+    losses = two_losses(model, batch(0))
+    with Copies() as copies:
+        opt.backward(losses)
+    assert copies.scalars == 0

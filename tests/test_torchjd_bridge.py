@@ -1,0 +1,161 @@
+"""TorchJD's weightings as rules, and TorchJD as a witness of our CAGrad and MGDA."""
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torchjd.aggregation as jd
+from scipy.optimize import nnls
+from torch import nn
+from torchjd.aggregation import Weighting
+from torchjd.linalg import DualConeProjector
+
+from raco_optim import MGDA, CAGrad, MultiObjectiveOptimizer
+from tests.problems_nn import batch, flat_grad, jacobian, network, three_losses, two_losses
+
+DOUBLE = torch.float64
+
+
+class Projector(DualConeProjector):
+    """Minimises v.Gv over v >= u. TorchJD's own needs two more packages for it."""
+
+    def __call__(self, U, G):
+        L = torch.linalg.cholesky(G).numpy()
+        steps = [nnls(L.T, -L.T @ u.numpy())[0] for u in U.reshape(-1, len(G))]
+        return U + torch.tensor(np.array(steps)).reshape(U.shape)
+
+
+# name -> arguments; the aggregator has the weighting's name without "Weighting".
+OF_A_GRAM = {
+    "AlignedMTLWeighting": {},
+    "CAGradWeighting": {"c": 0.4},
+    "DualProjWeighting": {"projector": Projector()},
+    "FairGradWeighting": {"alpha": 1.0},
+    "GradVacWeighting": {},
+    "IMTLGWeighting": {},
+    "KrumWeighting": {"n_byzantine": 0, "n_selected": 2},
+    "MGDAWeighting": {},
+    "PCDWeighting": {},
+    "PCGradWeighting": {},
+    "UPGradWeighting": {"projector": Projector()},
+}
+# These look at the shape of the Jacobian alone, of which the Gram matrix has as many rows.
+OF_A_SHAPE = {"MeanWeighting": {}, "SumWeighting": {}, "RandomWeighting": {}}
+# These need the Jacobian itself, which is never formed here.
+OF_A_JACOBIAN = {"ExcessMTLWeighting", "MoDoWeighting", "SDMGradWeighting"}
+# These need an argument that the others do not.
+OTHERS = {"ConstantWeighting", "CRMOGMWeighting"}
+
+
+def test_every_weighting_of_torchjd_is_accounted_for():
+    found = {name for name in jd.__all__ if name.endswith("Weighting")} - {"Weighting"}
+    assert found == OF_A_GRAM.keys() | OF_A_SHAPE.keys() | OF_A_JACOBIAN | OTHERS
+
+
+def assert_steps_equal(weighting, aggregator, losses, *, steps=2):
+    """Steps of SGD, as some weightings have a state; both sides draw the same random numbers."""
+    model, x = network(DOUBLE), batch(0, dtype=DOUBLE)
+    opt = MultiObjectiveOptimizer(torch.optim.SGD(model.parameters(), 0.1), weighting)
+    for t in range(steps):
+        J = jacobian(model, lambda: losses(model, x))
+        before = nn.utils.parameters_to_vector(model.parameters()).detach()
+        torch.manual_seed(t)
+        expected = aggregator(J)
+        torch.manual_seed(t)
+        opt.zero_grad()
+        opt.backward(losses(model, x))
+        torch.testing.assert_close(flat_grad(model), expected, rtol=1e-6, atol=1e-8)
+        opt.step()
+        after = nn.utils.parameters_to_vector(model.parameters()).detach()
+        torch.testing.assert_close(after, before - 0.1 * expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("losses", [two_losses, three_losses])
+@pytest.mark.parametrize("name", OF_A_GRAM | OF_A_SHAPE)
+def test_step_equals_the_aggregator_on_the_jacobian(name, losses):
+    arguments = (OF_A_GRAM | OF_A_SHAPE)[name]
+    if name == "KrumWeighting" and losses is two_losses:
+        arguments = {"n_byzantine": 0, "n_selected": 1}
+        losses = three_losses  # it asks for three rows
+    weighting = getattr(jd, name)(**arguments)
+    aggregator = getattr(jd, name.removesuffix("Weighting"))(**arguments)
+    assert_steps_equal(weighting, aggregator, losses)
+
+
+def test_constant_and_smoothed_weightings():
+    weights = torch.tensor([0.3, 0.7], dtype=DOUBLE)
+    assert_steps_equal(jd.ConstantWeighting(weights), jd.Constant(weights), two_losses)
+    smoothed = jd.CRMOGMWeighting(jd.PCGradWeighting())
+    witness = jd.WeightedAggregator(
+        jd.CRMOGMWeighting(jd.PCGradWeighting()) << (lambda J: J @ J.T)  # its state is its own
+    )
+    assert_steps_equal(smoothed, witness, two_losses, steps=3)
+
+
+def test_optimizer_with_a_weighting_is_copied_saved_and_shown():
+    """A weighting is a module; its state moves with the copies."""
+    model = network(DOUBLE)
+    opt = MultiObjectiveOptimizer(
+        torch.optim.AdamW(model.parameters()),
+        jd.UPGradWeighting(projector=Projector()),
+        weights=[0.5, 0.5],
+    )
+    opt.backward(two_losses(model, batch(0, dtype=DOUBLE)))
+    opt.step()
+    assert isinstance(opt.rule, Weighting)
+    assert "UPGradWeighting" in repr(opt)
+    assert isinstance(copy.deepcopy(opt).rule, Weighting)
+    assert isinstance(pickle.loads(pickle.dumps(opt)).rule, Weighting)
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    opt.load_state_dict(torch.load(file, weights_only=True))
+
+
+# TorchJD as a witness
+
+
+def conflicting(m, seed):
+    """Rows of moderate norms, where TorchJD is exact: it returns zero for small ones."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(20, generator=generator, dtype=DOUBLE)
+    return 0.3 * common + torch.randn(m, 20, generator=generator, dtype=DOUBLE)
+
+
+def combined(method, J):
+    """The combined gradient for losses with these gradients."""
+    x = nn.Parameter(torch.zeros(J.shape[1], dtype=DOUBLE))
+    method(torch.optim.SGD([x], 0.1)).backward(list(J @ x))
+    return x.grad
+
+
+@pytest.mark.parametrize("m", [2, 3, 6])
+@pytest.mark.parametrize("c", [0.1, 0.5, 0.9, 2.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_cagrad_with_uniform_weights_is_torchjds(m, c, seed):
+    """Both are g0 + c |g0| G_p / |G_p| with the mean g0, without the factor 1 / (1 + c^2).
+
+    TorchJD's interior-point method is good to about 1e-7 in Phi, hence to its root in p.
+    """
+    J = conflicting(m, seed)
+    found = combined(lambda inner: CAGrad(inner, [1 / m] * m, c=c), J)
+    expected = jd.CAGrad(c=c)(J)
+    assert float((found - expected).norm() / expected.norm()) < 1e-3
+    # The dual of the subproblem: the step maximises the least improvement within the radius.
+    g0 = J.mean(dim=0)
+    assert float((found - g0).norm()) <= c * float(g0.norm()) * (1 + 1e-9)
+    assert float((J @ found).min()) >= float((J @ expected).min()) - 1e-6 * float(g0.norm())
+
+
+@pytest.mark.parametrize("m", [2, 3, 6])
+@pytest.mark.parametrize("seed", range(3))
+def test_mgda_is_torchjds_or_shorter(m, seed):
+    """TorchJD stops its Frank-Wolfe iteration at 1e-3; the point sought is the shortest."""
+    J = conflicting(m, seed)
+    found = combined(MGDA, J)
+    expected = jd.MGDA(epsilon=1e-6, max_iters=20_000)(J)
+    assert float(found.norm()) <= float(expected.norm()) * (1 + 1e-12)
+    assert float((found - expected).norm()) < 0.02 * float(expected.norm())
