@@ -19,7 +19,8 @@ from torch import Tensor
 from raco_optim._checks import ZERO
 
 _ROUNDS = 12
-_STEPS = 6
+_STEPS = 4
+_SOLVES = 3
 _TINY = 1e-300
 
 
@@ -89,12 +90,14 @@ def projected_gradient(H: Tensor, w: Tensor, c: float) -> tuple[Tensor, Tensor, 
         for _ in range(_STEPS):
             p = _projected_step(problem, p)
         best, value, gap = _choose((best, value, gap), p, problem)
-        solved = _solve_on_support(problem, p)
-        best, value, gap = _choose((best, value, gap), solved, problem)
-        p = torch.where(problem.evaluate(solved)[0] < problem.evaluate(p)[0], solved, p)
-    best = torch.where(moving, best, w)
-    value = torch.where(moving, value * norm_g0 * scale**2, 0.0)
-    return best, value.squeeze(-1), torch.where(moving, gap, 0.0).squeeze(-1)
+        for _ in range(_SOLVES):
+            p = _solve_on_support(problem, p)
+        best, value, gap = _choose((best, value, gap), p, problem)
+    # What is not a number stays so: a certificate for it would be false.
+    noise = torch.where(squared_g0.isfinite(), 0.0, torch.nan)
+    best = torch.where(moving, best, w) + noise
+    value = torch.where(moving, value * norm_g0 * scale**2, 0.0) + noise
+    return best, value.squeeze(-1), (torch.where(moving, gap, 0.0) + noise).squeeze(-1)
 
 
 def _choose(
@@ -127,13 +130,27 @@ def _projected_step(problem: _Problem, p: Tensor) -> Tensor:
 
 
 def _solve_on_support(problem: _Problem, p: Tensor) -> Tensor:
-    """Solves the optimality conditions on the support of p; negative entries are cut off."""
+    """Solves the optimality conditions on the support of p, where that lowers the value.
+
+    Where the solution has negative entries, they are cut off, or the way to it ends at the first
+    of them, whichever is lower.
+    """
     e = torch.where(problem.D > 0, 1 / problem.D.clamp(min=_TINY), 0.0)
     u, v = _solve_masked(problem.C, p > 0, e, problem.b)
     eu, ev, bv = ((x * y).sum(-1, keepdim=True) for x, y in ((e, u), (e, v), (problem.b, v)))
     discriminant = ev**2 - eu * (bv - problem.c**2)
     level = (ev + discriminant.clamp(min=0).sqrt()) / eu
-    return _on_simplex((level * u - v).clamp(min=0) * e, p)
+    target = (level * u - v) * e
+    cut = _on_simplex(target.clamp(min=0), p)
+    way = _on_simplex(target, p) - p
+    length = torch.where(way < 0, p / -way, 1.0).amin(-1, keepdim=True).clamp(max=1)
+    stopped = _on_simplex((p + length * way).clamp(min=0) * (p + length * way > 1e-15), p)
+    value, _ = problem.evaluate(p)
+    for candidate in (cut, stopped):
+        lower, _ = problem.evaluate(candidate)
+        p = torch.where(lower < value, candidate, p)
+        value = torch.fmin(lower, value)
+    return p
 
 
 def _subgradient_at_zero(C: Tensor, b: Tensor, c: float, bound: Tensor) -> Tensor:

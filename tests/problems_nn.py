@@ -124,6 +124,7 @@ def clipped_alpha(jacobian: Tensor, weights: Sequence[float], c: float, clip: st
     """alpha of Algorithm 1 from the Jacobian, with p from the 60-digit oracle."""
     J, w = jacobian.double().numpy(), np.asarray(weights, float)
     p = exact_minimum(J @ J.T, w, c).p
+    p = np.where(p > 1e-15, p, 0)  # 60 digits rounded: 1e-31 is zero, and clipping must see that
     both = np.where(p + w > 0, p + w, 1)
     p_clipped = {"hard": np.minimum(p, w), "soft": p * w / both, "none": p}[clip]
     length, size = np.linalg.norm(p_clipped @ J), p_clipped @ np.linalg.norm(J, axis=1)

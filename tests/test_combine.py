@@ -1,5 +1,7 @@
 """What is written to .grad: the sum, rounded once, added, and never to memory of someone else."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -64,6 +66,33 @@ def test_coefficient_zero_does_not_hide_what_is_not_finite(bad, position):
     parameter = nn.Parameter(torch.zeros(2))
     add_combined_gradient([parameter], rows, alpha)
     assert parameter.grad.isfinite().tolist() == [False, True]
+
+
+def test_nothing_of_a_step_outlives_backward_but_the_grad():
+    """Neither gradients per loss nor graphs: m times the memory of the model each."""
+    x, alive = nn.Parameter(torch.ones(3)), []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, activation):
+            ctx.activation = activation
+            return (x * activation).sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            gradient = grad * ctx.activation
+            alive.append(weakref.ref(gradient))
+            return gradient, None
+
+    def losses():
+        activations = [torch.ones(3), torch.rand(3)]
+        alive.extend(map(weakref.ref, activations))
+        return [Watched.apply(x, activation) for activation in activations]
+
+    opt = CAGradClip(torch.optim.SGD([x], 0.1), [0.5, 0.5])
+    opt.backward(losses(), accumulate=True)
+    opt.backward(losses())
+    assert [reference() for reference in alive] == [None] * 8
 
 
 # Memory that autograd returns is not always new

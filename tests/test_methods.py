@@ -209,8 +209,14 @@ def test_gradient_clipping_sees_the_combined_gradient():
 
 @pytest.mark.parametrize(
     "form",
-    [tuple, iter, torch.stack, lambda losses: [lambda i=i: losses[i] for i in range(2)]],
-    ids=["tuple", "iterator", "stacked", "callables"],
+    [
+        tuple,
+        iter,
+        torch.stack,
+        lambda losses: [loss.reshape(1) for loss in losses],
+        lambda losses: [lambda i=i: losses[i] for i in range(2)],
+    ],
+    ids=["tuple", "iterator", "stacked", "one element", "callables"],
 )
 def test_losses_in_any_form(form):
     results = []

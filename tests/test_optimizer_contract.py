@@ -198,6 +198,7 @@ def test_two_wrappers_do_not_share_what_they_hook():
         assert calls == [1]
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own imports
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_step(backend):
     torch.compiler.reset()

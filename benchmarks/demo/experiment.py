@@ -67,13 +67,21 @@ class Run:
 
 
 class Corpus:
-    """What all seeds share: text, tokenizer, training papers and held-out pairs."""
+    """What all seeds share.
+
+    Attributes:
+        train_papers: Papers of the training and the validation split.
+        texts: Their sentences.
+        tokenizer: Trained on `texts`.
+        ids: Tokens of `texts`, ``[n, 64]``.
+        held_out: Preference pairs of the test papers.
+    """
 
     def __init__(self, test_pairs: int) -> None:
         self.train_papers = load_papers("train", "val")
         self.texts = [sentence.text for paper in self.train_papers for sentence in sentences(paper)]
         self.tokenizer: Tokenizer = train_tokenizer(self.texts)
-        # Half of the sentences are longer than those of the pairs: their beginnings will do.
+        # Long enough for nearly all sentences of the pairs; of longer ones the beginning will do.
         self.ids = tokenize(self.tokenizer, self.texts)[:, :64]
         # Sorted by length, so that batches of them carry little padding.
         self.held_out: list[PreferencePair] = sorted(

@@ -60,7 +60,15 @@ def _draw_accuracies(axes: Axes, runs: Sequence[Run], ceiling: Ceiling) -> None:
         axes.plot(*_columns(means), label=method, zorder=3, **style)
 
     axes.plot(0.5, 0.5, "P", color=INK, markersize=7)
-    axes.annotate("base model", (0.5, 0.5), (8, -3), textcoords="offset points", color=INK)
+    axes.annotate(
+        "base model",
+        (0.5, 0.5),
+        (0, -8),
+        textcoords="offset points",
+        ha="center",
+        va="top",
+        color=INK,
+    )
     for weight, means in at_weight.items():
         center = [statistics.fmean(column) for column in _columns(means)]
         axes.annotate(
@@ -74,7 +82,7 @@ def _draw_accuracies(axes: Axes, runs: Sequence[Run], ceiling: Ceiling) -> None:
         )
 
     accuracies = [run.evaluation[name].accuracy for run in runs for name in OBJECTIVES]
-    low, high = min(0.5, *accuracies) - 0.06, max(0.5, *accuracies) + 0.07
+    low, high = min(0.5, *accuracies) - 0.09, max(0.5, *accuracies) + 0.07
     total, conflict = ceiling.accuracy_sum, ceiling.conflicting / ceiling.pairs
     axes.fill([total - high, high, high], [high, total - high, high], color=SHADE, zorder=0)
     axes.plot([total - high, high], [high, total - high], color=GREY, lw=1, zorder=1)
