@@ -158,6 +158,8 @@ def named_losses(
         number: How many there must be, if that is known.
     """
     positions = tuple(str(i) for i in range(number or 0))
+    if names == positions:
+        names = None
     if isinstance(losses, Mapping):
         if names is None and number is None:
             names = tuple(losses)
@@ -173,7 +175,7 @@ def named_losses(
     if number is None:
         number = len(ordered)
         positions = tuple(str(i) for i in range(number))
-    if names is not None and names != positions:
+    if names is not None:
         raise ValueError(
             f"`losses` must be a mapping with the names {list(names)}; got a "
             f"{type(losses).__name__}."

@@ -100,14 +100,12 @@ def mixing_coefficients(
     else:
         p_clipped = p
     # Scaled first, so that no square leaves the range of float64.
-    largest = H.diagonal().amax()
-    unit = H / torch.where(largest > 0, largest, 1.0)
-    squared_g0 = w @ unit @ w
-    squared_norm = p_clipped @ unit @ p_clipped
-    squared_size = (p_clipped @ unit.diagonal().sqrt()) ** 2
-    nonzero = squared_norm > ZERO * squared_size
-    ratio = squared_g0.clamp(min=0) / torch.where(nonzero, squared_norm, 1.0)
-    coefficients = torch.where(nonzero, w + c * ratio.sqrt() * p_clipped, w)
+    unit = H / H.diagonal().amax().clamp(min=torch.finfo(H.dtype).tiny)
+    squared_g0 = w @ (unit @ w)
+    squared_norm = p_clipped @ (unit @ p_clipped)
+    nonzero = squared_norm > ZERO * (p_clipped @ unit.diagonal().sqrt()).square()
+    ratio = torch.where(nonzero, squared_g0 / squared_norm, 0.0)
+    coefficients = w + c * ratio.clamp(min=0).sqrt() * p_clipped
     return MixingCoefficients(coefficients, p, p_clipped, solution.gap)
 
 

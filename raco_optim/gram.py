@@ -36,7 +36,8 @@ def gram_matrix(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
     Example:
         >>> import torch
         >>> from raco_optim import gram_matrix
-        >>> gram_matrix([[torch.tensor([1.0, 2.0]), None], [torch.tensor([3.0, 0.0]), torch.ones(4)]])
+        >>> rows = [[torch.tensor([1.0, 2.0]), None], [torch.tensor([3.0, 0.0]), torch.ones(4)]]
+        >>> gram_matrix(rows)
         tensor([[ 5.,  3.],
                 [ 3., 13.]], dtype=torch.float64)
     """

@@ -98,11 +98,11 @@ def certify(problem: Problem, p: Array, y: Array) -> Solution:
     image = C @ weighted
     squared_norm = weighted @ image
     linear = weighted @ b
-    value, gap = linear, math.inf
+    value, gap = float(linear), math.inf
     if squared_norm > 0:
         norm = math.sqrt(squared_norm)
-        value = linear + c * norm
-        gap = value - (D * (b + c * (image / norm))).min()
+        value = float(linear + c * norm)
+        gap = value - float((D * (b + c * (image / norm))).min())
     if not gap <= TIGHT:
         if squared_norm <= ZERO * weighted.sum() ** 2:
             value = 0.0

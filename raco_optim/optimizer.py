@@ -44,7 +44,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             combined one, and the value that LBFGS sees is the weighted loss, of which it is not
             the gradient: leave ``line_search_fn`` at None.
         rule: Maps the Gram matrix, ``[m, m]``, float64, to the coefficients, ``[m]``, as a tensor
-            or as `MixingCoefficients`. Every TorchJD ``Weighting`` is such a rule.
+            or as `MixingCoefficients`. The ``Weighting`` classes of TorchJD that work on a Gram
+            matrix are such rules (all but ExcessMTL, MoDo and SDMGrad, which work on Jacobians).
         weights: w, one number >= 0 per loss, summing to 1, or a mapping from the losses' names to
             them: `backward` then takes a mapping with the same keys. Default: any number of
             losses, uniform weights.
@@ -53,9 +54,11 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             :math:`\sum_i w_i g_i`. Default: all parameters of `inner`.
         nonfinite: What to do when a loss or its gradient is NaN or Inf. ``"raise"``:
             `FloatingPointError` with the loss's name. ``"skip"``: no update, counted in the
-            report. ``"propagate"``: combine with alpha = w, as ``loss.backward()`` would, so that
-            a `GradScaler` sees it and skips. On an accelerator the first two cost one copy of
-            m (m + 2) numbers to the host per step; the third costs none.
+            report (with LBFGS: none from the first evaluation that was not finite).
+            ``"propagate"``: combine with alpha = w, as ``loss.backward()`` would, so that a
+            `GradScaler` sees it and skips; under a `GradScaler` use no other. On an accelerator
+            the first two cost one copy of m (m + 2) numbers to the host per step; the third
+            costs none.
 
     Raises:
         TypeError: `inner` is not an optimizer or `rule` is not callable.

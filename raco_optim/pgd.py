@@ -1,7 +1,7 @@
 r"""The projected-gradient solver of the subproblem: pure torch, batched, without host sync.
 
 In :math:`z_i = D_i p_i` the subproblem is to minimise
-:math:`b \cdot z + c |\sum_i z_i \hat g_i|` on the simplex :math:`\{z \ge 0, \sum_i z_i / D_i = 1\}`.
+:math:`b \cdot z + c |\sum_i z_i \hat g_i|` over :math:`z \ge 0, \sum_i z_i / D_i = 1`.
 Only cosines enter, so that gradients of very different norms do not slow it down. The norm r
 lies below :math:`(|\cdot|^2 / r_k + r_k) / 2`, whose gradient has the Lipschitz constant
 :math:`c |C| / r_k`: that gives the step. Projected steps find the support; one linear system then
@@ -79,7 +79,7 @@ def projected_gradient(H: Tensor, w: Tensor, c: float) -> tuple[Tensor, Tensor, 
     # The vertices first: they are often the solution, and one of them is near it where c is small.
     best, value, gap = w.expand_as(D), *problem.evaluate(w.expand_as(D))
     lowest, lowest_value = best, value
-    for vertex in torch.eye(len(w)).to(D).unbind():
+    for vertex in torch.eye(len(w), dtype=D.dtype, device=D.device).unbind():
         point = vertex.expand_as(D)
         best, value, gap = _choose((best, value, gap), point, problem)
         point_value, _ = problem.evaluate(point)

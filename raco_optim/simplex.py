@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-
 from torch import Tensor
 
 from raco_optim._checks import (

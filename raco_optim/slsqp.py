@@ -17,7 +17,6 @@ from raco_optim.optimality import (
     points_on_support,
 )
 
-
 _SUPPORT = 1e-7
 
 

@@ -136,7 +136,10 @@ def solve(
 def write(
     parameters: Sequence[Tensor], gradients: Gradients, step: Step, shared: Sequence[bool]
 ) -> None:
-    """Adds the combined gradient to ``.grad``; the heads get the weighted sum. Consumes the rows."""
+    """Adds the combined gradient to ``.grad``; the heads get the weighted sum.
+
+    The rows of the gradients are consumed.
+    """
     weights = torch.tensor(step.weights, dtype=torch.float64, device="cpu")
     for part, coefficients in ((True, step.mixing.coefficients), (False, weights)):
         chosen = [j for j, s in enumerate(shared) if s == part]

@@ -23,8 +23,8 @@ class OptimizerWrapper(Optimizer):
         given: object = inner
         if not isinstance(given, Optimizer) or isinstance(given, OptimizerWrapper):
             raise TypeError(
-                f"`inner` must be an optimizer of torch.optim; got {type(given).__name__}. Build it "
-                f"first: {type(self).__name__}(torch.optim.AdamW(model.parameters()), ...)."
+                f"`inner` must be an optimizer of torch.optim; got {type(given).__name__}. "
+                f"Build it first: {type(self).__name__}(AdamW(model.parameters()), ...)."
             )
         self.optimizer = inner
         self._add_hooks()

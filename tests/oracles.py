@@ -298,7 +298,8 @@ def resolution(
 
     def length_and_error(q: np.ndarray) -> tuple[float, float]:
         length, size = np.sqrt(max(q @ H @ q, 0.0)), q @ norms
-        return length, min(np.sqrt(r) * size, r * size**2 / (2 * length or np.inf))
+        error = np.sqrt(r) * size
+        return length, min(error, error**2 / (2 * length)) if length > 0 else error
 
     length_g0, error_g0 = length_and_error(w)
     _, error_p = length_and_error(q)
@@ -346,8 +347,10 @@ def _polished_gap(gram: np.ndarray, weights: np.ndarray, c: float, p: np.ndarray
     multipliers = []  # u with y = G_u / s
     norms = np.sqrt(np.where(gram.diagonal() > 0, gram.diagonal(), 1)).astype(float)
     cosines = (gram / np.outer(norms, norms)).astype(float)
-    support, factor = _independent(H, _cone_support(cosines, (weights * norms).astype(float)))
-    multipliers.append((support, _solve(factor, [-linear[i] for i in support])))
+    for noise in (0.0, 8 * EPS):
+        cone = _cone_support(cosines, (weights * norms).astype(float), noise)
+        support, factor = _independent(H, cone)
+        multipliers.append((support, _solve(factor, [-linear[i] for i in support])))
     for threshold in (0.0, 1e-12, 1e-8):
         support, factor = _independent(H, np.flatnonzero(p > threshold))
         u = support and _scaled_solution(factor, [linear[i] for i in support], s)
@@ -363,10 +366,10 @@ def _polished_gap(gram: np.ndarray, weights: np.ndarray, c: float, p: np.ndarray
     return float(value - max(bounds))
 
 
-def _cone_support(C: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """The support of the u >= 0 that minimises |G_(w + u)|."""
+def _cone_support(C: np.ndarray, w: np.ndarray, noise: float) -> np.ndarray:
+    """The support of the u >= 0 that minimises |G_(w + u)|; smaller eigenvalues count as zero."""
     values, vectors = np.linalg.eigh(C)
-    values[values < 8 * len(C) * EPS * values.max()] = 0
+    values[values <= noise * len(C) * values.max()] = 0
     factor = (vectors * np.sqrt(values)).T
     nonzero = C.diagonal() > 0  # nnls stumbles over a column that is all but zero
     u = np.zeros(len(C))

@@ -263,9 +263,11 @@ def test_hurting_and_conflicting_steps_against_gradients_taken_apart(base, tenso
 
 def test_a_batch_in_which_an_objective_has_only_ties(base, tensors):
     ties = dataclasses.replace(tensors, signs=tensors.signs * torch.tensor([1, 0]))
-    for _, _, make_optimizer in alignments((0.5,)):
+    for method, _, make_optimizer in alignments((0.5,)):
         aligned, training = align.align(base, ties, make_optimizer, on_step=int, batch_size=12)
-        assert align.evaluate(aligned, tensors)["outcome"].loss < math.log(2)
+        loss = align.evaluate(aligned, tensors)["outcome"].loss
+        # The gradient of no loss is zero, which is the min-norm point: MGDA stands still.
+        assert loss == pytest.approx(math.log(2)) if method == "MGDA" else loss < math.log(2) - 1e-3
         assert training == align.Training(0.0, 0.0)
 
 
