@@ -32,6 +32,10 @@ from raco_optim.optimality import (
 )
 
 
+# A radius below this makes q a small difference of long vectors.
+_SMALL = 1e-6
+
+
 class TwoLosses(NamedTuple):
     """Gram matrix, weights and radius of two losses, as floats or in extended precision."""
 
@@ -105,31 +109,26 @@ def solve_two(problem: TwoLosses) -> tuple[float, float, float, bool]:
     return float(p1), float(value), max(float((value - min(r1, r2)) / norm_g0), 0.0), bool(enough)
 
 
-def solve_active_set(problem: Problem) -> Solution:
+def solve_active_set(problem: Problem) -> Solution | None:
     """Solves the subproblem of any number of losses.
 
     Returns:
-        The minimiser, the one closest to w where there are several, and its certificate.
-
-    Raises:
-        ArithmeticError: The support did not settle; not seen in 100,000 Gram matrices.
+        The minimiser, the one closest to w where there are several, and its certificate; None if
+        rounding errors kept the support from settling.
     """
     m = len(problem.w)
     C, D, b = (x.astype(np.float64, copy=False) for x in problem[:3])
     present = D > 0
-    if present.all():
-        dual = _search_robustly(C, 1 / D, b, problem.c)
-    else:
-        part = _search_robustly(C[present][:, present], 1 / D[present], b[present], problem.c)
-        q, slack = np.zeros(m), np.full(m, -part.level)
-        q[present], slack[present] = part.q, part.slack
-        dual = DualSolution(q, part.level, slack, part.unique)
-    solution = first_certified(problem, points_of(problem, dual))
-    assert solution is not None
-    return solution
+    part = _search_robustly(C[present][:, present], 1 / D[present], b[present], problem.c)
+    if part is None:
+        return None
+    q, slack = np.zeros(m), np.full(m, -part.level)
+    q[present], slack[present] = part.q, part.slack
+    dual = DualSolution(q, part.level, slack, part.unique)
+    return first_certified(problem, points_of(problem, dual))
 
 
-def _search_robustly(C: Array, e: Array, b: Array, c: float) -> DualSolution:
+def _search_robustly(C: Array, e: Array, b: Array, c: float) -> DualSolution | None:
     found = _search(C, e, b, c)
     if found is None:  # dependent gradients: larger by rounding errors, C can be factorised
         C = C.copy()
@@ -138,8 +137,6 @@ def _search_robustly(C: Array, e: Array, b: Array, c: float) -> DualSolution:
     if found is None:  # C is indefinite, as a Gram matrix from float32 sums may be
         np.fill_diagonal(C, 1 + 1e-9 + indefiniteness(C))
         found = _search(C, e, b, c)
-    if found is None:
-        raise ArithmeticError(f"the active set of {len(e)} losses did not settle")
     return found
 
 
@@ -167,33 +164,39 @@ def _search(C: Array, e: Array, b: Array, c: float) -> DualSolution | None:
     fewest, patience, settled = m + 1, 3, False
     for _ in range(20 + 2 * m):
         index = support.nonzero()[0]
-        rows = C[:, index]
-        factor, solved, failed = dposv(rows[index], np.array((e[index], b[index])).T)
+        # q is linear in the level. From 0 it keeps its digits where the level is small, that is,
+        # near a hull with zero in it; from the level itself where q is small, that is, if c is.
+        base = 0.0 if c > _SMALL else level
+        rows, missing = C[:, index], base * e - b
+        factor, solved, failed = dposv(rows[index], np.array((e[index], missing[index])).T)
         if failed:
             return None
-        u, v = solved.T
-        eu, ev, bv = float(e[index] @ u), float(e[index] @ v), float(b[index] @ v)
-        images = rows @ solved
+        u, q = solved.T
+        line = _Line(index, u, q, rows @ u - e, rows @ q - missing, base, e)
 
-        discriminant = ev * ev - eu * (bv - c * c)
+        # N(base + t)^2 = |sum_i (q + t u)_i g_i|^2 = t^2 eu + 2 t eq + q.Cq
+        eu, eq = float(e[index] @ u), float(e[index] @ q)
+        qq = float(missing[index] @ q)
+        discriminant = eq * eq - eu * (qq - c * c)
         if discriminant >= 0:
-            root = (ev + math.sqrt(discriminant)) / eu
-            violating, q, slack = _violations(root, index, u, v, images, b, e)
+            step = (math.sqrt(discriminant) - eq) / eu
+            violating, q, slack = line.at(step)
             if not violating.any():
                 full = np.zeros(m)
                 full[index] = np.maximum(q, 0)
                 slack[index] = np.inf
                 pivots = factor.diagonal()
                 unique = pivots.min() ** 2 > DEPENDENT and bool(
-                    (slack > TIGHT * (1 + abs(root) * e)).all()
+                    (slack > TIGHT * (1 + abs(base + step) * e)).all()
                 )
                 slack[index] = 0
-                return DualSolution(full, root, slack, unique)
-        violating, q, _ = _violations(level, index, u, v, images, b, e)
+                return DualSolution(full, base + step, slack, unique)
+        t = level - base
+        violating, q, _ = line.at(t)
         if settled or not violating.any():
-            distance = math.sqrt(max(level * level * eu - 2 * level * ev + bv, 0.0))
-            level -= (distance - c) * distance / (level * eu - ev)
-            violating, q, _ = _violations(level, index, u, v, images, b, e)
+            distance = math.sqrt(max(t * t * eu + 2 * t * eq + qq, 0.0))
+            level -= (distance - c) * distance / (t * eu + eq)
+            violating, q, _ = line.at(level - base)
             fewest, patience, settled = m + 1, 3, False
         count = int(violating.sum())
         if count < fewest:
@@ -214,13 +217,23 @@ def _search(C: Array, e: Array, b: Array, c: float) -> DualSolution | None:
     return None
 
 
-def _violations(
-    level: float, index: Array, u: Array, v: Array, images: Array, b: Array, e: Array
-) -> tuple[Array, Array, Array]:
-    """Returns which losses violate optimality at `level`, q on the support, and the slacks."""
-    q = level * u - v
-    slack = b + level * images[:, 0] - images[:, 1] - level * e
-    magnitude = float(abs(level) * np.abs(u).sum() + np.abs(v).sum())  # q may be a small difference
-    violating = slack < -EPS * 8 * len(e) * (1 + magnitude + abs(level) * e)
-    violating[index] = q < -EPS * 8 * len(e) * magnitude
-    return violating, q, slack
+class _Line(NamedTuple):
+    """q + t u on a support, its slacks on all losses, and the level it starts from."""
+
+    index: Array
+    u: Array
+    q: Array
+    slack_u: Array
+    slack_q: Array
+    base: float
+    e: Array
+
+    def at(self, t: float) -> tuple[Array, Array, Array]:
+        """Returns which losses violate optimality at t, q on the support, and the slacks."""
+        q = self.q + t * self.u
+        slack = self.slack_q + t * self.slack_u
+        rounding = 8 * len(self.e) * EPS
+        magnitude = np.abs(self.q).sum() + abs(t) * np.abs(self.u).sum()
+        violating = slack < -rounding * (1 + magnitude + abs(self.base + t) * self.e)
+        violating[self.index] = q < -rounding * magnitude
+        return violating, q, slack

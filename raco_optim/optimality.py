@@ -104,9 +104,10 @@ def certify(problem: Problem, p: Array, y: Array) -> Solution:
         value = float(linear + c * norm)
         gap = value - float((D * (b + c * (image / norm))).min())
     if not gap <= TIGHT:
+        derivative = D * (b + c * y)
         if squared_norm <= ZERO * weighted.sum() ** 2:
-            value = 0.0
-        gap = min(gap, value - (D * (b + c * y)).min())
+            value = min(value, float(p @ derivative))
+        gap = min(gap, value - float(derivative.min()))
     return Solution(p, float(value), max(float(gap), 0.0), float(squared_norm))
 
 
@@ -162,14 +163,15 @@ def _refined(problem: Problem, q: Array) -> Array:
     """Solves the optimality conditions on the support of q anew, in the precision of C."""
     C, D, b, c, _ = problem
     index = q.nonzero()[0]
-    right = np.array((1 / D[index], b[index])).T
-    solved = _eliminate(C[np.ix_(index, index)], right)
-    (eu, _), (ev, bv) = solved.T @ right
-    discriminant = ev * ev - eu * (bv - c * c)
+    e = 1 / D[index]
+    missing = -b[index]
+    u, start = _eliminate(C[np.ix_(index, index)], np.array((e, missing)).T).T
+    eu, eq = e @ u, e @ start
+    discriminant = eq * eq - eu * (missing @ start - c * c)
     if discriminant < 0 or eu <= 0:
         return q
     refined = np.zeros_like(D)
-    refined[index] = np.maximum((ev + np.sqrt(discriminant)) / eu * solved[:, 0] - solved[:, 1], 0)
+    refined[index] = np.maximum(start + (np.sqrt(discriminant) - eq) / eu * u, 0)
     return refined if refined.any() else q
 
 

@@ -46,7 +46,10 @@ class _Problem:
         y = torch.where(nonzero, image / squared_norm.clamp(min=_TINY).sqrt(), self.at_zero)
         derivative = self.D * (self.b + self.c * y)
         value = (p * derivative).sum(-1, keepdim=True)
-        return value, value - derivative.amin(-1, keepdim=True)
+        # Any y of norm <= 1 bounds the minimum; near zero the one of G_p is mostly rounding.
+        bounds = derivative, self.D * (self.b + self.c * self.at_zero)
+        lower = torch.maximum(*(bound.amin(-1, keepdim=True) for bound in bounds))
+        return value, (value - lower).clamp(min=0)
 
 
 def projected_gradient(H: Tensor, w: Tensor, c: float) -> tuple[Tensor, Tensor, Tensor]:

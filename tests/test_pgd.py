@@ -18,7 +18,7 @@ def pgd(gram, weights, c):
     return solve_subproblem(gram, weights, c, solver="pgd")
 
 
-def batch(m: int, size: int = 6) -> torch.Tensor:
+def batch(m: int, size: int = 2) -> torch.Tensor:
     """Gram matrices of all kinds."""
     grams = [problem(kind, m, seed).gram for seed in range(size) for kind in KINDS]
     return torch.from_numpy(np.stack(grams))
