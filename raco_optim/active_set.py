@@ -10,6 +10,7 @@ the level in closed form.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +31,6 @@ from raco_optim.optimality import (
     indefiniteness,
     points_of,
 )
-
 
 # A radius below this makes q a small difference of long vectors.
 _SMALL = 1e-6
@@ -217,7 +217,8 @@ def _search(C: Array, e: Array, b: Array, c: float) -> DualSolution | None:
     return None
 
 
-class _Line(NamedTuple):
+@dataclass(frozen=True)
+class _Line:
     """q + t u on a support, its slacks on all losses, and the level it starts from."""
 
     index: Array
