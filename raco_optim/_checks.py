@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 Choice = TypeVar("Choice", bound=str)
@@ -209,3 +210,12 @@ def checked_shared_parameters(
     if not chosen:
         raise ValueError(f"`shared_parameters` must hold one at least; got none. {advice}")
     return chosen
+
+
+def check_single_process() -> None:
+    """Raises `RuntimeError` where several processes train one model together."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise RuntimeError(
+            f"`backward` does not average gradients over processes yet, and torch.distributed runs "
+            f"with {dist.get_world_size()}: their parameters would drift apart. Train in one."
+        )

@@ -163,25 +163,30 @@ def _refined(problem: Problem, q: Array) -> Array:
     """Solves the optimality conditions on the support of q anew, in the precision of C."""
     C, D, b, c, _ = problem
     index = q.nonzero()[0]
-    e = 1 / D[index]
-    missing = -b[index]
-    u, start = _eliminate(C[np.ix_(index, index)], np.array((e, missing)).T).T
+    rows, e = C[np.ix_(index, index)], 1 / D[index]
+    u, start = _solve(rows, np.array((e, -b[index])).T).T
     eu, eq = e @ u, e @ start
-    discriminant = eq * eq - eu * (missing @ start - c * c)
+    discriminant = eq * eq - eu * (-b[index] @ start - c * c)
     if discriminant < 0 or eu <= 0:
         return q
+    level = (np.sqrt(discriminant) - eq) / eu
+    for _ in range(3):  # Newton, since eu and eq have few digits where u is long
+        inside = start + level * u
+        distance = np.sqrt(np.maximum(inside @ (rows @ inside), 0))
+        level += (c - distance) * distance / (e @ inside)
     refined = np.zeros_like(D)
-    refined[index] = np.maximum(start + (np.sqrt(discriminant) - eq) / eu * u, 0)
+    refined[index] = np.maximum(start + level * u, 0)
     return refined if refined.any() else q
 
 
-def _eliminate(A: Array, right: Array) -> Array:
+def _solve(A: Array, right: Array) -> Array:
     """Solves A x = right for a positive semi-definite A, with x = 0 where a row is dependent.
 
-    Gauss-Jordan elimination, since LAPACK has no extended precision.
+    Gauss-Jordan elimination, since LAPACK has no extended precision, and refinement, which makes
+    the residual as small as the precision allows.
     """
     n = len(A)
-    table = np.hstack([A, right])
+    table = np.hstack([A, np.eye(n, dtype=A.dtype)])
     for k in range(n):
         if table[k, k] <= n * np.finfo(table.dtype).eps:
             table[k] = 0
@@ -191,7 +196,11 @@ def _eliminate(A: Array, right: Array) -> Array:
         others = table[:, k].copy()
         others[k] = 0
         table -= np.outer(others, table[k])
-    return table[:, n:]
+    inverse = table[:, n:]
+    solved = inverse @ right
+    for _ in range(3):
+        solved += inverse @ (right - A @ solved)
+    return solved
 
 
 def points_at_zero(problem: Problem) -> Iterator[Point]:
@@ -226,7 +235,7 @@ def points_at_zero(problem: Problem) -> Iterator[Point]:
         p /= p.sum()
     support = q.nonzero()[0]
     refined = np.zeros_like(D)
-    refined[support] = _eliminate(C[np.ix_(support, support)], -b[support, None])[:, 0]
+    refined[support] = _solve(C[np.ix_(support, support)], -b[support, None])[:, 0]
     closest = _closest(w, p, tight, C, D)
     yield closest, _subgradient(problem, q)
     yield closest, _subgradient(problem, np.maximum(refined, 0))

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from raco_optim._checks import (
     check_any_present,
+    check_single_process,
     checked_choice,
     checked_shared_parameters,
     checked_weights,
@@ -40,9 +41,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
     optimizer; pass the wrapper to all of them.
 
     Args:
-        inner: The optimizer to drive. With LBFGS, `step` needs a closure, the gradient is the
-            combined one, and the value that LBFGS sees is the weighted loss, of which it is not
-            the gradient: leave ``line_search_fn`` at None.
+        inner: The optimizer to drive. LBFGS needs a closure; it sees the combined gradient and the
+            weighted loss, which is not its antiderivative: leave ``line_search_fn`` at None.
         rule: Maps the Gram matrix, ``[m, m]``, float64, to the coefficients, ``[m]``, as a tensor
             or as `MixingCoefficients`. The ``Weighting`` classes of TorchJD that work on a Gram
             matrix are such rules (all but ExcessMTL, MoDo and SDMGrad, which work on Jacobians).
@@ -57,8 +57,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             report (with LBFGS: none from the first evaluation that was not finite).
             ``"propagate"``: combine with alpha = w, as ``loss.backward()`` would, so that a
             `GradScaler` sees it and skips; under a `GradScaler` use no other. On an accelerator
-            the first two cost one copy of m (m + 2) numbers to the host per step; the third
-            costs none.
+            each of the first two costs a copy of m (m + 2) numbers to the host per step.
 
     Raises:
         TypeError: `inner` is not an optimizer or `rule` is not callable.
@@ -124,13 +123,12 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             TypeError, ValueError: A loss is not what it must be; see `per_loss_gradients`. The
                 number or the names of the losses differ from those of the weights.
             FloatingPointError: A loss or its gradient is NaN or Inf and ``nonfinite="raise"``.
-            RuntimeError: A backward pass failed; see `per_loss_gradients`. Several processes
-                train together (torch.distributed).
+            RuntimeError: A backward pass failed, or several processes train together.
 
         After an exception, parameters, ``.grad``, optimizer state and accumulated gradients are
         as before the call.
         """
-        _check_single_process()
+        check_single_process()
         names, number = self._names, None if self._weights is None else len(self._weights)
         if self._pending is not None:
             names, number = self._pending.names, len(self._pending.names)
@@ -301,14 +299,3 @@ def backward(optimizer: Any, losses: Losses, *, accumulate: bool = False) -> Non
                 f"of one; got {type(optimizer).__name__}."
             ) from None
     inside.backward(losses, accumulate=accumulate)
-
-
-def _check_single_process() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        ranks = distributed.get_world_size()
-        if ranks > 1:
-            raise RuntimeError(
-                f"`backward` does not average gradients over processes yet, and torch.distributed "
-                f"runs with {ranks}: their parameters would drift apart. Train in one process."
-            )

@@ -134,7 +134,7 @@ def test_unknown_choice(argument, value):
 def test_inner_is_not_an_optimizer(method, given):
     with pytest.raises(TypeError) as caught:
         TAKES_WEIGHTS[method](given, [1.0])
-    assert missing(["`inner`", type(given).__name__, "torch.optim.AdamW("], caught) == []
+    assert missing(["`inner`", type(given).__name__, "AdamW(model.parameters())"], caught) == []
 
 
 def test_rule_is_not_callable():
