@@ -268,21 +268,20 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
 
 
 def backward(optimizer: Any, losses: Losses, *, accumulate: bool = False) -> None:  # noqa: ANN401
-    """Calls ``backward`` of the `MultiObjectiveOptimizer` that other wrappers may hide.
+    """Calls ``backward`` of a `MultiObjectiveOptimizer` inside another wrapper.
 
     Accelerate's ``AcceleratedOptimizer``, for one, forwards the methods of torch optimizers only.
 
     Args:
         optimizer: The optimizer, or a wrapper that holds it as its attribute ``optimizer``.
         losses: See `MultiObjectiveOptimizer.backward`.
-        accumulate: See there.
+        accumulate: As there.
 
     Raises:
         TypeError: There is no `MultiObjectiveOptimizer` inside.
 
     Example:
-        >>> import torch
-        >>> import raco_optim
+        >>> import torch, raco_optim
         >>> x = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
         >>> opt = raco_optim.CAGradClip(torch.optim.SGD([x], lr=0.1), [0.5, 0.5], c=0.0)
         >>> raco_optim.backward(opt, [x[0], x[1]])
