@@ -159,8 +159,6 @@ def named_losses(
         number: How many there must be, if that is known.
     """
     positions = tuple(str(i) for i in range(number or 0))
-    if names == positions:
-        names = None
     if isinstance(losses, Mapping):
         if names is None and number is None:
             names = tuple(losses)

@@ -100,6 +100,11 @@ def solve_two(problem: TwoLosses) -> tuple[float, float, float, bool]:
     if squared_norm > ZERO * size_p * size_p:
         ratio = s / squared_norm**0.5
         r1, r2 = b1 + ratio * f1, b2 + ratio * f2
+        # Inside, the derivatives are equal, but the norm has few digits where it is small: within
+        # its rounding errors it is the one that makes them so.
+        rounding = 64 * np.finfo(type(squared_norm)).eps * size_p * size_p / squared_norm
+        if 0 < p1 < 1 and abs(slope + ratio * (f1 - f2)) < rounding * abs(slope):
+            r1 = r2 = b1 - slope / (f1 - f2) * f1
     elif b1 >= 0 and b2 >= 0:
         r1, r2 = b1, b2  # the subgradient of |G_p| at zero that is zero
     else:

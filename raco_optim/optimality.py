@@ -118,12 +118,9 @@ def points_on_support(problem: Problem, support: Array) -> Iterator[Point]:
     if not support.any():
         yield from points_at_zero(problem)
         return
-    q = _refined(problem, support.astype(C.dtype))
-    image = b + C @ q
-    first = int(q.argmax())
-    level = float(image[first] * D[first])
-    slack = np.where(D > 0, image - level / np.where(D > 0, D, 1), -level)
-    yield from points_of(problem, DualSolution(q, level, slack, unique=False))
+    refined = _refined(problem, support.astype(C.dtype))
+    if refined is not None:
+        yield from points_of(problem, refined[0])
 
 
 def points_of(problem: Problem, dual: DualSolution) -> Iterator[Point]:
@@ -141,7 +138,9 @@ def points_of(problem: Problem, dual: DualSolution) -> Iterator[Point]:
         tight = (dual.q > 0) | (dual.slack <= TIGHT * (1 + abs(dual.level)))
         yield _closest(w, p, tight, C - np.outer(y, y), D), y
     yield p, y
-    yield _primal(problem, _refined(problem, dual.q))
+    refined = _refined(problem, dual.q)
+    if refined is not None:
+        yield _primal(problem, refined[0].q)[0], refined[1]
 
 
 def _primal(problem: Problem, q: Array) -> Point:
@@ -159,8 +158,13 @@ def indefiniteness(cosines: Array) -> float:
     return 4 * len(cosines) * EPS + 2 * max(0.0, -float(np.linalg.eigvalsh(cosines)[0]))
 
 
-def _refined(problem: Problem, q: Array) -> Array:
-    """Solves the optimality conditions on the support of q anew, in the precision of C."""
+def _refined(problem: Problem, q: Array) -> tuple[DualSolution, Array] | None:
+    """Solves the optimality conditions on the support of q anew, without inflation of C.
+
+    Returns the dual solution and y; None where the solution has negative entries. On the support
+    y is what the conditions say it is: near zero in the hull q is long, and C q would have lost
+    the digits that the level still has.
+    """
     C, D, b, c, _ = problem
     index = q.nonzero()[0]
     rows, e = C[np.ix_(index, index)], 1 / D[index]
@@ -168,15 +172,21 @@ def _refined(problem: Problem, q: Array) -> Array:
     eu, eq = e @ u, e @ start
     discriminant = eq * eq - eu * (-b[index] @ start - c * c)
     if discriminant < 0 or eu <= 0:
-        return q
+        return None
     level = (np.sqrt(discriminant) - eq) / eu
     for _ in range(3):  # Newton, since eu and eq have few digits where u is long
-        inside = start + level * u
-        distance = np.sqrt(np.maximum(inside @ (rows @ inside), 0))
+        inside, conditions = start + level * u, level * e - b[index]
+        distance = np.sqrt(np.maximum(inside @ conditions, 0))
         level += (c - distance) * distance / (e @ inside)
+    inside = start + level * u
+    if not inside.min() >= -EPS * np.abs(inside).max():
+        return None
     refined = np.zeros_like(D)
-    refined[index] = np.maximum(start + level * u, 0)
-    return refined if refined.any() else q
+    refined[index] = np.maximum(inside, 0)
+    y = C @ refined / c
+    y[index] = (level * e - b[index]) / c
+    slack = np.where(D > 0, b + c * y - level / np.where(D > 0, D, 1), -level)
+    return DualSolution(refined, float(level), slack, unique=False), y
 
 
 def _solve(A: Array, right: Array) -> Array:

@@ -71,8 +71,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         >>> import torch
         >>> from raco_optim import MultiObjectiveOptimizer
         >>> x = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
-        >>> inverse_norms = lambda gram: 0.5 / gram.diagonal().sqrt()
-        >>> opt = MultiObjectiveOptimizer(torch.optim.SGD([x], lr=1.0), inverse_norms)
+        >>> rule = lambda gram: 0.5 / gram.diagonal().sqrt()  # unit gradients, averaged
+        >>> opt = MultiObjectiveOptimizer(torch.optim.SGD([x], lr=1.0), rule)
         >>> opt.backward([x[0], 100 * x[1]])
         >>> opt.step()
         >>> x.data
@@ -121,23 +121,24 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
 
         Raises:
             TypeError, ValueError: A loss is not what it must be; see `per_loss_gradients`. The
-                number or the names of the losses differ from those of the weights.
+                number or names of the losses differ from those of the weights.
             FloatingPointError: A loss or its gradient is NaN or Inf and ``nonfinite="raise"``.
             RuntimeError: A backward pass failed, or several processes train together.
 
-        After an exception, parameters, ``.grad``, optimizer state and accumulated gradients are
-        as before the call.
+        After an exception, parameters, ``.grad``, state and pending gradients are as before.
         """
         check_single_process()
         names, number = self._names, None if self._weights is None else len(self._weights)
-        if self._pending is not None:
-            names, number = self._pending.names, len(self._pending.names)
+        if self._pending is not None and number is None:
+            names = self._pending.names if self._pending.named else None
+            number = len(self._pending.names)
         names, ordered = named_losses(losses, names, number)
         if not accumulate and self._pending is None:
             check_any_present(ordered)
         parameters = [p for group in self.param_groups for p in group["params"]]
         gradients = collect(names, ordered, parameters, self._pending, keep=accumulate)
         if accumulate:
+            gradients.named = isinstance(losses, Mapping)
             self._pending = gradients
             return
         weights = self._weights or [1 / len(names)] * len(names)
@@ -238,8 +239,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         checked = checked_weights(weights)
         if self._weights is not None and len(checked) != len(self._weights):
             raise ValueError(
-                f"`weights` must keep its {len(self._weights)} entries; got {len(checked)}. Build "
-                f"a new optimizer for another number of losses."
+                f"`weights` must keep its {len(self._weights)} entries; got {len(checked)}."
             )
         self._weights = checked
 

@@ -27,6 +27,8 @@ class Gradients:
     names: tuple[str, ...]
     values: list[Tensor | None]
     rows: list[Gradient]
+    named: bool = False
+    """Whether the user named the losses, or their positions do."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import nn
 from raco_optim import MGDA, CAGrad, CAGradClip, LinearScalarization
 from tests.problems_nn import (
     INNER,
+    as_asked,
     batch,
     bits,
     clipped_alpha,
@@ -254,6 +255,24 @@ def test_context_around_backward_changes_nothing(context, solver, nonfinite):
             opt.backward(losses)
         results.append(bits(x.grad))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("names", [("b", "a"), ("0", "1"), (0, 1), ("", "a b.c")], ids=str)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_names_may_be_anything_that_a_mapping_takes(names, accumulate):
+    model = network()
+    opt = CAGradClip(sgd(model), dict(zip(names, [0.6, 0.4], strict=True)))
+    plain = CAGradClip(sgd(model), [0.6, 0.4])
+    results = []
+    for each in (opt, plain):
+        each.zero_grad()
+        if accumulate:
+            each.backward(as_asked(each, two_losses(model, batch(1))), accumulate=True)
+        losses = as_asked(each, two_losses(model, batch(0)))
+        each.backward(dict(reversed(losses.items())) if each is opt else losses)
+        results.append(flat_grad(model))
+    assert torch.equal(*results)
+    assert opt.report.names == names
 
 
 def test_weights_and_radius_may_change_between_steps():
