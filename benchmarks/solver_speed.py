@@ -151,8 +151,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measures all families and sizes, writes the JSON and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--problems", type=int, default=30, help="Gram matrices per row")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements per Gram and candidate")
+    parser.add_argument("--problems", type=int, default=20, help="Gram matrices per row")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements per Gram and candidate")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

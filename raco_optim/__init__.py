@@ -5,7 +5,7 @@ A step, one stage a module, each a pure function that is usable alone:
     losses
       |  gradients.py      per_loss_gradients      g_i, one list of tensors per loss
       |  gram.py           gram_matrix             H_ij = <g_i, g_j>, float64
-      |  simplex.py        solve_subproblem        p on the simplex (active_set, pgd, slsqp)
+      |  simplex.py        solve_subproblem        p on the simplex
       |  coefficients.py   mixing_coefficients     clipped p and alpha
       |  combine.py        add_combined_gradient   .grad += sum_i alpha_i g_i
       v

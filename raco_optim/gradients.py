@@ -98,7 +98,6 @@ def iterate_gradients(
         (i for i, loss in enumerate(losses) if callable(loss) and not isinstance(loss, Tensor)),
         default=-1,
     )
-    unreached = set(range(len(trainable)))
     for i, (name, loss) in enumerate(zip(names, losses, strict=True)):
         if loss is None:
             yield None, [None] * len(parameters)
@@ -108,16 +107,11 @@ def iterate_gradients(
             found = _gradient(name, loss, trainable, retain=i < last_tensor)
         else:
             value, found = _evaluate(name, loss, trainable)
-        unreached -= {j for j, g in enumerate(found) if g is not None}
         if i < last_callable:
             # The next callable may refill a buffer that a custom function returned as gradient.
             found = [None if g is None else g.clone() for g in found]
         reached = iter(found)
         yield value, [next(reached) if p.requires_grad else None for p in parameters]
-    if unreached:
-        for name, loss in zip(names, losses, strict=True):
-            if isinstance(loss, Tensor):
-                _check_no_reentrant_checkpoint(name, loss)
 
 
 def _evaluate(
@@ -127,10 +121,7 @@ def _evaluate(
     with torch.enable_grad():
         value = loss()
     _check_loss(name, value, trainable)
-    gradient = _gradient(name, value, trainable, retain=False)
-    if any(g is None for g in gradient):
-        _check_no_reentrant_checkpoint(name, value)
-    return value.detach().clone(), gradient
+    return value.detach().clone(), _gradient(name, value, trainable, retain=False)
 
 
 def _gradient(name: str, loss: Tensor, trainable: list[Tensor], *, retain: bool) -> Gradient:
@@ -143,8 +134,9 @@ def _gradient(name: str, loss: Tensor, trainable: list[Tensor], *, retain: bool)
         raise RuntimeError(
             " ".join([f"the backward pass of loss {name!r} failed: {error}", *remedies])
         ) from error
-    if all(g is None for g in gradient):
+    if any(g is None for g in gradient):
         _check_no_reentrant_checkpoint(name, loss)
+    if all(g is None for g in gradient):
         raise ValueError(
             f"loss {name!r} must depend on a parameter of the optimizer; it reaches none. Was the "
             f"optimizer built from this model's parameters? Pass None for a loss that is absent "

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from raco_optim._checks import ZERO
+from raco_optim.extended import inverse_of, solve_refined
 
 Array = NDArray[Any]
 Point = tuple[Array, Array]
@@ -167,8 +168,11 @@ def _refined(problem: Problem, q: Array) -> tuple[DualSolution, Array] | None:
     """
     C, D, b, c, _ = problem
     index = q.nonzero()[0]
+    inverse = inverse_of(C[np.ix_(index, index)])
+    independent = inverse.diagonal() > 0
+    index, inverse = index[independent], inverse[np.ix_(independent, independent)]
     rows, e = C[np.ix_(index, index)], 1 / D[index]
-    u, start = _solve(rows, np.array((e, -b[index])).T).T
+    u, start = solve_refined(rows, inverse, np.array((e, -b[index])).T).T
     eu, eq = e @ u, e @ start
     discriminant = eq * eq - eu * (-b[index] @ start - c * c)
     if discriminant < 0 or eu <= 0:
@@ -177,9 +181,13 @@ def _refined(problem: Problem, q: Array) -> tuple[DualSolution, Array] | None:
     for _ in range(3):  # Newton, since eu and eq have few digits where u is long
         inside, conditions = start + level * u, level * e - b[index]
         distance = np.sqrt(np.maximum(inside @ conditions, 0))
-        level += (c - distance) * distance / (e @ inside)
+        if distance > 0:
+            level += (c - distance) * distance / (e @ inside)
     inside = start + level * u
-    if not inside.min() >= -EPS * np.abs(inside).max():
+    size = np.abs(inside).sum()
+    # An error of N^2 moves the level by 1 / (2 e q) of it, next to nothing where q is long.
+    error = abs(inside @ (rows @ inside) - c * c)
+    if inside.min() < -EPS * size or not error <= min(c * c / 2, TIGHT * (e @ inside)):
         return None
     refined = np.zeros_like(D)
     refined[index] = np.maximum(inside, 0)
@@ -187,30 +195,6 @@ def _refined(problem: Problem, q: Array) -> tuple[DualSolution, Array] | None:
     y[index] = (level * e - b[index]) / c
     slack = np.where(D > 0, b + c * y - level / np.where(D > 0, D, 1), -level)
     return DualSolution(refined, float(level), slack, unique=False), y
-
-
-def _solve(A: Array, right: Array) -> Array:
-    """Solves A x = right for a positive semi-definite A, with x = 0 where a row is dependent.
-
-    Gauss-Jordan elimination, since LAPACK has no extended precision, and refinement, which makes
-    the residual as small as the precision allows.
-    """
-    n = len(A)
-    table = np.hstack([A, np.eye(n, dtype=A.dtype)])
-    for k in range(n):
-        if table[k, k] <= n * np.finfo(table.dtype).eps:
-            table[k] = 0
-            table[:, k] = 0
-            continue
-        table[k] /= table[k, k]
-        others = table[:, k].copy()
-        others[k] = 0
-        table -= np.outer(others, table[k])
-    inverse = table[:, n:]
-    solved = inverse @ right
-    for _ in range(3):
-        solved += inverse @ (right - A @ solved)
-    return solved
 
 
 def points_at_zero(problem: Problem) -> Iterator[Point]:
@@ -244,11 +228,12 @@ def points_at_zero(problem: Problem) -> Iterator[Point]:
         p[tight] = z / D[tight]
         p /= p.sum()
     support = q.nonzero()[0]
+    rows = C[np.ix_(support, support)]
     refined = np.zeros_like(D)
-    refined[support] = _solve(C[np.ix_(support, support)], -b[support, None])[:, 0]
+    refined[support] = np.maximum(solve_refined(rows, inverse_of(rows), -b[support]), 0)
     closest = _closest(w, p, tight, C, D)
     yield closest, _subgradient(problem, q)
-    yield closest, _subgradient(problem, np.maximum(refined, 0))
+    yield closest, _subgradient(problem, refined)
     yield p, _subgradient(problem, q)
 
 

@@ -230,3 +230,30 @@ def test_skip_does_not_depend_on_the_order_of_two_backwards(order):
     opt.step()
     assert bits(list(model.parameters())) == before
     assert opt.report.skipped == 1
+
+
+def bad_then_good(opt, model, way):
+    """A skipped step, then a good one; the gradients are zeroed in one of the usual ways."""
+    losses = overflow(two_losses(model, batch(0)), 0, math.nan)
+    if way == "closure":
+        opt.step(lambda: losses)
+        opt.step(lambda: model.zero_grad() or two_losses(model, batch(0)))
+        return
+    opt.backward(losses)
+    if way == "no step":
+        opt.zero_grad()
+    else:
+        opt.step()
+        model.zero_grad()
+    opt.backward(two_losses(model, batch(0)))
+    opt.step()
+
+
+@pytest.mark.parametrize("way", ["closure", "no step", "the model's zero_grad"])
+def test_one_bad_step_skips_one_step(way):
+    model, plain = network(), network()
+    opt = CAGradClip(torch.optim.SGD(model.parameters(), 0.1), [0.6, 0.4], nonfinite="skip")
+    bad_then_good(opt, model, way)
+    train_step(CAGradClip(torch.optim.SGD(plain.parameters(), 0.1), [0.6, 0.4]), plain, batch(0))
+    assert bits(list(model.parameters())) == bits(list(plain.parameters()))
+    assert opt.report.skipped == 1

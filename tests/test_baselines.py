@@ -1,9 +1,12 @@
-"""The baselines against what characterises them."""
+"""The baselines against what characterises them, and rules of one's own."""
+
+import copy
 
 import pytest
 import torch
+from torch import nn
 
-from raco_optim import MGDA, CAGrad, CAGradClip
+from raco_optim import MGDA, CAGrad, CAGradClip, MultiObjectiveOptimizer
 from tests.problems_nn import batch, flat_grad, jacobian, network, three_losses, two_losses
 
 DOUBLE = torch.float64
@@ -59,3 +62,25 @@ def test_number_of_losses_may_change_where_there_are_no_weights():
         opt.backward(losses(model, x))
         assert opt.report.gram.shape == (len(J), len(J))
         assert bool((J @ flat_grad(model) > 0).all())
+
+
+class Learnable(nn.Module):
+    """A rule with parameters, as one that is trained itself has."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def forward(self, gram):
+        return self.logits.softmax(0)
+
+
+def test_rule_with_parameters_leaves_no_graph_behind():
+    model, x = network(DOUBLE), batch(0, dtype=DOUBLE)
+    J = jacobian(model, lambda: two_losses(model, x))
+    opt = MultiObjectiveOptimizer(sgd(model), Learnable())
+    opt.backward(two_losses(model, x))
+    alpha = torch.tensor([1.0, 2.0]).softmax(0).double()
+    torch.testing.assert_close(flat_grad(model), alpha @ J)
+    assert not any(p.grad.requires_grad for p in model.parameters())
+    copy.deepcopy(opt)  # which torch refuses for tensors with a history

@@ -195,6 +195,61 @@ def test_any_problem(kind, m, seed):
     assert_solves(case, solve(case))
 
 
+# Each of these was wrong once, in p or in its certificate, in some state of some solver.
+REGRESSIONS = {
+    "a radius below the rounding": ([[8.95, 1.3], [1.3, 9.11]], [1.0, 0.0], 1e-12),
+    "norms 1e10 apart": (
+        [
+            [1.2592716264857275, -5.155185303763862e-11],
+            [-5.155185303763862e-11, 4.74738502681038e-21],
+        ],
+        [0.0, 1.0],
+        0.999999,
+    ),
+    "next to stationary": (
+        [[0.03614152104947968, -0.6052839322682018], [-0.6052839322682018, 10.13705643878499]],
+        [0.9436543686200967, 0.05634563137990338],
+        0.4,
+    ),
+    "next to a kink": (
+        [
+            [2.0000000229023853, -2.000000034713581, -5.174729184691252e-08],
+            [-2.000000034713581, 2.000000046524777, 8.189167469433809e-08],
+            [-5.174729184691252e-08, 8.189167469433809e-08, 13.999999566577035],
+        ],
+        [0.4636387879967035, 0.2647125204505385, 0.27164869155275806],
+        0.9,
+    ),
+    "a kink on an edge": (
+        [[121, -242, 61], [-242, 484, -122], [61, -122, 42]],
+        [0.1875, 0.1640625, 0.6484375],
+        0.999999,
+    ),
+    "a kink with a long and a short gradient": (
+        [[8912896, -1140850688, 0], [-1140850688, 146028888064, 0], [0, 0, 1376256]],
+        [1 / 3, 1 / 3, 1 / 3],
+        0.999999,
+    ),
+    "two duplicates": (
+        [[30, 25, 25, 30], [25, 75, 75, 25], [25, 75, 75, 25], [30, 25, 25, 30]],
+        [0.9658769531, 0.034098034981, 0.0000010305, 0.000023981419],
+        0.9,
+    ),
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("name", REGRESSIONS)
+def test_what_was_wrong_once(name, solver):
+    gram, weights, c = REGRESSIONS[name]
+    case = Problem(np.array(gram, float), simplex_point(np.array(weights)), c)
+    solution = solve(case, solver)
+    assert_solves(case, solution)
+    if solver == "exact":
+        truth = exact_minimum(case.gram, case.weights, c)
+        np.testing.assert_allclose(solution.p, truth.p, atol=1e-6)
+
+
 # --- Symmetries ----------------------------------------------------------------------------------
 
 

@@ -1,0 +1,41 @@
+"""Linear equations in extended precision, for which LAPACK has no routines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+def inverse_of(A: Array) -> Array:
+    """Inverts a positive semi-definite A, with zeros for rows that depend on those before.
+
+    By Gauss-Jordan elimination, in the precision of A.
+    """
+    n = len(A)
+    table = np.hstack([A, np.eye(n, dtype=A.dtype)])
+    dependent = np.zeros(n, dtype=bool)
+    for k in range(n):
+        if table[k, k] <= n * np.finfo(A.dtype).eps:
+            dependent[k] = True
+            table[k] = 0
+            table[:, k] = 0
+            continue
+        table[k] /= table[k, k]
+        others = table[:, k].copy()
+        others[k] = 0
+        table -= np.outer(others, table[k])
+    inverse = table[:, n:]
+    inverse[dependent] = inverse[:, dependent] = 0
+    return inverse
+
+
+def solve_refined(A: Array, inverse: Array, right: Array) -> Array:
+    """Solves A x = right with residuals as small as the precision allows."""
+    solved = inverse @ right
+    for _ in range(3):
+        solved += inverse @ (right - A @ solved)
+    return solved
