@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from raco_optim._checks import ZERO, as_gram, checked_choice, checked_weights
-from raco_optim.simplex import Solver, min_norm_point, solve_subproblem
+from raco_optim._checks import ZERO, as_gram, checked_choice
+from raco_optim.simplex import Solver, checked_arguments, min_norm_point, solve_checked
 
 Clip = Literal["hard", "soft", "none"]
 CLIPS = ("hard", "soft", "none")
@@ -89,10 +89,9 @@ def mixing_coefficients(
         Algorithm 1, lines 4 to 7, of arXiv 2602.02495.
     """
     checked_choice("clip", clip, CLIPS)
-    H = as_gram(gram)
-    solution = solve_subproblem(H, weights, c, solver=solver)
-    w = torch.tensor(checked_weights(weights), dtype=H.dtype, device=H.device)
-    p = solution.p
+    H, checked, c = checked_arguments(as_gram(gram), weights, c, solver)
+    solution = solve_checked(H, checked, c, solver)
+    w, p = H.new_tensor(checked), solution.p
     if clip == "hard":
         p_clipped = torch.minimum(p, w)
     elif clip == "soft":

@@ -99,6 +99,16 @@ def solve_subproblem(
         Liu et al., Conflict-Averse Gradient Descent, 2021, equation 5; Algorithm 1, line 4, of
         arXiv 2602.02495.
     """
+    return solve_checked(*checked_arguments(gram, weights, c, solver), solver)
+
+
+def checked_arguments(
+    gram: Tensor | Sequence[Sequence[float]],
+    weights: Sequence[float] | Mapping[str, float] | Tensor,
+    c: float,
+    solver: Solver,
+) -> tuple[Tensor, list[float], float]:
+    """Checks the arguments of `solve_subproblem`; returns H, w and c."""
     checked_choice("solver", solver, SOLVERS)
     c = checked_radius(c, below_one=False)
     w = checked_weights(weights)
@@ -108,6 +118,11 @@ def solve_subproblem(
             f"`weights` must have one entry per row of `gram`; got {len(w)} weights for the shape "
             f"{list(H.shape)}."
         )
+    return H, w, c
+
+
+def solve_checked(H: Tensor, w: list[float], c: float, solver: Solver) -> SubproblemSolution:
+    """Solves the subproblem for arguments that were checked."""
     if solver == "pgd":
         return SubproblemSolution(*projected_gradient(H, H.new_tensor(w), c))
     if solver == "exact" and len(w) == 2 and c > 0:

@@ -22,22 +22,27 @@ KINDS = sorted(SAMPLERS)
 GENERIC = ("random", "conflicting", "aligned", "vertex", "interior")
 SOLVERS = ("exact", "pgd", "slsqp")
 GAP = 1e-9
+# The last digits of H decide: the solution is as good as they are, but what a solver can prove of
+# it is less (docs/algorithm.md gives figures).
+FEW_DIGITS = {"near_kink", "near_singular", "nearly_stationary", "single_precision"}
 
 
 def solve(case: Problem, solver: str = "exact") -> SubproblemSolution:
     return solve_subproblem(torch.from_numpy(case.gram), case.weights, case.c, solver=solver)
 
 
-def assert_solves(case: Problem, solution: SubproblemSolution) -> None:
-    """Feasible, optimal by our certificate and by the solution's own."""
+def assert_solves(case: Problem, solution: SubproblemSolution, *, proved: float = GAP) -> None:
+    """Feasible, and optimal by our certificate and by the solution's own, which is not false."""
     p = solution.p.numpy()
     assert solution.p.dtype == solution.value.dtype == solution.gap.dtype == torch.float64
     assert np.isfinite(p).all()
     assert (p >= 0).all()
     assert abs(p.sum() - 1) <= 1e-14 * len(p)
-    assert -1e-14 <= float(solution.gap) <= GAP
+    assert 0 <= float(solution.gap) <= proved
     rounding = max(case.rounding, 2.0**-52)  # nobody but the sampler knows that H is exact
-    assert excess_gap(case.gram, case.weights, case.c, p, rounding=rounding) <= GAP
+    assert excess_gap(case.gram, case.weights, case.c, p, rounding=rounding) <= max(
+        GAP, float(solution.gap)
+    )
 
 
 # --- The witnesses themselves --------------------------------------------------------------------
@@ -139,7 +144,7 @@ def test_exact_solver_finds_the_minimiser_closest_to_the_weights(kind, m):
     for seed in range(12 if m < 5 else 5):
         case = problem(kind, m, seed)
         solution = solve(case)
-        assert_solves(case, solution)
+        assert_solves(case, solution, proved=1e-7 if kind in FEW_DIGITS else GAP)
         if case.rounding == 0 or kind in GENERIC:
             truth = exact_minimum(case.gram, case.weights, case.c)
             np.testing.assert_allclose(solution.p, truth.p, atol=1e-6, err_msg=f"seed {seed}")
@@ -154,7 +159,7 @@ def test_other_solvers_agree_with_the_exact_one(kind, solver):
         for seed in range(4):
             case = problem(kind, m, seed)
             solution = solve(case, solver)
-            assert_solves(case, solution)
+            assert_solves(case, solution, proved=np.inf if kind in FEW_DIGITS else GAP)
             if kind in GENERIC and case.c > 1e-9:
                 np.testing.assert_allclose(solution.p, solve(case).p, atol=1e-6)
 
@@ -165,7 +170,7 @@ def test_certificate_for_many_losses(kind, m):
     for seed in range(4):
         case = problem(kind, m, seed)
         solution = solve(case)
-        assert_solves(case, solution)
+        assert_solves(case, solution, proved=1e-7 if kind in FEW_DIGITS else GAP)
         if case.rounding == 0:
             assert distance_to_closest(case.gram, case.weights, case.c, solution.p.numpy()) <= 1e-6
 
@@ -244,7 +249,7 @@ def test_what_was_wrong_once(name, solver):
     gram, weights, c = REGRESSIONS[name]
     case = Problem(np.array(gram, float), simplex_point(np.array(weights)), c)
     solution = solve(case, solver)
-    assert_solves(case, solution)
+    assert_solves(case, solution, proved=GAP if solver == "exact" else 1e-6)
     if solver == "exact":
         truth = exact_minimum(case.gram, case.weights, c)
         np.testing.assert_allclose(solution.p, truth.p, atol=1e-6)
