@@ -49,7 +49,10 @@ def commit() -> str:
     """Names the commit that is checked out, with `-dirty` where a tracked file differs from it."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True)
+        except FileNotFoundError:  # no git here
+            return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     name = git("rev-parse", "--short=12", "HEAD")

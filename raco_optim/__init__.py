@@ -5,12 +5,14 @@ A step, one stage a module, each a pure function that is usable alone:
     losses
       |  gradients.py      per_loss_gradients      g_i, one list of tensors per loss
       |  gram.py           gram_matrix             H_ij = <g_i, g_j>, float64
-      |  simplex.py        solve_subproblem        p on the simplex
+      |  simplex.py        solve_subproblem        p on the simplex, by one of three solvers
       |  coefficients.py   mixing_coefficients     clipped p and alpha
       |  combine.py        add_combined_gradient   .grad += sum_i alpha_i g_i
       v
     inner optimizer's step
 
+Behind `simplex.py` are the solvers, `active_set.py` (exact), `pgd.py` and `slsqp.py`, with
+`optimality.py`, which certifies a point and finds the one closest to the weights.
 `step.py` runs the stages in a row, `optimizer.py` holds the state and is an optimizer like any
 other, `methods.py` names the rules (CAGradClip, CAGrad, MGDA, LinearScalarization), `report.py`
 says what a step did, and `pareto.py` measures what came of it.

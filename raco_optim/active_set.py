@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.linalg.lapack import dposv
-from scipy.optimize import nnls
 
 from raco_optim._checks import ZERO
+from raco_optim.linear_algebra import nonnegative_least_squares
 from raco_optim.optimality import (
     DEPENDENT,
     EPS,
@@ -200,7 +200,10 @@ def _search(C: Array, e: Array, b: Array, c: float) -> DualSolution | None:
         violating, q, _ = line.at(t)
         if settled or not violating.any():
             distance = math.sqrt(max(t * t * eu + 2 * t * eq + qq, 0.0))
-            level -= (distance - c) * distance / (t * eu + eq)
+            slope = t * eu + eq
+            if slope <= 0:
+                return None
+            level -= (distance - c) * distance / slope
             violating, q, _ = line.at(level - base)
             fewest, patience, settled = m + 1, 3, False
         count = int(violating.sum())
@@ -214,7 +217,7 @@ def _search(C: Array, e: Array, b: Array, c: float) -> DualSolution | None:
                 R = np.linalg.cholesky(C).T
             except np.linalg.LinAlgError:
                 return None
-            q, _ = nnls(R, np.linalg.solve(R.T, level * e - b))
+            q, _ = nonnegative_least_squares(R, np.linalg.solve(R.T, level * e - b))
             support, violating = q > 0, np.zeros(m, dtype=bool)
         support = support ^ violating
         if not support.any():

@@ -20,10 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 from raco_optim._checks import ZERO
-from raco_optim.extended import inverse_of, solve_refined
+from raco_optim.linear_algebra import inverse_of, nonnegative_least_squares, solve_refined
 
 Array = NDArray[Any]
 Point = tuple[Array, Array]
@@ -209,19 +208,17 @@ def points_at_zero(problem: Problem) -> Iterator[Point]:
     np.fill_diagonal(cosines, 1 + indefiniteness(cosines))
     R = np.linalg.cholesky(cosines).T
     target = np.linalg.solve(R.T, b.astype(np.float64))
-    q, _ = nnls(R, -target)
+    q, _ = nonnegative_least_squares(R, -target)
     distance = float(np.linalg.norm(R @ q))
     if distance > c * (1 + 1e-12):
         return
     zero = D == 0
     tight = zero | (q > 0) | (b + C @ q <= TIGHT)
-    if not tight.any():
-        return
     if zero.any():
         p = zero / zero.sum()
     else:
         columns = np.vstack([R[:, tight], np.ones(tight.sum())])
-        z, residual = nnls(columns, np.append(np.zeros(m), 1.0))
+        z, residual = nonnegative_least_squares(columns, np.append(np.zeros(m), 1.0))
         if residual > math.sqrt(DEPENDENT):
             return
         p = np.zeros(m)
@@ -262,11 +259,11 @@ def _closest(w: Array, p: Array, tight: Array, metric: Array, D: Array) -> Array
     nearest = start + basis @ (basis.T @ (w[index] - start))
     if nearest.min() < -EPS:
         # Nearest point of the polytope {nearest + basis x >= 0} to x = 0, by its dual. Losses that
-        # cannot move stay out: `nnls` goes astray on columns of rounding errors.
+        # cannot move stay out: columns of rounding errors lead scipy astray.
         movable = np.abs(basis).max(axis=1) > math.sqrt(EPS)
         rows = np.vstack([basis[movable].T, -nearest[movable]])
         target = np.append(np.zeros(basis.shape[1]), 1.0)
-        residual = rows @ nnls(rows, target)[0] - target
+        residual = rows @ nonnegative_least_squares(rows, target)[0] - target
         if residual[-1] > -math.sqrt(EPS):
             return p
         nearest = nearest - basis @ (residual[:-1] / residual[-1])

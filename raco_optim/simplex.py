@@ -80,7 +80,8 @@ def solve_subproblem(
             host (one copy of H from an accelerator). ``"pgd"``: projected gradient in torch, on
             the device of H, batched, without waiting for it; the values of H are not checked.
             ``"slsqp"``: scipy's sequential quadratic programming, on the host. ``"exact"`` is
-            certified to 1e-9; the other two usually are, and the gap tells.
+            certified to 1e-9, unless the gradients cancel to the last digits of H; the other two
+            usually are, and the gap tells.
 
     Returns:
         p, Phi(p) and the relative Frank-Wolfe gap, on the device of `gram`.
@@ -220,7 +221,7 @@ def _solve_in(
     few_digits = c > 0 and solution.squared_norm < FEW_DIGITS * (D @ solution.p) ** 2
     if not extended and (few_digits or solution.gap > TIGHT):
         return None
-    return solution.p, float(solution.value * norm_g0 * scale * scale), solution.gap
+    return solution.p, solution.value * float(norm_g0) * scale * scale, solution.gap
 
 
 def _cosines(values: Array) -> tuple[float, Array, Array]:

@@ -92,19 +92,6 @@ def solve(
     absent = [value is None for value in gradients.values]
     zero = gram.new_zeros(())
     losses = torch.stack([zero if v is None else v.to(gram).reshape(()) for v in gradients.values])
-    heads = torch.stack(
-        [
-            sum(
-                (
-                    torch.linalg.vector_norm(g, dtype=torch.float64)
-                    for g, s in zip(row, shared, strict=True)
-                    if g is not None and not s
-                ),
-                start=zero,
-            )
-            for row in gradients.rows
-        ]
-    )
     skip = False
     if nonfinite == "propagate":
         finite = gram.isfinite().all()
@@ -117,6 +104,19 @@ def solve(
             *(_nan_unless(finite, x) for x in (mixing.p, mixing.p_clipped, mixing.gap)),
         )
     else:
+        heads = torch.stack(
+            [
+                sum(
+                    (
+                        torch.linalg.vector_norm(g, dtype=torch.float64)
+                        for g, s in zip(row, shared, strict=True)
+                        if g is not None and not s
+                    ),
+                    start=zero,
+                )
+                for row in gradients.rows
+            ]
+        )
         # The one copy to the host; what follows is of size m and done there.
         host = torch.cat([gram, heads[:, None], losses[:, None]], dim=1).cpu()
         gram, losses = host[:, :m], host[:, m + 1]

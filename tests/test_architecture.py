@@ -24,9 +24,9 @@ MAY_IMPORT = {
     "report": {"_checks"},
     "gradients": LEAVES,
     "gram": LEAVES,
-    "extended": set(),
-    "optimality": {"_checks", "extended"},
-    **dict.fromkeys(SOLVERS, {"_checks", "optimality"}),
+    "linear_algebra": set(),
+    "optimality": {"_checks", "linear_algebra"},
+    **dict.fromkeys(SOLVERS, {"_checks", "linear_algebra", "optimality"}),
     "simplex": LEAVES | SOLVERS | {"optimality"},
     "coefficients": LEAVES | {"simplex"},
     "combine": LEAVES,
@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "pareto": LEAVES | {"simplex"},
     "__init__": LEAVES | STAGES | {"optimizer", "methods", "pareto"},
 }
-MAY_IMPORT_SCIPY = {"optimality", "active_set", "slsqp"}
+MAY_IMPORT_SCIPY = {"linear_algebra", "active_set", "slsqp"}
 
 
 def name_of(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Linear equations in extended precision, for which LAPACK has no routines."""
+"""Linear algebra that LAPACK lacks: extended precision, and least squares with q >= 0."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 
 Array = NDArray[Any]
 
@@ -39,3 +40,14 @@ def solve_refined(A: Array, inverse: Array, right: Array) -> Array:
     for _ in range(3):
         solved += inverse @ (right - A @ solved)
     return solved
+
+
+def nonnegative_least_squares(A: Array, right: Array) -> tuple[Array, float]:
+    """Minimises |A x - right| over x >= 0; returns x and the norm, which is inf if it failed."""
+    if A.shape[1] == 0:  # which scipy does not survive
+        return np.zeros(0), float(np.linalg.norm(right))
+    try:
+        x, norm = nnls(A, right)
+    except RuntimeError:  # too many iterations
+        return np.zeros(A.shape[1]), np.inf
+    return x, float(norm)
