@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,13 +99,14 @@ def iterate_gradients(
         (i for i, loss in enumerate(losses) if callable(loss) and not isinstance(loss, Tensor)),
         default=-1,
     )
+    walked: set[Any] = set()
     for i, (name, loss) in enumerate(zip(names, losses, strict=True)):
         if loss is None:
             yield None, [None] * len(parameters)
             continue
         if isinstance(loss, Tensor):
             value = loss.detach().clone()
-            found = _gradient(name, loss, trainable, retain=i < last_tensor)
+            found = _gradient(name, loss, trainable, walked, retain=i < last_tensor)
         else:
             value, found = _evaluate(name, loss, trainable)
         if i < last_callable:
@@ -121,10 +123,12 @@ def _evaluate(
     with torch.enable_grad():
         value = loss()
     _check_loss(name, value, trainable)
-    return value.detach().clone(), _gradient(name, value, trainable, retain=False)
+    return value.detach().clone(), _gradient(name, value, trainable, set(), retain=False)
 
 
-def _gradient(name: str, loss: Tensor, trainable: list[Tensor], *, retain: bool) -> Gradient:
+def _gradient(
+    name: str, loss: Tensor, trainable: list[Tensor], walked: set[Any], *, retain: bool
+) -> Gradient:
     try:
         gradient: Gradient = list(
             torch.autograd.grad(loss, trainable, retain_graph=retain, allow_unused=True)
@@ -135,7 +139,7 @@ def _gradient(name: str, loss: Tensor, trainable: list[Tensor], *, retain: bool)
             " ".join([f"the backward pass of loss {name!r} failed: {error}", *remedies])
         ) from error
     if any(g is None for g in gradient):
-        _check_no_reentrant_checkpoint(name, loss)
+        _check_no_reentrant_checkpoint(name, loss, walked)
     if all(g is None for g in gradient):
         raise ValueError(
             f"loss {name!r} must depend on a parameter of the optimizer; it reaches none. Was the "
@@ -191,11 +195,12 @@ def _check_loss(name: str, loss: object, parameters: list[Tensor]) -> None:
         )
 
 
-def _check_no_reentrant_checkpoint(name: str, loss: Tensor) -> None:
+def _check_no_reentrant_checkpoint(name: str, loss: Tensor, walked: set[Any]) -> None:
     # A reentrant checkpoint is one opaque node of the graph, so `autograd.grad` finds no path to
     # the parameters inside and returns None for them without a word. The walk takes about a
-    # microsecond a node, so it is taken only where parameters were missed.
-    stack, seen = [loss.grad_fn], {loss.grad_fn}
+    # microsecond a node, so it is taken only where parameters were missed, and over what the
+    # losses share once.
+    stack = [loss.grad_fn]
     while stack:
         node = stack.pop()
         if node is None:
@@ -207,6 +212,6 @@ def _check_no_reentrant_checkpoint(name: str, loss: Tensor) -> None:
                 f"use_reentrant=False)."
             )
         for child, _ in node.next_functions:
-            if child not in seen:
-                seen.add(child)
+            if child not in walked:
+                walked.add(child)
                 stack.append(child)

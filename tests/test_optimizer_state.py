@@ -167,20 +167,21 @@ def test_state_hooks_fire_with_the_wrapper():
     model = network()
     opt = WRAPPERS["CAGradClip"](INNER["AdamW"](model.parameters()))
     calls = []
+
+    def migrate(o, state):
+        calls.append((state["tokens"], o))
+        return {**state, "param_groups": [{**state["param_groups"][0], "lr": 0.5}]}
+
     opt.register_state_dict_pre_hook(lambda o: calls.append(("save", o)))
     opt.register_state_dict_post_hook(lambda o, state: {**state, "tokens": 17})
-    opt.register_load_state_dict_pre_hook(
-        lambda o, state: (
-            calls.append((state["tokens"], o))
-            or {key: value for key, value in state.items() if key != "tokens"}
-        )
-    )
+    opt.register_load_state_dict_pre_hook(migrate)
     opt.register_load_state_dict_post_hook(lambda o: calls.append(("loaded", o)))
     state = opt.state_dict()
     assert state["tokens"] == 17
     opt.load_state_dict(state)
     assert calls == [("save", opt), (17, opt), ("loaded", opt)]
-    assert "tokens" in state, "the caller's dictionary is not touched"
+    assert opt.optimizer.param_groups[0]["lr"] == 0.5
+    assert state["param_groups"][0]["lr"] == 0.02, "the caller's dictionary is not touched"
 
 
 @pytest.mark.parametrize("name", sorted(INNER.keys() - {"LBFGS"}))  # its state is not per parameter
