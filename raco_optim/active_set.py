@@ -10,7 +10,6 @@ the level in closed form.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -225,11 +224,10 @@ def _search(C: Array, e: Array, b: Array, c: float) -> DualSolution | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Line:
+class _Line(NamedTuple):
     """q + t u on a support, its slacks on all losses, and the level it starts from."""
 
-    index: Array
+    support: Array
     u: Array
     q: Array
     slack_u: Array
@@ -244,5 +242,5 @@ class _Line:
         rounding = 8 * len(self.e) * EPS
         magnitude = np.abs(self.q).sum() + abs(t) * np.abs(self.u).sum()
         violating = slack < -rounding * (1 + magnitude + abs(self.base + t) * self.e)
-        violating[self.index] = q < -rounding * magnitude
+        violating[self.support] = q < -rounding * magnitude
         return violating, q, slack
