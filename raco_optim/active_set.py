@@ -10,6 +10,7 @@ the level in closed form.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -123,25 +124,35 @@ def solve_active_set(problem: Problem) -> Solution | None:
     m = len(problem.w)
     C, D, b = (x.astype(np.float64, copy=False) for x in problem[:3])
     present = D > 0
-    part = _search_robustly(C[present][:, present], 1 / D[present], b[present], problem.c)
-    if part is None:
-        return None
-    q, slack = np.zeros(m), np.full(m, -part.level)
-    q[present], slack[present] = part.q, part.slack
-    dual = DualSolution(q, part.level, slack, part.unique)
-    return first_certified(problem, points_of(problem, dual))
+    best: Solution | None = None
+    for part in _duals(C[present][:, present], 1 / D[present], b[present], problem.c):
+        q, slack = np.zeros(m), np.full(m, -part.level)
+        q[present], slack[present] = part.q, part.slack
+        dual = DualSolution(q, part.level, slack, part.unique)
+        solution = first_certified(problem, points_of(problem, dual))
+        if solution is not None and (best is None or solution.gap < best.gap):
+            best = solution
+        if best is not None and best.gap <= TIGHT:
+            break
+    return best
 
 
-def _search_robustly(C: Array, e: Array, b: Array, c: float) -> DualSolution | None:
+def _duals(C: Array, e: Array, b: Array, c: float) -> Iterator[DualSolution]:
+    """Yields the dual solution for C, then for better and better conditioned neighbours of C.
+
+    Where gradients are dependent, a diagonal that is larger by rounding errors can be factorised,
+    or by what makes C definite, which a Gram matrix from float32 sums may fail to be by far.
+    """
     found = _search(C, e, b, c)
-    if found is None:  # dependent gradients: larger by rounding errors, C can be factorised
-        C = C.copy()
-        np.fill_diagonal(C, 1 + 4 * len(e) * EPS)
+    if found is not None:
+        yield found
+    rounding, lacking = 4 * len(e) * EPS, indefiniteness(C)
+    C = C.copy()
+    for inflation in (rounding, lacking, 1e-13 + lacking, 1e-12 + lacking, 1e-9 + lacking):
+        np.fill_diagonal(C, 1 + inflation)
         found = _search(C, e, b, c)
-    if found is None:  # C is indefinite, as a Gram matrix from float32 sums may be
-        np.fill_diagonal(C, 1 + 1e-9 + indefiniteness(C))
-        found = _search(C, e, b, c)
-    return found
+        if found is not None:
+            yield found
 
 
 def _search(C: Array, e: Array, b: Array, c: float) -> DualSolution | None:
@@ -241,6 +252,8 @@ class _Line(NamedTuple):
         slack = self.slack_q + t * self.slack_u
         rounding = 8 * len(self.e) * EPS
         magnitude = np.abs(self.q).sum() + abs(t) * np.abs(self.u).sum()
-        violating = slack < -rounding * (1 + magnitude + abs(self.base + t) * self.e)
+        # On the support the slacks are zero, but for the rounding errors that all of them have.
+        error = 4 * np.abs(slack[self.support]).max()
+        violating = slack < -error - rounding * (1 + abs(self.base + t) * self.e)
         violating[self.support] = q < -rounding * magnitude
         return violating, q, slack
