@@ -123,9 +123,11 @@ def solve_active_set(problem: Problem) -> Solution | None:
     """
     m = len(problem.w)
     C, D, b = (x.astype(np.float64, copy=False) for x in problem[:3])
-    present = D > 0
+    present = (D > 0).nonzero()[0]
+    if len(present) < m:
+        C, D, b = C[np.ix_(present, present)], D[present], b[present]
     best: Solution | None = None
-    for part in _duals(C[present][:, present], 1 / D[present], b[present], problem.c):
+    for part in _duals(C, 1 / D, b, problem.c):
         q, slack = np.zeros(m), np.full(m, -part.level)
         q[present], slack[present] = part.q, part.slack
         dual = DualSolution(q, part.level, slack, part.unique)

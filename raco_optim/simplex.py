@@ -229,18 +229,20 @@ def _cosines(values: Array) -> tuple[float, Array, Array]:
     with np.errstate(all="ignore"):  # what is wrong with the values is said below
         norms = np.sqrt(values.diagonal())
         scale = norms.max()
+        D = norms / scale if scale > 0 else norms
         # A gradient that is smaller by 100 orders of magnitude is zero beside the others.
-        positive = np.where(norms > 1e-100 * scale, norms, np.inf)
-        C = values / positive[:, None] / positive
-        plausible = np.abs(C).max() <= 1 + 1e-4 and np.abs(C - C.T).max() <= 1e-4
-        zero = np.isinf(positive)
-        if zero.any():
+        zero = None if D.min() > 1e-100 else ~(D > 1e-100)
+        lengths = norms if zero is None else np.where(zero, np.inf, norms)
+        raw = values / lengths[:, None] / lengths
+        C = (raw + raw.T) / 2
+        plausible = np.abs(raw).max() <= 1 + 1e-4 and np.abs(raw - C).max() <= 5e-5
+        if zero is not None:
             plausible = plausible and np.abs(values[zero]).max() <= 1e-4 * scale * scale
+            D = np.where(zero, 0, D)
     if not (plausible and math.isfinite(scale)):
         check_gram_values(values.tolist())
-    C = ((C + C.T) / 2).clip(-1, 1)
+    C = C.clip(-1, 1)
     np.fill_diagonal(C, 1)
-    D = np.where(zero, 0, norms / scale) if scale > 0 else norms
     return float(scale), C, D
 
 
