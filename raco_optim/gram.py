@@ -12,7 +12,7 @@ from torch import Tensor
 _CHUNK = 65536
 
 
-def gram_matrix(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
+def gram_matrix(gradients: Sequence[Sequence[Tensor | None] | Tensor] | Tensor) -> Tensor:
     r"""Computes the Gram matrix of m gradients.
 
     .. math:: H_{ij} = \langle g_i, g_j \rangle
@@ -24,7 +24,8 @@ def gram_matrix(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
 
     Args:
         gradients: m rows, each one gradient as tensors per parameter, in the same order in all
-            rows, on one device, of any real dtype and shape; None stands for zeros.
+            rows, on one device, of any real dtype and shape; None stands for zeros. A row may
+            also be one tensor, as those of a Jacobian ``[m, n]`` are.
 
     Returns:
         H, ``[m, m]``, float64, symmetric, on the gradients' device.
@@ -41,7 +42,9 @@ def gram_matrix(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
         tensor([[ 5.,  3.],
                 [ 3., 13.]], dtype=torch.float64)
     """
-    rows = [list(row) for row in gradients]
+    rows: list[list[Tensor | None]] = [
+        [row] if isinstance(row, Tensor) else list(row) for row in gradients
+    ]
     if not rows:
         raise ValueError("`gradients` must hold at least one gradient; got none.")
     columns = list(_columns(rows))

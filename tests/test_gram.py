@@ -110,3 +110,10 @@ def test_vectors_are_global_not_per_parameter():
     alpha = opt.report.coefficients
     assert x.grad.item() == pytest.approx(float(3 * alpha[0] + 3 * alpha[1]))
     assert y.grad.item() == pytest.approx(float(alpha[0] - alpha[1]))
+
+
+def test_rows_of_a_jacobian():
+    J = torch.randn(3, 1000, dtype=torch.float64)
+    expected = J @ J.T
+    torch.testing.assert_close(gram_matrix(J), expected)
+    torch.testing.assert_close(gram_matrix(list(J)), expected)
