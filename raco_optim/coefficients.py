@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from raco_optim._checks import ZERO, as_gram, checked_choice
+from raco_optim._checks import ZERO, checked_choice
 from raco_optim.simplex import Solver, checked_arguments, min_norm_point, solve_checked
 
 Clip = Literal["hard", "soft", "none"]
@@ -89,7 +89,7 @@ def mixing_coefficients(
         Algorithm 1, lines 4 to 7, of arXiv 2602.02495.
     """
     checked_choice("clip", clip, CLIPS)
-    H, checked, c = checked_arguments(as_gram(gram), weights, c, solver)
+    H, checked, c = checked_arguments(gram, weights, c, solver)
     solution = solve_checked(H, checked, c, solver)
     w, p = H.new_tensor(checked), solution.p
     if clip == "hard":

@@ -79,28 +79,26 @@ def projected_gradient(H: Tensor, w: Tensor, c: float) -> tuple[Tensor, Tensor, 
     bound = C.abs().sum(-1).amax(-1, keepdim=True)
     problem = _Problem(C, D, b, c, bound, _subgradient_at_zero(C, b, c, bound))
 
-    # The vertices first: they are often the solution, and one of them is near it where c is small.
-    best, value, gap = w.expand_as(D), *problem.evaluate(w.expand_as(D))
-    lowest, lowest_value = best, value
-    for vertex in torch.eye(len(w), dtype=D.dtype, device=D.device).unbind():
-        point = vertex.expand_as(D)
-        best, value, gap = _choose((best, value, gap), point, problem)
-        point_value, _ = problem.evaluate(point)
-        lowest = torch.where(point_value < lowest_value, point, lowest)
-        lowest_value = torch.minimum(lowest_value, point_value)
-    p = lowest
+    # Phi(e_i) = D_i (b_i + c): the lowest vertex is often the solution, and else a start.
+    weights = w.expand_as(D)
+    lowest = (D * (b + c)).argmin(-1, keepdim=True)
+    vertex = torch.zeros_like(D).scatter(-1, lowest, 1.0)
+    best = weights, *problem.evaluate(weights)
+    p = torch.where(problem.evaluate(vertex)[0] < best[1], vertex, weights)
+    best = _choose(best, vertex, problem)
     for _ in range(_ROUNDS):
         for _ in range(_STEPS):
             p = _projected_step(problem, p)
-        best, value, gap = _choose((best, value, gap), p, problem)
+        best = _choose(best, p, problem)
         for _ in range(_SOLVES):
             p = _solve_on_support(problem, p)
-        best, value, gap = _choose((best, value, gap), p, problem)
+        best = _choose(best, p, problem)
     # What is not a number stays so: a certificate for it would be false.
     noise = torch.where(squared_g0.isfinite(), 0.0, torch.nan)
-    best = torch.where(moving, best, w) + noise
+    p, value, gap = best
+    p = torch.where(moving, p, w) + noise
     value = torch.where(moving, value * norm_g0 * scale**2, 0.0) + noise
-    return best, value.squeeze(-1), (torch.where(moving, gap, 0.0) + noise).squeeze(-1)
+    return p, value.squeeze(-1), (torch.where(moving, gap, 0.0) + noise).squeeze(-1)
 
 
 def _choose(

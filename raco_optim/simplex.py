@@ -100,7 +100,8 @@ def solve_subproblem(
         Liu et al., Conflict-Averse Gradient Descent, 2021, equation 5; Algorithm 1, line 4, of
         arXiv 2602.02495.
     """
-    return solve_checked(*checked_arguments(gram, weights, c, solver), solver)
+    arguments = checked_arguments(gram, weights, c, solver, batched=solver == "pgd")
+    return solve_checked(*arguments, solver)
 
 
 def checked_arguments(
@@ -108,12 +109,14 @@ def checked_arguments(
     weights: Sequence[float] | Mapping[str, float] | Tensor,
     c: float,
     solver: Solver,
+    *,
+    batched: bool = False,
 ) -> tuple[Tensor, list[float], float]:
     """Checks the arguments of `solve_subproblem`; returns H, w and c."""
     checked_choice("solver", solver, SOLVERS)
     c = checked_radius(c, below_one=False)
     w = checked_weights(weights)
-    H = as_gram(gram, batched=solver == "pgd")
+    H = as_gram(gram, batched=batched)
     if len(w) != H.shape[-1]:
         raise ValueError(
             f"`weights` must have one entry per row of `gram`; got {len(w)} weights for the shape "
