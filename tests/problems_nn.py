@@ -130,3 +130,16 @@ def clipped_alpha(jacobian: Tensor, weights: Sequence[float], c: float, clip: st
     length, size = np.linalg.norm(p_clipped @ J), p_clipped @ np.linalg.norm(J, axis=1)
     scale = c * np.linalg.norm(w @ J) / length if length > 1e-12 * size else 0.0
     return torch.from_numpy(w + scale * p_clipped)
+
+
+class Buffered(torch.autograd.Function):
+    """Returns the user's own tensor as the gradient."""
+
+    @staticmethod
+    def forward(ctx, x, buffer):
+        ctx.save_for_backward(buffer)
+        return (x * buffer).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0], None

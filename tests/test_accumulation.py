@@ -10,6 +10,7 @@ from raco_optim import MGDA, CAGradClip, MultiObjectiveOptimizer
 from tests.problems_nn import (
     NAMES,
     WRAPPERS,
+    Buffered,
     as_asked,
     batch,
     bits,
@@ -216,19 +217,6 @@ def test_parameter_group_added_between_micro_batches():
     opt.backward([x.sum(), y.sum() + x.sum()])
     assert x.grad.tolist() == [2, 2]
     assert y.grad.tolist() == [0.5, 0.5], "counted from when it belonged to the optimizer"
-
-
-class Buffered(torch.autograd.Function):
-    """Returns the user's own tensor as the gradient."""
-
-    @staticmethod
-    def forward(ctx, x, buffer):
-        ctx.save_for_backward(buffer)
-        return (x * buffer).sum()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ctx.saved_tensors[0], None
 
 
 def test_pending_gradients_are_not_the_users_memory():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from raco_optim import CAGradClip, add_combined_gradient
+from tests.problems_nn import Buffered
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -96,19 +97,6 @@ def test_nothing_of_a_step_outlives_backward_but_the_grad():
 
 
 # Memory that autograd returns is not always new
-
-
-class Buffered(torch.autograd.Function):
-    """Returns the user's own tensor as the gradient."""
-
-    @staticmethod
-    def forward(ctx, x, buffer):
-        ctx.save_for_backward(buffer)
-        return (x * buffer).sum()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ctx.saved_tensors[0], None
 
 
 BUFFER = torch.tensor([[1.0, 2.0], [3.0, 4.0]])

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from raco_optim import CAGradClip, per_loss_gradients
-from tests.problems_nn import batch, bits, network, two_losses
+from tests.problems_nn import Buffered, batch, bits, network, two_losses
 
 
 def by_backward(parameters, forward):
@@ -185,19 +185,6 @@ def test_last_tensor_frees_the_shared_graph(others_after):
     del activation, trunk
     per_loss_gradients([*losses, *(make and make(x) for make in others_after)], [x])
     assert reference() is None
-
-
-class Buffered(torch.autograd.Function):
-    """Returns the user's own tensor as the gradient."""
-
-    @staticmethod
-    def forward(ctx, x, buffer):
-        ctx.save_for_backward(buffer)
-        return (x * buffer).sum()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ctx.saved_tensors[0], None
 
 
 @pytest.mark.parametrize("first", ["tensor", "callable"])
