@@ -18,8 +18,18 @@ from raco_optim._checks import (
     named_losses,
 )
 from raco_optim.gradients import Loss
-from raco_optim.report import StepReport, make_report
-from raco_optim.step import NONFINITE, Gradients, NonFinite, Rule, Step, collect, solve, write
+from raco_optim.report import StepReport
+from raco_optim.step import (
+    NONFINITE,
+    Gradients,
+    NonFinite,
+    Rule,
+    Step,
+    collect,
+    report,
+    solve,
+    write,
+)
 from raco_optim.wrapper import OptimizerWrapper
 
 Weights = Sequence[float] | Mapping[str, float]
@@ -204,20 +214,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         """
         if self._last is None:
             raise RuntimeError("there is nothing to report yet. Call `backward` first.")
-        step = self._last
-        return make_report(
-            names=step.names,
-            weights=step.weights,
-            gram=step.gram,
-            p=step.mixing.p,
-            p_clipped=step.mixing.p_clipped,
-            coefficients=step.mixing.coefficients,
-            gap=step.mixing.gap,
-            losses=step.losses,
-            absent=step.absent,
-            skip=step.skip,
-            skipped=self._skipped,
-        )
+        return report(self._last, self._skipped)
 
     @property
     def weights(self) -> dict[str, float] | tuple[float, ...] | None:

@@ -14,6 +14,7 @@ from raco_optim.coefficients import MixingCoefficients
 from raco_optim.combine import add_combined_gradient
 from raco_optim.gradients import Gradient, Loss, iterate_gradients
 from raco_optim.gram import gram_matrix
+from raco_optim.report import StepReport, make_report
 
 Rule = Callable[[Tensor], Tensor | MixingCoefficients]
 NonFinite = Literal["raise", "skip", "propagate"]
@@ -151,6 +152,23 @@ def write(
             for j in chosen:
                 row[j] = None
         add_combined_gradient([parameters[j] for j in chosen], rows, coefficients)
+
+
+def report(step: Step, skipped: int = 0) -> StepReport:
+    """Says what a step did; waits for the device. `skipped` counts updates left out so far."""
+    return make_report(
+        names=step.names,
+        weights=step.weights,
+        gram=step.gram,
+        p=step.mixing.p,
+        p_clipped=step.mixing.p_clipped,
+        coefficients=step.mixing.coefficients,
+        gap=step.mixing.gap,
+        losses=step.losses,
+        absent=step.absent,
+        skip=step.skip,
+        skipped=skipped,
+    )
 
 
 def _sum(earlier: Tensor | None, later: Tensor | None) -> Tensor | None:

@@ -1,0 +1,88 @@
+"""Sums over batches, kept on their device, and the means that a log shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from raco_optim.step import Step, report
+
+
+def objective_sums(
+    losses: Sequence[Tensor | None], margins: Sequence[Tensor], divisors: Tensor
+) -> Tensor:
+    """Sums over the labelled pairs of a batch, ``[m, 4]``; they add up over batches.
+
+    Args:
+        losses: m losses, each a sum over labelled pairs divided by its divisor; None for one that
+            was not computed.
+        margins: m vectors with the reward margins of the labelled pairs.
+        divisors: ``[m]``.
+
+    Returns:
+        A row per objective: loss, margin, pairs with a positive margin (0 counts half), pairs.
+    """
+    zero = torch.zeros((), dtype=torch.float64, device=divisors.device)
+    rows = []
+    for loss, margin, divisor in zip(losses, margins, divisors, strict=True):
+        margin = margin.detach().double()
+        unknown = zero + (math.nan if len(margin) else 0.0)  # labelled, but not minimised (MODPO)
+        rows.append(
+            torch.stack(
+                [
+                    unknown if loss is None else loss.detach() * divisor,
+                    margin.sum(),
+                    ((1 + margin.sign()) / 2).sum(),
+                    zero + len(margin),
+                ]
+            )
+        )
+    return torch.stack(rows)
+
+
+def objective_means(names: Sequence[str], sums: Tensor) -> dict[str, float]:
+    """Means over the labelled pairs, and their number; nothing for an objective without any."""
+    means = {}
+    for name, (loss, margin, right, pairs) in zip(names, sums.tolist(), strict=True):
+        if pairs:
+            if not math.isnan(loss):
+                means[f"loss/{name}"] = loss / pairs
+            means[f"margin/{name}"] = margin / pairs
+            means[f"accuracy/{name}"] = right / pairs
+        means[f"labelled/{name}"] = pairs
+    return means
+
+
+def step_means(steps: Sequence[Step]) -> dict[str, float]:
+    """Means over training steps of what their reports say, without what is undefined."""
+    values: dict[str, list[float]] = {}
+    for step in steps:
+        for key, value in _of_step(step).items():
+            if not math.isnan(value):
+                values.setdefault(key, []).append(value)
+    return {key: math.fsum(found) / len(found) for key, found in values.items()}
+
+
+def _of_step(step: Step) -> dict[str, float]:
+    told = report(step)
+    norms = told.gram.diagonal().sqrt()
+    found = {
+        "clip_angle": told.clip_angle,
+        "gap": told.gap,
+        "hurting": float((told.gram @ told.coefficients < 0).any()),
+        "conflicting": float((told.gram < 0).any()),
+    }
+    for i, a in enumerate(step.names):
+        if not step.absent[i]:
+            found[f"grad_norm/{a}"] = float(norms[i])
+        found[f"alpha/{a}"] = float(told.coefficients[i])
+        for key, p in (("p", told.p), ("p_clipped", told.p_clipped)):
+            if p is not None:
+                found[f"{key}/{a}"] = float(p[i])
+        for j, b in enumerate(step.names[:i]):
+            if not (step.absent[i] or step.absent[j]):
+                found[f"cosine/{b}/{a}"] = float(told.cosines[j, i])
+    return found

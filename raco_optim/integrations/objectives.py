@@ -1,0 +1,110 @@
+"""What a method minimises: log-probabilities and preferences of a batch -> losses and weights."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from raco_optim.alignment import (
+    PairLogProbs,
+    amopo_losses,
+    modpo_loss,
+    preference_losses,
+    reward_margins,
+)
+from raco_optim.coefficients import min_norm_coefficients, mixing_coefficients
+from raco_optim.integrations.trl_config import LOSS_TYPES, SURGERY, MultiObjectiveDPOConfig
+from raco_optim.step import Rule
+
+
+def rule(args: MultiObjectiveDPOConfig) -> Rule | None:
+    """The rule from Gram matrix to coefficients; None where one weighted loss is minimised."""
+    if args.method not in SURGERY:
+        return None
+    if args.method == "mgda":
+        return min_norm_coefficients
+    return functools.partial(
+        mixing_coefficients,
+        weights=args.objective_weights,
+        c=args.c,
+        clip="hard" if args.method == "raco" else "none",
+        solver=args.solver,
+    )
+
+
+def needs_reference(args: MultiObjectiveDPOConfig, *, training: bool) -> bool:
+    """Whether the losses need log-probabilities under the reference model."""
+    return bool(_form(args, training)["loss"] != "simpo")
+
+
+def losses(
+    args: MultiObjectiveDPOConfig,
+    log_probs: PairLogProbs,
+    signs: Tensor,
+    margins: Tensor | None,
+    counts: Tensor | None,
+    *,
+    training: bool,
+) -> list[Tensor | None]:
+    """One loss per objective, None where it labels no pair.
+
+    Args:
+        args: Says which losses: those of the method in training, of `loss_type` in evaluation.
+        log_probs: Of B pairs.
+        signs: Preferences, ``[B, m]`` in {+1, -1, 0}.
+        margins: Reward margins, ``[B, m]``, for MODPO.
+        counts: Labelled pairs per objective of the accumulated batch, ``[m]``; None for this one.
+        training: Whether the losses are minimised.
+    """
+    if training and args.method == "amopo":
+        return amopo_losses(log_probs, signs, beta=args.beta, counts=counts)
+    if training and args.method == "modpo":
+        assert margins is not None
+        assert args.modpo_objective is not None
+        k = list(args.objective_weights).index(args.modpo_objective)
+        found: list[Tensor | None] = [None] * len(args.objective_weights)
+        found[k] = modpo_loss(
+            log_probs,
+            signs[:, k],
+            margins,
+            list(args.objective_weights.values()),
+            k,
+            beta=args.beta,
+            count=None if counts is None else counts[k],
+        )
+        return found
+    return preference_losses(
+        log_probs,
+        signs,
+        label_smoothing=args.label_smoothing,
+        gamma=args.simpo_gamma,
+        counts=counts,
+        **_form(args, training),
+    )
+
+
+def margins_of_labelled(
+    args: MultiObjectiveDPOConfig, log_probs: PairLogProbs, signs: Tensor, *, training: bool
+) -> list[Tensor]:
+    """The reward margins of the pairs that each objective labels."""
+    return [reward_margins(log_probs, sign, **_form(args, training)) for sign in signs.T]
+
+
+def weighted(
+    args: MultiObjectiveDPOConfig, losses: list[Tensor | None], *, training: bool
+) -> Tensor | None:
+    """The weighted sum of the losses; MODPO's one loss has the weights inside."""
+    weights = list(args.objective_weights.values())
+    if training and args.method == "modpo":
+        weights = [1.0] * len(weights)
+    terms = [w * loss for w, loss in zip(weights, losses, strict=True) if loss is not None]
+    return functools.reduce(lambda total, term: total + term, terms) if terms else None
+
+
+def _form(args: MultiObjectiveDPOConfig, training: bool) -> dict[str, Any]:
+    loss, normalised = LOSS_TYPES[args.loss_type[0]]
+    if training and args.method == "amopo":  # its form is that of SimPO without a target margin
+        loss, normalised = "simpo", True
+    return {"loss": loss, "beta": args.beta, "length_normalized": normalised}

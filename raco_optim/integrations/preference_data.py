@@ -1,0 +1,139 @@
+"""Preferences as columns of a data set: checks before training, and tensors in a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SIGNS = "signs"
+MARGINS = "margins"
+
+
+def sign_column(objective: str) -> str:
+    """Names the column with the preferences of an objective: +1, -1, 0 or null."""
+    return f"pref_{objective}"
+
+
+def margin_column(objective: str) -> str:
+    """Names the column with its reward of ``chosen`` minus that of ``rejected``."""
+    return f"margin_{objective}"
+
+
+class PreferenceCollator:
+    """Adds the preferences of a batch to what another collator makes of it.
+
+    Args:
+        collator: Makes the batch of the other columns.
+        objectives: m names, in the order of the weights.
+        margins: Objectives whose reward margins are added too (MODPO).
+    """
+
+    def __init__(
+        self,
+        collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        objectives: Sequence[str],
+        margins: Sequence[str],
+    ) -> None:
+        self.collator = collator
+        self.objectives = tuple(objectives)
+        self.margins = tuple(margins)
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Returns the batch with ``signs`` ``[B, m]`` and, where asked for, ``margins``."""
+        batch = self.collator(examples)
+        batch[SIGNS] = torch.tensor(
+            [
+                [as_sign(x[sign_column(o)], sign_column(o)) for o in self.objectives]
+                for x in examples
+            ],
+            dtype=torch.int8,
+        )
+        if self.margins:
+            # In the order of the weights; an objective without margins has 0, which is not read.
+            batch[MARGINS] = torch.tensor(
+                [
+                    [
+                        as_margin(x[margin_column(o)], margin_column(o))
+                        if o in self.margins
+                        else 0.0
+                        for o in self.objectives
+                    ]
+                    for x in examples
+                ]
+            )
+        return batch
+
+
+def as_sign(value: object, column: str) -> int:
+    """Returns +1, -1 or 0; a missing label (null, NaN) is 0, as a tie is.
+
+    Raises:
+        ValueError: The value is something else.
+    """
+    if value is None or (isinstance(value, Real) and math.isnan(value)):
+        return 0
+    if isinstance(value, bool) or not isinstance(value, Real) or value not in (1, 0, -1):
+        raise ValueError(
+            f"column `{column}` must hold +1 (prefers chosen), -1 (prefers rejected), 0 (tie) or "
+            f"null (no label); got {value!r}."
+        )
+    return int(value)
+
+
+def as_margin(value: object, column: str) -> float:
+    """Returns a finite number.
+
+    Raises:
+        ValueError: The value is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(
+            f"column `{column}` must hold the reward of chosen minus that of rejected, a finite "
+            f"number; got {value!r}."
+        )
+    return float(value)
+
+
+def check_columns(present: Iterable[str], needed: Sequence[str], dataset: str) -> None:
+    """Raises `ValueError` where a data set lacks a column, with what it has."""
+    columns = list(present)
+    for column in needed:
+        if column not in columns:
+            raise ValueError(
+                f"`{dataset}` must have the column `{column}`; it has {', '.join(columns)}. Every "
+                f"objective in `weights` needs one with +1, -1, 0 or null."
+                if column.startswith("pref_")
+                else f"`{dataset}` must have the column `{column}`; it has {', '.join(columns)}. "
+                f"MODPO needs the reward margins of every objective but its own."
+            )
+
+
+def check_labels(columns: Mapping[str, Iterable[object]], *, train: bool, dataset: str) -> None:
+    """Raises `ValueError` where a label is none, or a training objective has no label at all.
+
+    Args:
+        columns: Column -> its distinct values.
+        train: Whether every objective must have a labelled pair.
+        dataset: The argument that the data came with.
+    """
+    for column, values in columns.items():
+        if column.startswith("margin_"):
+            for value in values:
+                as_margin(value, column)
+            continue
+        signs = {as_sign(value, column) for value in values}
+        if train and not signs & {1, -1}:
+            raise ValueError(
+                f"`{dataset}` must label at least one pair in `{column}`; all of its values are 0 "
+                f"or null. Leave the objective out of `weights`."
+            )
+
+
+def labelled(signs: Tensor) -> Tensor:
+    """Counts the labelled pairs per objective, ``[m]``."""
+    return (signs != 0).sum(0)

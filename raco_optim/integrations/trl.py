@@ -1,0 +1,320 @@
+"""TRL's DPO trainer with one preference loss per objective, and their conflict resolved.
+
+A training step; what is TRL's is left to TRL:
+
+    batch with signs [B, m]        preference_data.py   columns pref_<objective> -> a tensor
+      |  one forward pass          TRL's fused head     log-probabilities of the completions
+      |  m losses                  objectives.py        each a mean over the pairs it labels
+      |  m gradients -> .grad      raco_optim.step      Gram matrix, coefficients, combination
+      v
+    Trainer: clipping of the gradient norm, optimizer, scheduler, checkpoints, logs (metrics.py)
+
+The gradients are combined in `training_step`: inside ``optimizer.step()`` it would come after the
+clipping of the norm.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+if importlib.util.find_spec("trl") is None:
+    raise ImportError(
+        'raco_optim.integrations.trl needs TRL. Install it: pip install "raco_optim[align]"'
+    )
+
+from datasets import Dataset
+from trl import DPOTrainer
+
+from raco_optim.alignment import PairLogProbs
+from raco_optim.integrations import objectives
+from raco_optim.integrations.metrics import objective_means, objective_sums, step_means
+from raco_optim.integrations.preference_data import (
+    MARGINS,
+    SIGNS,
+    PreferenceCollator,
+    check_columns,
+    check_labels,
+    labelled,
+    margin_column,
+    sign_column,
+)
+from raco_optim.integrations.trl_config import MultiObjectiveDPOConfig
+from raco_optim.step import Gradients, Step, collect, solve, write
+
+__all__ = ["MultiObjectiveDPOConfig", "MultiObjectiveDPOTrainer"]
+
+_NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", SIGNS, MARGINS)
+
+
+class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not type-checked
+    r"""TRL's `DPOTrainer` for several objectives that may disagree about the same pairs.
+
+    Objective i says of every pair whether it prefers ``chosen`` (+1) or ``rejected`` (-1), is
+    indifferent (0) or has no label (null), in the column ``pref_<objective>``. One forward pass
+    gives the log-ratio :math:`\Delta` of a pair, and every objective its loss, such as
+
+    .. math:: L_i = -\operatorname{mean}_{s_i \ne 0} \log \sigma(\beta s_i \Delta).
+
+    The mean runs over the pairs that the objective labels in the whole accumulated batch, so that
+    micro-batches change nothing. With the method ``"raco"`` each loss has its own gradient, summed
+    over the micro-batches, and CAGrad-Clip combines them (`raco_optim.CAGradClip`); what follows,
+    from the clipping of the gradient norm on, is the Trainer's. The other methods are described at
+    `MultiObjectiveDPOConfig`.
+
+    Logged through the Trainer, per objective: ``loss/``, ``margin/`` (mean reward margin
+    :math:`\beta s_i \Delta`), ``accuracy/`` (share of pairs with a positive margin; 0 counts
+    half), ``labelled/`` (number of pairs); and where gradients are combined ``grad_norm/``,
+    ``cosine/a/b``, ``p/``, ``p_clipped/``, ``alpha/``, ``clip_angle``, ``gap`` (see
+    `raco_optim.StepReport`), ``hurting`` and ``conflicting`` (share of steps whose combined
+    gradient, followed downhill, raises some loss to first order, and whose gradients have a
+    negative inner product). Evaluation logs the first four with its prefix, always for the loss of
+    ``loss_type``, so that methods can be compared.
+
+    Args:
+        model: As in TRL: a model or its path.
+        ref_model: As in TRL.
+        args: A `MultiObjectiveDPOConfig`.
+        data_collator: As in TRL; it need not know of the preferences.
+        train_dataset: As in TRL, with the columns ``pref_<objective>``. An `IterableDataset` is
+            checked as it comes.
+        eval_dataset: As in TRL, with the same columns.
+        processing_class: As in TRL.
+        **others: As in TRL (``callbacks``, ``optimizers``, ``peft_config``, ...).
+
+    Raises:
+        TypeError: `args` is not a `MultiObjectiveDPOConfig`.
+        ValueError: A column is missing or holds something else than a preference, an objective
+            labels no pair, or a setting can't be honoured; the message names it. From `train`:
+            the output folder holds another run's checkpoints.
+        FloatingPointError: From `train`: a loss or its gradient is NaN or Inf.
+
+    Note:
+        It rests on parts of TRL's `DPOTrainer` that are not public, hence ``trl>=1.16,<2``. It
+        trains in one process. ``"kto_pair"`` estimates its reference point from the pairs of a
+        micro-batch, so that there, and there alone, the size of micro-batches matters.
+
+    References:
+        Algorithm 1 of arXiv 2602.02495.
+    """
+
+    # The losses are means over the accumulated batch; nothing is left to be divided.
+    loss_is_scaled_for_ga = True
+    data_collator: Any
+
+    def __init__(
+        self,
+        model: Any,  # noqa: ANN401  # here and below: whatever TRL takes
+        ref_model: Any = None,  # noqa: ANN401
+        args: MultiObjectiveDPOConfig | None = None,
+        data_collator: Any = None,  # noqa: ANN401
+        train_dataset: Any = None,  # noqa: ANN401
+        eval_dataset: Any = None,  # noqa: ANN401
+        processing_class: Any = None,  # noqa: ANN401
+        **others: Any,  # noqa: ANN401
+    ) -> None:
+        if not isinstance(args, MultiObjectiveDPOConfig):
+            raise TypeError(
+                f"`args` must be a MultiObjectiveDPOConfig, which holds the weights; got "
+                f"{type(args).__name__}."
+            )
+        if args.world_size > 1:
+            raise ValueError(
+                f"MultiObjectiveDPOTrainer trains in one process, because it does not average "
+                f"gradients over processes yet; got {args.world_size}."
+            )
+        if others.get("compute_metrics") is not None:
+            raise ValueError("`compute_metrics` must be None: predictions are not computed.")
+        self._names = tuple(args.objective_weights)
+        self._rule = objectives.rule(args)
+        self._sums: dict[bool, Tensor] = {}  # by whether the model is in training
+        self._steps: list[Step] = []
+        self._pending: Gradients | None = None
+        margins = [o for o in self._names if args.method == "modpo" and o != args.modpo_objective]
+        self._columns = [sign_column(o) for o in self._names] + [margin_column(o) for o in margins]
+        self._check_data(train_dataset, "train_dataset")
+        several = isinstance(eval_dataset, Mapping)
+        for dataset in eval_dataset.values() if several else [eval_dataset]:
+            self._check_data(dataset, "eval_dataset")
+        super().__init__(
+            model,
+            ref_model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            **others,
+        )
+        if self.aux_loss_enabled:
+            raise ValueError(
+                f"`router_aux_loss_coef` must be 0.0 for a mixture of experts, because its "
+                f"auxiliary loss belongs to no objective; got {self.router_aux_loss_coef}."
+            )
+        # Wrapped, not replaced: padding, truncation and a user's own collator stay as they are.
+        self.data_collator = PreferenceCollator(self.data_collator, self._names, margins)
+
+    def _check_data(self, dataset: Any, argument: str) -> None:  # noqa: ANN401
+        if dataset is None:
+            return  # where it is required, TRL says so
+        if not isinstance(dataset, Dataset):  # a stream: its values come later
+            columns: Iterable[str] = next(iter(dataset))
+        else:
+            columns = dataset.column_names
+        check_columns(columns, self._columns, argument)
+        if {"image", "images"} & set(columns):
+            raise ValueError(
+                f"`{argument}` must not have images; got the columns {', '.join(columns)}. Vision "
+                f"models are not supported."
+            )
+        if isinstance(dataset, Dataset):
+            check_labels(
+                {column: dataset.unique(column) for column in self._columns},
+                train=argument == "train_dataset",
+                dataset=argument,
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        known = set(self._signature_columns)
+        self._signature_columns += [column for column in self._columns if column not in known]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **others: Any) -> Any:  # noqa: ANN401
+        """As the Trainer's, but refuses to write over the checkpoints of another run.
+
+        Args:
+            resume_from_checkpoint: True to go on from the last one, or the folder of one.
+            **others: As there.
+
+        Raises:
+            ValueError: The output folder holds checkpoints and `resume_from_checkpoint` is off.
+        """
+        found = sorted(Path(self.args.output_dir).glob("checkpoint-*"))
+        if found and not resume_from_checkpoint:
+            raise ValueError(
+                f"`output_dir` must not hold another run; got {self.args.output_dir} with "
+                f"{found[0].name}. Pass resume_from_checkpoint=True to go on with that run, or "
+                f"choose another folder."
+            )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **others)
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[Any], Tensor]:  # noqa: ANN401
+        """As the Trainer's, but counts the labelled pairs of every objective, ``[m]``."""
+        batches, _ = super().get_batch_samples(*args)
+        zero = torch.zeros(len(self._names), dtype=torch.int64, device=self.args.device)
+        return batches, sum((labelled(b[SIGNS]).to(zero.device) for b in batches), start=zero)
+
+    def compute_ref_log_probs(self, model: Any, inputs: Mapping[str, Any]) -> Any:  # noqa: ANN401
+        """As TRL's, which would pass the preferences on to the model."""
+        inputs = {key: value for key, value in inputs.items() if key not in (SIGNS, MARGINS)}
+        return super().compute_ref_log_probs(model, inputs)
+
+    def compute_loss(
+        self,
+        model: Any,  # noqa: ANN401
+        inputs: Mapping[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """The weighted loss: what is minimised in training, the yardstick in evaluation."""
+        if return_outputs:
+            raise ValueError("predictions are not computed. Call `evaluate`.")
+        losses, nothing = self._losses(model, inputs, num_items_in_batch)
+        loss = objectives.weighted(self.args, losses, training=model.training)
+        if loss is None:
+            return nothing
+        if model.training and not loss.isfinite():
+            raise FloatingPointError(
+                "the weighted loss is NaN or Inf. Find its cause (torch.autograd."
+                "set_detect_anomaly), or lower the learning rate."
+            )
+        return loss
+
+    def training_step(
+        self,
+        model: Any,  # noqa: ANN401
+        inputs: Mapping[str, Any],
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """Forward and backward passes of one micro-batch; the last one of a step combines."""
+        if self._rule is None:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
+        # Taken away first, so that a step that fails leaves nothing behind for the next.
+        pending, self._pending = self._pending, None
+        model.train()
+        self.optimizer.train()
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            losses, nothing = self._losses(model, inputs, num_items_in_batch)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        last = self.accelerator.sync_gradients
+        gradients = collect(self._names, [*losses], parameters, pending, keep=not last)
+        if last:
+            weights, shared = list(self.args.objective_weights.values()), [True] * len(parameters)
+            step = solve(gradients, weights, shared, self._rule, "raise")
+            write(parameters, gradients, step, shared)
+            self._steps.append(step)
+        else:
+            self._pending = gradients
+        loss = objectives.weighted(self.args, losses, training=True)
+        return (nothing if loss is None else loss).detach()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what was gathered since the last call."""
+        training = self.model.training
+        # "eval_", or "eval_<name>_" where there are several data sets.
+        prefix = "" if training else next((k[:-4] for k in logs if k.endswith("_loss")), "eval_")
+        if training in self._sums:
+            means = objective_means(self._names, self._sums.pop(training))
+            logs.update({prefix + key: value for key, value in means.items()})
+            if not training:  # over all pairs; the Trainer's is a mean over batches
+                logs[f"{prefix}loss"] = math.fsum(
+                    w * means.get(f"loss/{name}", 0.0)
+                    for name, w in self.args.objective_weights.items()
+                )
+        if training and self._steps:
+            logs.update(step_means(self._steps))
+            self._steps.clear()
+        super().log(logs, start_time)
+
+    def _losses(
+        self,
+        model: Any,  # noqa: ANN401
+        inputs: Mapping[str, Tensor],
+        counts: Tensor | None,
+    ) -> tuple[list[Tensor | None], Tensor]:
+        """One loss per objective, and a zero with a graph for where none labels a pair."""
+        training = model.training
+        mask, signs = inputs["completion_mask"], inputs[SIGNS]
+        outputs = model(
+            **{key: value for key, value in inputs.items() if key not in _NOT_FOR_THE_MODEL},
+            labels=inputs["input_ids"].masked_fill(mask == 0, -100),
+            use_cache=False,
+            fused_lm_head=True,
+        )
+        # The last positions: prompt-learning adapters put virtual tokens before them.
+        policy = outputs.log_probs[:, 1 - mask.size(1) :].sum(1)
+        reference: tuple[Tensor | None, Tensor | None] = (None, None)
+        if objectives.needs_reference(self.args, training=training):
+            if self.precompute_ref_logps:
+                reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+            else:
+                reference = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+        chosen, rejected = policy.chunk(2)
+        log_probs = PairLogProbs(chosen, rejected, *reference, *mask.sum(1).chunk(2))
+        losses = objectives.losses(
+            self.args, log_probs, signs, inputs.get(MARGINS), counts, training=training
+        )
+        sums = objective_sums(
+            losses,
+            objectives.margins_of_labelled(self.args, log_probs, signs, training=training),
+            labelled(signs) if counts is None else counts,
+        )
+        self._sums[training] = self._sums[training] + sums if training in self._sums else sums
+        return losses, 0 * policy.sum()

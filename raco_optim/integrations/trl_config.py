@@ -1,0 +1,193 @@
+"""The settings of `MultiObjectiveDPOTrainer`: TRL's `DPOConfig` plus weights, method and radius."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trl import DPOConfig
+
+from raco_optim._checks import checked_choice, checked_radius, checked_weights
+from raco_optim.simplex import SOLVERS, Solver
+
+# Those with a rule from Gram matrix to coefficients, and those with one loss and one backward pass.
+SURGERY = ("raco", "cagrad", "mgda")
+METHODS = (*SURGERY, "linear", "amopo", "modpo")
+Method = Literal["raco", "cagrad", "mgda", "linear", "amopo", "modpo"]
+
+# TRL's name of a loss -> the loss of `raco_optim.alignment` and whether it is normalised by length.
+LOSS_TYPES = {
+    "sigmoid": ("dpo", False),
+    "sigmoid_norm": ("dpo", True),
+    "ipo": ("ipo", True),
+    "simpo": ("simpo", True),
+    "kto_pair": ("kto", False),
+}
+
+# Settings of TRL that change the loss in a way that the losses per objective don't have.
+_NOT_HONOURED = {
+    "loss_weights": None,
+    "ld_alpha": None,
+    "f_divergence_type": "reverse_kl",
+    "use_weighting": False,
+    "activation_offloading": False,
+    "use_liger_kernel": False,
+    "fp16": False,
+    "deepspeed": None,
+    "torch_empty_cache_steps": None,
+}
+
+
+@dataclass
+class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not type-checked
+    r"""TRL's `DPOConfig` with one weight per objective.
+
+    All fields of `DPOConfig` keep their names, meanings and defaults, but for those that change
+    the loss in a way that losses per objective don't have (``loss_weights``, ``ld_alpha``,
+    ``f_divergence_type``, ``use_weighting``), and for ``activation_offloading``,
+    ``use_liger_kernel``, ``fp16``, ``deepspeed`` and
+    ``torch_empty_cache_steps``: a value other than the default is an error.
+
+    Args:
+        weights: w, objective -> weight, numbers >= 0 that sum to 1, or a string such as
+            ``"helpful=0.7,harmless=0.3"``. Objective ``helpful`` is the column ``pref_helpful``.
+        method: How the losses :math:`L_i` become one update.
+            ``"raco"``: CAGrad-Clip (`raco_optim.CAGradClip`).
+            ``"cagrad"``: CAGrad with weights (`raco_optim.CAGrad`).
+            ``"mgda"``: the min-norm point (`raco_optim.MGDA`), which ignores the weights.
+            ``"linear"``: the gradient of :math:`\sum_i w_i L_i`, in one backward pass.
+            ``"amopo"``: that of the static AMoPO objective (`raco_optim.alignment.amopo_losses`).
+            ``"modpo"``: that of MODPO (`raco_optim.alignment.modpo_loss`), with the reward margins
+            of the columns ``margin_<objective>``.
+        c: Radius of the correction relative to the weighted gradient; in [0, 1) for ``"raco"``,
+            >= 0 for ``"cagrad"``, not used otherwise.
+        solver: ``"exact"``, ``"pgd"`` or ``"slsqp"``; see `raco_optim.solve_subproblem`.
+        modpo_objective: The objective whose preferences MODPO learns from; the others enter with
+            their margins. Default: the first of `weights`.
+        simpo_gamma: Target margin of the loss type ``"simpo"``, >= 0.
+        loss_type: TRL's field, here with one entry: ``"sigmoid"`` (DPO), ``"sigmoid_norm"`` (DPO
+            with log-probabilities per token), ``"ipo"``, ``"simpo"`` (no reference model) or
+            ``"kto_pair"``. It is the loss of every objective, and the yardstick in evaluations,
+            whatever the method.
+        label_smoothing: TRL's field; here it smooths ``"sigmoid"``, ``"sigmoid_norm"`` and
+            ``"simpo"``.
+
+    Raises:
+        ValueError: A field is out of its range, or can't be honoured; the message names it.
+
+    Example:
+        >>> from raco_optim.integrations.trl import MultiObjectiveDPOConfig
+        >>> config = MultiObjectiveDPOConfig(
+        ...     "out", weights="helpful=0.7,harmless=0.3", bf16=False, report_to="none"
+        ... )
+        >>> config.weights, config.method, config.c
+        ({'helpful': 0.7, 'harmless': 0.3}, 'raco', 0.4)
+    """
+
+    weights: dict[str, float] | str | None = field(
+        default=None,
+        metadata={"help": "Objective -> weight, as helpful=0.7,harmless=0.3; they sum to 1."},
+    )
+    method: Method = field(
+        default="raco", metadata={"help": "How the objectives become one update."}
+    )
+    c: float = field(
+        default=0.4,
+        metadata={"help": "Radius of the correction: in [0, 1) for raco, >= 0 for cagrad."},
+    )
+    solver: Solver = field(default="exact", metadata={"help": "Solver of the subproblem."})
+    modpo_objective: str | None = field(
+        default=None,
+        metadata={"help": "The objective whose preferences MODPO uses (default: the first)."},
+    )
+    simpo_gamma: float = field(
+        default=0.0, metadata={"help": "Target margin of the loss type simpo, >= 0."}
+    )
+
+    def __post_init__(self) -> None:
+        weights = parsed_weights(self.weights)
+        self.weights = dict(zip(weights, checked_weights(weights), strict=True))
+        checked_choice("method", self.method, METHODS)
+        checked_choice("solver", self.solver, SOLVERS)
+        if self.method in ("raco", "cagrad"):
+            checked_radius(self.c, below_one=self.method == "raco")
+        if self.method == "modpo":
+            self.modpo_objective = self.modpo_objective or next(iter(self.weights))
+            checked_choice("modpo_objective", self.modpo_objective, tuple(self.weights))
+            if self.weights[self.modpo_objective] == 0:
+                raise ValueError(
+                    f"`weights` must be positive for `modpo_objective`, {self.modpo_objective!r}; "
+                    f"got 0. Choose an objective with a weight."
+                )
+        super().__post_init__()
+        self._check_loss()
+        self._check_honoured()
+
+    @property
+    def objective_weights(self) -> dict[str, float]:
+        """The weights as a mapping, in order."""
+        assert isinstance(self.weights, dict)
+        return self.weights
+
+    def _check_loss(self) -> None:
+        if len(self.loss_type) != 1:
+            raise ValueError(
+                f"`loss_type` must be one loss, which every objective gets; got {self.loss_type}."
+            )
+        checked_choice("loss_type", self.loss_type[0], tuple(LOSS_TYPES))
+        if self.label_smoothing and self.loss_type[0] in ("ipo", "kto_pair"):
+            raise ValueError(
+                f"`label_smoothing` must be 0 with the loss type {self.loss_type[0]!r}; got "
+                f"{self.label_smoothing}."
+            )
+
+    def _check_honoured(self) -> None:
+        for name, default in _NOT_HONOURED.items():
+            value = vars(self)[name]
+            if value != default:
+                raise ValueError(
+                    f"`{name}` must be {default!r}; got {value!r}. MultiObjectiveDPOTrainer does "
+                    f"not support it." + (" Train with bf16=True." if name == "fp16" else "")
+                )
+        if self.fsdp:
+            raise ValueError(
+                f"`fsdp` must be off; got {self.fsdp!r}. MultiObjectiveDPOTrainer trains in one "
+                f"process."
+            )
+        reentrant = (self.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        if self.gradient_checkpointing and reentrant and self.method in SURGERY:
+            raise ValueError(
+                "`gradient_checkpointing_kwargs` must not ask for reentrant checkpointing, which "
+                "hides the parameters from gradients per objective; got use_reentrant=True. Leave "
+                "it out."
+            )
+
+
+def parsed_weights(weights: Mapping[str, float] | str | None) -> dict[str, float]:
+    """Returns the weights as a mapping; a string is read as ``name=number,name=number``.
+
+    Raises:
+        ValueError: There are none, or the string can't be read.
+    """
+    if isinstance(weights, str):
+        parsed: dict[str, float] = {}
+        for item in weights.split(","):
+            name, _, number = (part.strip() for part in item.partition("="))
+            try:
+                value = float(number)
+            except ValueError:
+                name = ""
+            if not name or name in parsed:
+                raise ValueError(
+                    f"`weights` must be of the form helpful=0.7,harmless=0.3, each name once; got "
+                    f"{weights!r}."
+                )
+            parsed[name] = value
+        return parsed
+    if not isinstance(weights, Mapping) or not weights:
+        raise ValueError(
+            f"`weights` must be a mapping from objective to weight, such as "
+            f"{{'helpful': 0.7, 'harmless': 0.3}}; got {weights!r}."
+        )
+    return dict(weights)
