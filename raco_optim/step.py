@@ -64,6 +64,11 @@ def collect(
             row = [None if g is None else g.clone() for g in row]
         found.values.append(value)
         found.rows.append(row)
+    return merge(found, pending)
+
+
+def merge(found: Gradients, pending: Gradients | None) -> Gradients:
+    """Adds the pending gradients, which stay as they are, to those found, and returns these."""
     if pending is not None:
         for k, earlier in enumerate(pending.values):
             found.values[k] = _sum(earlier, found.values[k])

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import pytest
 
 import raco_optim
+import raco_optim.alignment
+import raco_optim.integrations.trl
 import raco_optim.pareto
 
 ROOT = Path(__file__).parent.parent
@@ -85,7 +87,14 @@ def own_names(module: ModuleType) -> list[str]:
 
 @pytest.mark.parametrize(
     "name",
-    [*(f"raco_optim.{name}" for name in raco_optim.__all__), *own_names(raco_optim.pareto)],
+    [
+        *(
+            f"{module.__name__}.{name}"
+            for module in (raco_optim, raco_optim.alignment, raco_optim.integrations.trl)
+            for name in module.__all__
+        ),
+        *own_names(raco_optim.pareto),
+    ],
 )
 def test_public_name_has_a_docstring_with_an_example(name: str) -> None:
     public = pkgutil.resolve_name(name)

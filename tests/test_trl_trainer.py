@@ -18,6 +18,7 @@ from trl import DPOConfig, DPOTrainer
 
 from raco_optim.integrations.trl import MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer
 from raco_optim.integrations.trl_config import METHODS
+from raco_optim.per_example import LinearLayerGradients
 from tests import oracles
 from tests.tiny_language_models import FAMILIES, tiny_model, tiny_pairs, tiny_tokenizer
 
@@ -121,7 +122,11 @@ def losses_by_hand(
     found = {}
     for name in WEIGHTS:
         signs = [row[f"pref_{name}"] for row in rows]
-        terms = [-torch.nn.functional.logsigmoid(BETA * s * d) for s, d in zip(signs, deltas) if s]
+        terms = [
+            -torch.nn.functional.logsigmoid(BETA * s * d)
+            for s, d in zip(signs, deltas, strict=True)
+            if s
+        ]
         found[name] = sum(terms) / len(terms)
     return found
 
@@ -295,6 +300,30 @@ class TestLimits:
         parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
         a = trained(settings, rows, method=method, **whole)
         assert_close(a, trained(settings, rows, method=method, **parts), 1e-4)
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_one_backward_pass_for_all_losses_is_one_for_each(
+        self, settings: Settings, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+    ) -> None:
+        rows = tiny_pairs(16, missing=0.3)
+        changed = {"gradient_accumulation_steps": 2, "gradient_checkpointing": checkpointing}
+
+        def adapters() -> dict[str, Tensor]:
+            lora = LoraConfig(r=2, target_modules="all-linear")
+            return trained(settings, rows, peft_config=lora, **changed)
+
+        served = []
+        original = LinearLayerGradients.gradients
+
+        def watched(*arguments: Any) -> Any:
+            served.append(original(*arguments))
+            return served[-1]
+
+        monkeypatch.setattr(LinearLayerGradients, "gradients", watched)
+        together = adapters()
+        assert served and all(rows is not None for rows in served)
+        monkeypatch.setattr(LinearLayerGradients, "gradients", lambda *_: None)
+        assert_close(adapters(), together, 1e-5)
 
     @pytest.mark.parametrize("method", ["raco", "linear"])
     def test_checkpointing_changes_nothing(self, settings: Settings, method: str) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 SIGNS = "signs"
@@ -45,6 +46,10 @@ class PreferenceCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Returns the batch with ``signs`` ``[B, m]`` and, where asked for, ``margins``."""
+        needed = [sign_column(o) for o in self.objectives] + [
+            margin_column(o) for o in self.margins
+        ]
+        check_columns(examples[0], needed, "dataset")
         batch = self.collator(examples)
         batch[SIGNS] = torch.tensor(
             [
@@ -82,7 +87,7 @@ def as_sign(value: object, column: str) -> int:
             f"column `{column}` must hold +1 (prefers chosen), -1 (prefers rejected), 0 (tie) or "
             f"null (no label); got {value!r}."
         )
-    return int(value)
+    return int(float(value))
 
 
 def as_margin(value: object, column: str) -> float:
@@ -99,37 +104,53 @@ def as_margin(value: object, column: str) -> float:
     return float(value)
 
 
-def check_columns(present: Iterable[str], needed: Sequence[str], dataset: str) -> None:
+def check_columns(present: Iterable[str], needed: Sequence[str], argument: str) -> None:
     """Raises `ValueError` where a data set lacks a column, with what it has."""
     columns = list(present)
     for column in needed:
         if column not in columns:
-            raise ValueError(
-                f"`{dataset}` must have the column `{column}`; it has {', '.join(columns)}. Every "
-                f"objective in `weights` needs one with +1, -1, 0 or null."
+            remedy = (
+                "Every objective in `weights` needs one with +1, -1, 0 or null."
                 if column.startswith("pref_")
-                else f"`{dataset}` must have the column `{column}`; it has {', '.join(columns)}. "
-                f"MODPO needs the reward margins of every objective but its own."
+                else "MODPO needs the reward margins of every objective but its own."
+            )
+            raise ValueError(
+                f"`{argument}` must have the column `{column}`; it has {', '.join(columns)}. "
+                f"{remedy}"
             )
 
 
-def check_labels(columns: Mapping[str, Iterable[object]], *, train: bool, dataset: str) -> None:
-    """Raises `ValueError` where a label is none, or a training objective has no label at all.
+def check_dataset(dataset: Any, columns: Sequence[str], argument: str) -> None:  # noqa: ANN401
+    """Raises `ValueError` unless a data set holds preferences in its columns.
 
     Args:
-        columns: Column -> its distinct values.
-        train: Whether every objective must have a labelled pair.
-        dataset: The argument that the data came with.
+        dataset: A `datasets.Dataset`, or a stream, whose columns alone are checked, from its first
+            example: the values come later.
+        columns: Those that are needed, ``pref_*`` and ``margin_*``.
+        argument: ``"train_dataset"``, which needs a label in every objective, or another name.
     """
-    for column, values in columns.items():
+    if dataset is None:  # where it is required, TRL says so
+        return
+    stored = isinstance(dataset, Dataset)
+    present = dataset.column_names if stored else list(next(iter(dataset)))
+    check_columns(present, columns, argument)
+    if {"image", "images"} & set(present):
+        raise ValueError(
+            f"`{argument}` must not have images; it has the columns {', '.join(present)}. Vision "
+            f"models are not supported."
+        )
+    if not stored:
+        return
+    for column in columns:
+        values = dataset.unique(column)
         if column.startswith("margin_"):
             for value in values:
                 as_margin(value, column)
-            continue
-        signs = {as_sign(value, column) for value in values}
-        if train and not signs & {1, -1}:
+        elif not {as_sign(value, column) for value in values} & {1, -1} and (
+            argument == "train_dataset"
+        ):
             raise ValueError(
-                f"`{dataset}` must label at least one pair in `{column}`; all of its values are 0 "
+                f"`{argument}` must label at least one pair in `{column}`; all of its values are 0 "
                 f"or null. Leave the objective out of `weights`."
             )
 

@@ -3,7 +3,7 @@
 A training step; what is TRL's is left to TRL:
 
     batch with signs [B, m]        preference_data.py   columns pref_<objective> -> a tensor
-      |  one forward pass          TRL's fused head     log-probabilities of the completions
+      |  one forward pass          forward.py           log-probabilities of the completions
       |  m losses                  objectives.py        each a mean over the pairs it labels
       |  m gradients -> .grad      raco_optim.step      Gram matrix, coefficients, combination
       v
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +29,26 @@ if importlib.util.find_spec("trl") is None:
         'raco_optim.integrations.trl needs TRL. Install it: pip install "raco_optim[align]"'
     )
 
-from datasets import Dataset
 from trl import DPOTrainer
 
 from raco_optim.alignment import PairLogProbs
 from raco_optim.integrations import objectives
+from raco_optim.integrations.forward import completion_log_probs
 from raco_optim.integrations.metrics import objective_means, objective_sums, step_means
 from raco_optim.integrations.preference_data import (
     MARGINS,
     SIGNS,
     PreferenceCollator,
-    check_columns,
-    check_labels,
+    check_dataset,
     labelled,
     margin_column,
     sign_column,
 )
 from raco_optim.integrations.trl_config import MultiObjectiveDPOConfig
-from raco_optim.step import Gradients, Step, collect, solve, write
+from raco_optim.per_example import LinearLayerGradients
+from raco_optim.step import Gradients, Step, collect, merge, solve, write
 
 __all__ = ["MultiObjectiveDPOConfig", "MultiObjectiveDPOTrainer"]
-
-_NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", SIGNS, MARGINS)
 
 
 class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not type-checked
@@ -68,22 +66,16 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
     from the clipping of the gradient norm on, is the Trainer's. The other methods are described at
     `MultiObjectiveDPOConfig`.
 
-    Logged through the Trainer, per objective: ``loss/``, ``margin/`` (mean reward margin
-    :math:`\beta s_i \Delta`), ``accuracy/`` (share of pairs with a positive margin; 0 counts
-    half), ``labelled/`` (number of pairs); and where gradients are combined ``grad_norm/``,
-    ``cosine/a/b``, ``p/``, ``p_clipped/``, ``alpha/``, ``clip_angle``, ``gap`` (see
-    `raco_optim.StepReport`), ``hurting`` and ``conflicting`` (share of steps whose combined
-    gradient, followed downhill, raises some loss to first order, and whose gradients have a
-    negative inner product). Evaluation logs the first four with its prefix, always for the loss of
-    ``loss_type``, so that methods can be compared.
+    Logged through the Trainer: loss, margin, accuracy and gradient norm per objective, cosines,
+    solution, coefficients and certificate of the steps; docs/alignment.md has the keys.
 
     Args:
         model: As in TRL: a model or its path.
         ref_model: As in TRL.
         args: A `MultiObjectiveDPOConfig`.
         data_collator: As in TRL; it need not know of the preferences.
-        train_dataset: As in TRL, with the columns ``pref_<objective>``. An `IterableDataset` is
-            checked as it comes.
+        train_dataset: As in TRL, with the columns ``pref_<objective>``; a stream is checked as it
+            comes.
         eval_dataset: As in TRL, with the same columns.
         processing_class: As in TRL.
         **others: As in TRL (``callbacks``, ``optimizers``, ``peft_config``, ...).
@@ -96,9 +88,29 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         FloatingPointError: From `train`: a loss or its gradient is NaN or Inf.
 
     Note:
-        It rests on parts of TRL's `DPOTrainer` that are not public, hence ``trl>=1.16,<2``. It
-        trains in one process. ``"kto_pair"`` estimates its reference point from the pairs of a
-        micro-batch, so that there, and there alone, the size of micro-batches matters.
+        It rests on parts of TRL's `DPOTrainer` that are not public, hence ``trl>=1.16,<2``.
+        ``"kto_pair"`` estimates its reference point from a micro-batch, whose size matters there.
+
+    Example:
+        >>> from datasets import Dataset, disable_progress_bars
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        >>> from raco_optim.integrations.trl import *
+        >>> disable_progress_bars()
+        >>> bare = Tokenizer(models.WordLevel({"<eos>": 0, "yes": 1, "no": 2}, unk_token="no"))
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<eos>")
+        >>> shape = {"vocab_size": 3, "hidden_size": 8, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=1))
+        >>> pair = {"prompt": "no", "chosen": "yes", "rejected": "no", "pref_a": 1, "pref_b": -1}
+        >>> config = MultiObjectiveDPOConfig(
+        ...     "unused", weights="a=0.7,b=0.3", bf16=False, precompute_ref_log_probs=True
+        ... )
+        >>> trainer = MultiObjectiveDPOTrainer(
+        ...     model, args=config, train_dataset=Dataset.from_list([pair]),
+        ...     processing_class=tokenizer,
+        ... )
+        >>> trainer.data_collator([trainer.train_dataset[0]])["signs"]
+        tensor([[ 1, -1]], dtype=torch.int8)
 
     References:
         Algorithm 1 of arXiv 2602.02495.
@@ -124,13 +136,8 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
                 f"`args` must be a MultiObjectiveDPOConfig, which holds the weights; got "
                 f"{type(args).__name__}."
             )
-        if args.world_size > 1:
-            raise ValueError(
-                f"MultiObjectiveDPOTrainer trains in one process, because it does not average "
-                f"gradients over processes yet; got {args.world_size}."
-            )
         if others.get("compute_metrics") is not None:
-            raise ValueError("`compute_metrics` must be None: predictions are not computed.")
+            raise ValueError("`compute_metrics` must be None; predictions are not computed.")
         self._names = tuple(args.objective_weights)
         self._rule = objectives.rule(args)
         self._sums: dict[bool, Tensor] = {}  # by whether the model is in training
@@ -138,10 +145,10 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         self._pending: Gradients | None = None
         margins = [o for o in self._names if args.method == "modpo" and o != args.modpo_objective]
         self._columns = [sign_column(o) for o in self._names] + [margin_column(o) for o in margins]
-        self._check_data(train_dataset, "train_dataset")
         several = isinstance(eval_dataset, Mapping)
         for dataset in eval_dataset.values() if several else [eval_dataset]:
-            self._check_data(dataset, "eval_dataset")
+            check_dataset(dataset, self._columns, "eval_dataset")
+        check_dataset(train_dataset, self._columns, "train_dataset")
         super().__init__(
             model,
             ref_model,
@@ -160,41 +167,13 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         # Wrapped, not replaced: padding, truncation and a user's own collator stay as they are.
         self.data_collator = PreferenceCollator(self.data_collator, self._names, margins)
 
-    def _check_data(self, dataset: Any, argument: str) -> None:  # noqa: ANN401
-        if dataset is None:
-            return  # where it is required, TRL says so
-        if not isinstance(dataset, Dataset):  # a stream: its values come later
-            columns: Iterable[str] = next(iter(dataset))
-        else:
-            columns = dataset.column_names
-        check_columns(columns, self._columns, argument)
-        if {"image", "images"} & set(columns):
-            raise ValueError(
-                f"`{argument}` must not have images; got the columns {', '.join(columns)}. Vision "
-                f"models are not supported."
-            )
-        if isinstance(dataset, Dataset):
-            check_labels(
-                {column: dataset.unique(column) for column in self._columns},
-                train=argument == "train_dataset",
-                dataset=argument,
-            )
-
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         known = set(self._signature_columns)
         self._signature_columns += [column for column in self._columns if column not in known]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **others: Any) -> Any:  # noqa: ANN401
-        """As the Trainer's, but refuses to write over the checkpoints of another run.
-
-        Args:
-            resume_from_checkpoint: True to go on from the last one, or the folder of one.
-            **others: As there.
-
-        Raises:
-            ValueError: The output folder holds checkpoints and `resume_from_checkpoint` is off.
-        """
+        """As the Trainer's; raises ValueError rather than write over another run's checkpoints."""
         found = sorted(Path(self.args.output_dir).glob("checkpoint-*"))
         if found and not resume_from_checkpoint:
             raise ValueError(
@@ -205,7 +184,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **others)
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Tensor]:  # noqa: ANN401
-        """As the Trainer's, but counts the labelled pairs of every objective, ``[m]``."""
+        """As the Trainer's, but counts the labelled pairs per objective, ``[m]``."""
         batches, _ = super().get_batch_samples(*args)
         zero = torch.zeros(len(self._names), dtype=torch.int64, device=self.args.device)
         return batches, sum((labelled(b[SIGNS]).to(zero.device) for b in batches), start=zero)
@@ -225,14 +204,14 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         """The weighted loss: what is minimised in training, the yardstick in evaluation."""
         if return_outputs:
             raise ValueError("predictions are not computed. Call `evaluate`.")
-        losses, nothing = self._losses(model, inputs, num_items_in_batch)
+        policy = completion_log_probs(model, inputs)
+        losses = self._losses(policy, inputs, num_items_in_batch, training=model.training)
         loss = objectives.weighted(self.args, losses, training=model.training)
-        if loss is None:
-            return nothing
+        if loss is None:  # no pair is labelled: nothing to learn, but a graph to go back through
+            return 0 * policy.sum()
         if model.training and not loss.isfinite():
             raise FloatingPointError(
-                "the weighted loss is NaN or Inf. Find its cause (torch.autograd."
-                "set_detect_anomaly), or lower the learning rate."
+                "the weighted loss is NaN or Inf. Find its cause (torch.autograd.set_detect_anomaly)."
             )
         return loss
 
@@ -250,20 +229,27 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         model.train()
         self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            losses, nothing = self._losses(model, inputs, num_items_in_batch)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         last = self.accelerator.sync_gradients
-        gradients = collect(self._names, [*losses], parameters, pending, keep=not last)
+        # The losses see one number per completion: for adapters, one backward pass serves them all.
+        with LinearLayerGradients(model, parameters) as layers, self.compute_loss_context_manager():
+            policy = completion_log_probs(model, inputs)
+            losses = self._losses(policy, inputs, num_items_in_batch, training=True)
+            rows = layers.gradients(policy, losses)
+            if rows is None:
+                found = collect(self._names, [*losses], parameters, pending, keep=not last)
+            else:
+                values = [None if loss is None else loss.detach() for loss in losses]
+                found = merge(Gradients(self._names, values, rows), pending)
         if last:
             weights, shared = list(self.args.objective_weights.values()), [True] * len(parameters)
-            step = solve(gradients, weights, shared, self._rule, "raise")
-            write(parameters, gradients, step, shared)
+            step = solve(found, weights, shared, self._rule, "raise")
+            write(parameters, found, step, shared)
             self._steps.append(step)
         else:
-            self._pending = gradients
+            self._pending = found
         loss = objectives.weighted(self.args, losses, training=True)
-        return (nothing if loss is None else loss).detach()
+        return policy.new_zeros(()) if loss is None else loss.detach()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what was gathered since the last call."""
@@ -285,21 +271,14 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
 
     def _losses(
         self,
-        model: Any,  # noqa: ANN401
+        policy: Tensor,
         inputs: Mapping[str, Tensor],
         counts: Tensor | None,
-    ) -> tuple[list[Tensor | None], Tensor]:
-        """One loss per objective, and a zero with a graph for where none labels a pair."""
-        training = model.training
-        mask, signs = inputs["completion_mask"], inputs[SIGNS]
-        outputs = model(
-            **{key: value for key, value in inputs.items() if key not in _NOT_FOR_THE_MODEL},
-            labels=inputs["input_ids"].masked_fill(mask == 0, -100),
-            use_cache=False,
-            fused_lm_head=True,
-        )
-        # The last positions: prompt-learning adapters put virtual tokens before them.
-        policy = outputs.log_probs[:, 1 - mask.size(1) :].sum(1)
+        *,
+        training: bool,
+    ) -> list[Tensor | None]:
+        """One loss per objective, None where it labels no pair."""
+        signs = inputs[SIGNS]
         reference: tuple[Tensor | None, Tensor | None] = (None, None)
         if objectives.needs_reference(self.args, training=training):
             if self.precompute_ref_logps:
@@ -307,7 +286,8 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
             else:
                 reference = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
         chosen, rejected = policy.chunk(2)
-        log_probs = PairLogProbs(chosen, rejected, *reference, *mask.sum(1).chunk(2))
+        tokens = inputs["completion_mask"].sum(1).chunk(2)
+        log_probs = PairLogProbs(chosen, rejected, *reference, *tokens)
         losses = objectives.losses(
             self.args, log_probs, signs, inputs.get(MARGINS), counts, training=training
         )
@@ -317,4 +297,4 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
             labelled(signs) if counts is None else counts,
         )
         self._sums[training] = self._sums[training] + sums if training in self._sums else sums
-        return losses, 0 * policy.sum()
+        return losses

@@ -150,10 +150,10 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
                     f"`{name}` must be {default!r}; got {value!r}. MultiObjectiveDPOTrainer does "
                     f"not support it." + (" Train with bf16=True." if name == "fp16" else "")
                 )
-        if self.fsdp:
+        if self.fsdp or self.world_size > 1:
             raise ValueError(
-                f"`fsdp` must be off; got {self.fsdp!r}. MultiObjectiveDPOTrainer trains in one "
-                f"process."
+                f"MultiObjectiveDPOTrainer trains in one process, because it does not average "
+                f"gradients over processes yet; got {self.world_size} and fsdp={self.fsdp!r}."
             )
         reentrant = (self.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
         if self.gradient_checkpointing and reentrant and self.method in SURGERY:
