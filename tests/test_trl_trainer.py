@@ -557,6 +557,8 @@ class TestBadInput:
             ({"loss_type": ["sigmoid", "sft"]}, "`loss_type` must be one loss"),
             ({"loss_type": ["hinge"]}, "`loss_type` must be one of"),
             ({"loss_type": ["ipo"], "label_smoothing": 0.1}, "`label_smoothing` must be 0"),
+            ({"method": "amopo", "label_smoothing": 0.1}, "`label_smoothing` must be 0"),
+            ({"simpo_gamma": 0.1}, "`simpo_gamma` must be 0 with 'sigmoid'"),
             ({"loss_weights": [1.0]}, "`loss_weights` must be None"),
             ({"ld_alpha": 0.5}, "`ld_alpha` must be None"),
             ({"f_divergence_type": "js_divergence"}, "`f_divergence_type` must be"),

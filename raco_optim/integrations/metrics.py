@@ -23,9 +23,10 @@ def objective_sums(
         divisors: ``[m]``.
 
     Returns:
-        A row per objective: loss, margin, pairs with a positive margin (0 counts half), pairs.
+        A row per objective: loss, margin, pairs with a positive margin (0 counts half), pairs; on
+        the device of the margins.
     """
-    zero = torch.zeros((), dtype=torch.float64, device=divisors.device)
+    zero = margins[0].new_zeros((), dtype=torch.float64)
     rows = []
     for loss, margin, divisor in zip(losses, margins, divisors, strict=True):
         margin = margin.detach().double()

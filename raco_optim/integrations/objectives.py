@@ -79,7 +79,7 @@ def losses(
         log_probs,
         signs,
         label_smoothing=args.label_smoothing,
-        gamma=args.simpo_gamma,
+        gamma=args.simpo_gamma,  # 0 but for SimPO
         counts=counts,
         **_form(args, training),
     )

@@ -278,7 +278,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         training: bool,
     ) -> list[Tensor | None]:
         """One loss per objective, None where it labels no pair."""
-        signs = inputs[SIGNS]
+        signs = inputs[SIGNS].cpu()  # once: the losses ask which pairs are labelled
         reference: tuple[Tensor | None, Tensor | None] = (None, None)
         if objectives.needs_reference(self.args, training=training):
             if self.precompute_ref_logps:

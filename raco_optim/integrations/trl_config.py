@@ -70,8 +70,8 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
             with log-probabilities per token), ``"ipo"``, ``"simpo"`` (no reference model) or
             ``"kto_pair"``. It is the loss of every objective, and the yardstick in evaluations,
             whatever the method.
-        label_smoothing: TRL's field; here it smooths ``"sigmoid"``, ``"sigmoid_norm"`` and
-            ``"simpo"``.
+        label_smoothing: TRL's field; here it smooths ``"sigmoid"`` and ``"sigmoid_norm"`` too
+            (conservative DPO; TRL passes over it there), and ``"simpo"``.
 
     Raises:
         ValueError: A field is out of its range, or can't be honoured; the message names it.
@@ -136,10 +136,14 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
                 f"`loss_type` must be one loss, which every objective gets; got {self.loss_type}."
             )
         checked_choice("loss_type", self.loss_type[0], tuple(LOSS_TYPES))
-        if self.label_smoothing and self.loss_type[0] in ("ipo", "kto_pair"):
+        for unsmoothed in (self.loss_type[0], self.method):
+            if self.label_smoothing and unsmoothed in ("ipo", "kto_pair", "amopo", "modpo"):
+                raise ValueError(
+                    f"`label_smoothing` must be 0 with {unsmoothed!r}; got {self.label_smoothing}."
+                )
+        if self.simpo_gamma and self.loss_type[0] != "simpo":
             raise ValueError(
-                f"`label_smoothing` must be 0 with the loss type {self.loss_type[0]!r}; got "
-                f"{self.label_smoothing}."
+                f"`simpo_gamma` must be 0 with {self.loss_type[0]!r}; got {self.simpo_gamma}."
             )
 
     def _check_honoured(self) -> None:

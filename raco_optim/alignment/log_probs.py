@@ -1,0 +1,159 @@
+"""Log-probabilities of pairs of completions, and the implicit rewards that they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from raco_optim.alignment._checks import check_log_probs, check_tensor, checked_number
+
+
+@dataclass(frozen=True)
+class PairLogProbs:
+    r"""Log-probabilities of B pairs of completions, under the policy and under the reference.
+
+    .. math:: \log \pi(y | x) = \sum_t \log \pi(y_t | x, y_{<t})
+
+    over the tokens of the completion y, not of the prompt x. Sum in float32 at least: near -200
+    a bfloat16 is a whole number, and the losses live on differences of such sums.
+
+    Attributes:
+        chosen: The policy's, of the completions that the data set calls chosen, ``[B]``.
+        rejected: The policy's, of those that it calls rejected, ``[B]``. Which of the two an
+            objective prefers is said by its sign, not by these names.
+        ref_chosen: Those of the frozen reference model, ``[B]``; None where there is none.
+        ref_rejected: The same for the rejected, ``[B]``.
+        chosen_tokens: How many tokens each sum is over, ``[B]``, any real dtype; a length of 0
+            counts as 1. For length normalisation only, else None.
+        rejected_tokens: The same for the rejected, ``[B]``.
+
+    Raises:
+        TypeError: A field is not a tensor.
+        ValueError: A field has another shape than `chosen`, a log-probability is not of a
+            floating dtype, or one half of a pair of fields is missing.
+
+    Example:
+        >>> import torch
+        >>> from raco_optim.alignment import PairLogProbs
+        >>> log_probs = PairLogProbs(
+        ...     chosen=torch.tensor([-10.0, -20.0]),
+        ...     rejected=torch.tensor([-12.0, -15.0]),
+        ...     ref_chosen=torch.tensor([-11.0, -20.0]),
+        ...     ref_rejected=torch.tensor([-11.0, -14.0]),
+        ... )
+        >>> log_probs.rewards(beta=0.5)
+        (tensor([0.5000, 0.0000]), tensor([-0.5000, -0.5000]))
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor | None = None
+    ref_rejected: Tensor | None = None
+    chosen_tokens: Tensor | None = None
+    rejected_tokens: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_log_probs("chosen", self.chosen, {"B": None})
+        shape = {"B": len(self.chosen)}
+        check_log_probs("rejected", self.rejected, shape)
+        optional = vars(self)
+        for check, a, b in (
+            (check_log_probs, "ref_chosen", "ref_rejected"),
+            (check_tensor, "chosen_tokens", "rejected_tokens"),
+        ):
+            given = [name for name in (a, b) if optional[name] is not None]
+            if len(given) == 1:
+                raise ValueError(f"`{a}` and `{b}` must be given together; got `{given[0]}` alone.")
+            for name in given:
+                check(name, optional[name], shape)
+
+    def select(self, index: Tensor) -> PairLogProbs:
+        """Returns the pairs at `index`, ``[n]``, int64, on the device of the log-probabilities.
+
+        Example:
+            >>> import torch
+            >>> from raco_optim.alignment import PairLogProbs
+            >>> log_probs = PairLogProbs(torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -4.0]))
+            >>> log_probs.select(torch.tensor([1])).rejected
+            tensor([-4.])
+        """
+        selected: dict[str, Any] = {
+            name: None if x is None else x.index_select(0, index) for name, x in vars(self).items()
+        }
+        return PairLogProbs(**selected)
+
+    def log_ratios(
+        self, *, length_normalized: bool = False, reference_free: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        r"""Returns :math:`\log \pi - \log \pi_{ref}` of the chosen and of the rejected.
+
+        Args:
+            length_normalized: Divide each by the tokens of its completion.
+            reference_free: Take the reference's log-probabilities for 0.
+
+        Returns:
+            Two tensors ``[B]``.
+
+        Raises:
+            ValueError: What the two switches ask for was not given.
+
+        Example:
+            >>> import torch
+            >>> from raco_optim.alignment import PairLogProbs
+            >>> log_probs = PairLogProbs(torch.tensor([-1.0]), torch.tensor([-3.0]))
+            >>> log_probs.log_ratios(reference_free=True)
+            (tensor([-1.]), tensor([-3.]))
+        """
+        chosen, rejected = self.chosen, self.rejected
+        if not reference_free:
+            if self.ref_chosen is None or self.ref_rejected is None:
+                raise ValueError(
+                    "`ref_chosen` and `ref_rejected` must hold the reference model's "
+                    "log-probabilities; got None. Pass them, or reference_free=True where the "
+                    "loss takes it."
+                )
+            chosen, rejected = chosen - self.ref_chosen, rejected - self.ref_rejected
+        if length_normalized:
+            if self.chosen_tokens is None or self.rejected_tokens is None:
+                raise ValueError(
+                    "`chosen_tokens` and `rejected_tokens` must hold the lengths of the "
+                    "completions; got None. Pass them, or length_normalized=False where the loss "
+                    "takes it."
+                )
+            chosen = chosen / self.chosen_tokens.clamp(min=1)
+            rejected = rejected / self.rejected_tokens.clamp(min=1)
+        return chosen, rejected
+
+    def rewards(
+        self, *, beta: float, length_normalized: bool = False, reference_free: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        r"""Returns the implicit rewards :math:`\beta (\log \pi - \log \pi_{ref})`.
+
+        Args:
+            beta: Strength of the tie to the reference, > 0.
+            length_normalized: See `log_ratios`.
+            reference_free: See `log_ratios`.
+
+        Returns:
+            Those of the chosen and those of the rejected, ``[B]`` each.
+
+        Raises:
+            ValueError: `beta` is out of its range, or see `log_ratios`.
+
+        Example:
+            >>> import torch
+            >>> from raco_optim.alignment import PairLogProbs
+            >>> log_probs = PairLogProbs(torch.tensor([-1.0]), torch.tensor([-3.0]))
+            >>> log_probs.rewards(beta=0.5, reference_free=True)
+            (tensor([-0.5000]), tensor([-1.5000]))
+
+        References:
+            Eq. 5 of Rafailov et al., "Direct Preference Optimization", arXiv 2305.18290.
+        """
+        beta = checked_number("beta", beta, positive=True)
+        chosen, rejected = self.log_ratios(
+            length_normalized=length_normalized, reference_free=reference_free
+        )
+        return beta * chosen, beta * rejected

@@ -1,0 +1,105 @@
+"""Rewarded soups: one model out of several, by averaging their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from raco_optim._checks import checked_weights
+
+
+def rewarded_soup(
+    state_dicts: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float]
+) -> dict[str, Tensor]:
+    r"""Averages the parameters of models that were each trained on one objective.
+
+    .. math:: \theta = \sum_i w_i \theta_i
+
+    The models must be fine-tuned from the same initial one; else the average means nothing.
+
+    LoRA: averaging the factors is not averaging the models. With :math:`\Delta_i = B_i A_i`,
+
+    .. math:: \Big( \sum_i w_i B_i \Big) \Big( \sum_i w_i A_i \Big) \ne \sum_i w_i B_i A_i
+
+    so merge each adapter into its model first (in peft, `merge_and_unload`) and average the
+    merged models.
+
+    Args:
+        state_dicts: Name of an objective -> state dict of its model. All have the same keys,
+            shapes and dtypes.
+        weights: Name of an objective -> its weight, on the simplex; the same names. A model of
+            weight 0 is not read.
+
+    Returns:
+        A new state dict, on the devices of the first model's. Floating tensors are averaged in
+        float64 and rounded once, to their own dtype; all others must be equal and are copied.
+
+    Raises:
+        TypeError: `state_dicts` or `weights` is not a mapping.
+        ValueError: The names, the keys, a shape or a dtype differ, or so does a tensor that is
+            not floating; or the weights are not on the simplex.
+
+    Example:
+        >>> import torch
+        >>> from raco_optim.alignment import rewarded_soup
+        >>> helpful, short = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 0.0])}
+        >>> rewarded_soup({"helpful": helpful, "short": short}, {"helpful": 0.75, "short": 0.25})
+        {'w': tensor([1.5000, 1.5000])}
+
+    References:
+        Ramé et al., "Rewarded soups: towards Pareto-optimal alignment by interpolating weights
+        fine-tuned on diverse rewards", arXiv 2306.04488.
+    """
+    for argument, value in (("state_dicts", state_dicts), ("weights", weights)):
+        if not isinstance(value, Mapping):
+            raise TypeError(
+                f"`{argument}` must be a mapping from the name of an objective; got "
+                f"{type(value).__name__}."
+            )
+    shares = dict(zip(weights, checked_weights(weights), strict=True))
+    if set(state_dicts) != set(shares):
+        raise ValueError(
+            f"`weights` must have the names of `state_dicts`, {list(state_dicts)}; got "
+            f"{list(shares)}."
+        )
+    used = {name: state_dicts[name] for name in state_dicts if shares[name] > 0}
+    first_name, first = next(iter(used.items()))
+    for name, other in used.items():
+        _check_alike(first_name, first, name, other)
+    soup = {}
+    for key, like in first.items():
+        if like.is_floating_point():
+            total = torch.zeros_like(like, dtype=torch.float64)
+            for name, state_dict in used.items():
+                total += shares[name] * state_dict[key].detach().to(total)
+            soup[key] = total.to(like.dtype)
+        else:
+            soup[key] = like.detach().clone()
+    return soup
+
+
+def _check_alike(
+    first_name: str, first: Mapping[str, Tensor], name: str, other: Mapping[str, Tensor]
+) -> None:
+    names = f"{first_name!r} and {name!r}"
+    if first.keys() != other.keys():
+        odd = sorted(first.keys() ^ other.keys())
+        raise ValueError(
+            f"`state_dicts` must have equal keys; got {odd[0]!r} in only one of {names} "
+            f"({len(odd)} such keys). Are they of one architecture?"
+        )
+    for key, a in first.items():
+        b = other[key]
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise ValueError(
+                f"`state_dicts` must have equal shapes and dtypes; got {list(a.shape)}, {a.dtype} "
+                f"and {list(b.shape)}, {b.dtype} for {key!r} of {names}."
+            )
+        if not a.is_floating_point() and not torch.equal(a, b.to(a.device)):
+            raise ValueError(
+                f"`state_dicts` must have equal tensors where they are not floating; got different "
+                f"ones for {key!r} of {names}. {a.dtype} is not averaged; load quantised models in "
+                f"full precision."
+            )
