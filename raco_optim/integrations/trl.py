@@ -211,7 +211,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
             return 0 * policy.sum()
         if model.training and not loss.isfinite():
             raise FloatingPointError(
-                "the weighted loss is NaN or Inf. torch.autograd.set_detect_anomaly finds the cause."
+                "the weighted loss is NaN or Inf; torch.autograd.set_detect_anomaly finds the cause"
             )
         return loss
 
