@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from raco_optim import step as stages
 from raco_optim._checks import (
     check_any_present,
     check_single_process,
@@ -19,17 +20,7 @@ from raco_optim._checks import (
 )
 from raco_optim.gradients import Loss
 from raco_optim.report import StepReport
-from raco_optim.step import (
-    NONFINITE,
-    Gradients,
-    NonFinite,
-    Rule,
-    Step,
-    collect,
-    report,
-    solve,
-    write,
-)
+from raco_optim.step import NONFINITE, Gradients, NonFinite, Rule, Step
 from raco_optim.wrapper import OptimizerWrapper
 
 Weights = Sequence[float] | Mapping[str, float]
@@ -146,7 +137,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         if not accumulate and self._pending is None:
             check_any_present(ordered)
         parameters = [p for group in self.param_groups for p in group["params"]]
-        gradients = collect(names, ordered, parameters, self._pending, keep=accumulate)
+        gradients = stages.collect(names, ordered, parameters, self._pending, keep=accumulate)
         if accumulate:
             gradients.named = isinstance(losses, Mapping)
             self._pending = gradients
@@ -154,12 +145,18 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         weights = self._weights or [1 / len(names)] * len(names)
         chosen = None if self._shared is None else {id(p) for p in self._shared}
         shared = [chosen is None or id(p) in chosen for p in parameters]
-        step = solve(gradients, weights, shared, self.rule, self.nonfinite)
+        try:
+            step = stages.solve(gradients, weights, shared, self.rule, self.nonfinite)
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f'{error} Or choose nonfinite="skip" to leave out such updates, or '
+                f'nonfinite="propagate" if a GradScaler is to see them and skip.'
+            ) from None
         if step.skip:
             self._skip = True
             self._skipped += 1
         else:
-            write(parameters, gradients, step, shared)
+            stages.write(parameters, gradients, step, shared)
         self._last, self._pending = step, None
 
     def step(  # type: ignore[override]  # the closure returns losses, not a loss
@@ -214,7 +211,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         """
         if self._last is None:
             raise RuntimeError("there is nothing to report yet. Call `backward` first.")
-        return report(self._last, self._skipped)
+        return stages.report(self._last, self._skipped)
 
     @property
     def weights(self) -> dict[str, float] | tuple[float, ...] | None:

@@ -131,9 +131,7 @@ def solve(
             mixing = _mix(rule, gram)
         elif nonfinite == "raise":
             raise FloatingPointError(
-                f"{problem} is NaN or Inf. Find its cause (torch.autograd.set_detect_anomaly), or "
-                f'choose nonfinite="skip" to leave out such updates, or nonfinite="propagate" if '
-                f"a GradScaler is to see them and skip."
+                f"{problem} is NaN or Inf. Find its cause (torch.autograd.set_detect_anomaly)."
             )
         else:
             skip = True

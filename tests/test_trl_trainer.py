@@ -481,6 +481,23 @@ class TestSettings:
         assert {"p/helpful", "alpha/harmless", "clip_angle", "gap", "hurting"} <= logged.keys()
         assert all(isinstance(value, int | float) for value in logged.values())
 
+    def test_what_was_left_within_a_step_is_forgotten(self, settings: Settings) -> None:
+        class Stop(TrainerCallback):
+            def on_substep_end(self, _: Any, __: Any, control: Any, **___: Any) -> Any:
+                control.should_training_stop = True
+                return control
+
+        rows = tiny_pairs(8)
+        settings |= {"gradient_accumulation_steps": 2, "max_steps": 1}
+        trainer = make_trainer(settings, rows)
+        stop = Stop()
+        trainer.add_callback(stop)
+        trainer.train()
+        trainer.remove_callback(stop)
+        trainer.train()
+        assert_close(parameters(trainer), trained(settings, rows), 0.0)
+        assert trainer.state.log_history[0]["labelled/helpful"] == 8
+
 
 class _StopAt(TrainerCallback):
     def __init__(self, step: int) -> None:
@@ -554,6 +571,10 @@ class TestBadInput:
             ({"c": 1.0}, r"`c` must be in \[0, 1\)"),
             ({"method": "cagrad", "c": -1.0}, "`c` must be finite and non-negative"),
             ({"solver": "newton"}, "`solver` must be one of"),
+            ({"beta": 0.0}, "`beta` must be a number above 0"),
+            ({"label_smoothing": 0.5}, "`label_smoothing` must be a number 0 or more and below"),
+            ({"loss_type": ["simpo"], "simpo_gamma": -1.0}, "`simpo_gamma` must be a number 0 or"),
+            ({"optim": "lomo"}, "`optim` must step after the backward pass"),
             ({"loss_type": ["sigmoid", "sft"]}, "`loss_type` must be one loss"),
             ({"loss_type": ["hinge"]}, "`loss_type` must be one of"),
             ({"loss_type": ["ipo"], "label_smoothing": 0.1}, "`label_smoothing` must be 0"),

@@ -105,6 +105,8 @@ def weighted(
 
 def _form(args: MultiObjectiveDPOConfig, training: bool) -> dict[str, Any]:
     loss, normalised = LOSS_TYPES[args.loss_type[0]]
-    if training and args.method == "amopo":  # its form is that of SimPO without a target margin
+    if training and args.method == "amopo":  # SimPO without a target margin
         loss, normalised = "simpo", True
+    if training and args.method == "modpo":  # DPO with a margin
+        loss, normalised = "dpo", False
     return {"loss": loss, "beta": args.beta, "length_normalized": normalised}

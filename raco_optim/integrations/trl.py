@@ -85,7 +85,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         ValueError: A column is missing or holds something else than a preference, an objective
             labels no pair, or a setting can't be honoured; the message names it. From `train`:
             the output folder holds another run's checkpoints.
-        FloatingPointError: From `train`: a loss or its gradient is NaN or Inf.
+        FloatingPointError: From `train`: a loss is NaN or Inf, or a gradient that is combined.
 
     Note:
         It rests on parts of TRL's `DPOTrainer` that are not public, hence ``trl>=1.16,<2``.
@@ -181,6 +181,9 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
                 f"{found[0].name}. Pass resume_from_checkpoint=True to go on with that run, or "
                 f"choose another folder."
             )
+        self._pending = None  # as of an earlier call that was stopped within a step
+        self._sums.clear()
+        self._steps.clear()
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **others)
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Tensor]:  # noqa: ANN401
@@ -224,8 +227,6 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         """Forward and backward passes of one micro-batch; the last one of a step combines."""
         if self._rule is None:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
-        # Taken away first, so that a step that fails leaves nothing behind for the next.
-        pending, self._pending = self._pending, None
         model.train()
         self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
@@ -237,17 +238,16 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
             losses = self._losses(policy, inputs, num_items_in_batch, training=True)
             rows = layers.gradients(policy, losses)
             if rows is None:
-                found = collect(self._names, [*losses], parameters, pending, keep=not last)
+                found = collect(self._names, [*losses], parameters, self._pending, keep=not last)
             else:
                 values = [None if loss is None else loss.detach() for loss in losses]
-                found = merge(Gradients(self._names, values, rows), pending)
+                found = merge(Gradients(self._names, values, rows), self._pending)
         if last:
             weights, shared = list(self.args.objective_weights.values()), [True] * len(parameters)
             step = solve(found, weights, shared, self._rule, "raise")
             write(parameters, found, step, shared)
             self._steps.append(step)
-        else:
-            self._pending = found
+        self._pending = None if last else found
         loss = objectives.weighted(self.args, losses, training=True)
         return policy.new_zeros(()) if loss is None else loss.detach()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 from trl import DPOConfig
 
 from raco_optim._checks import checked_choice, checked_radius, checked_weights
+from raco_optim.alignment._checks import checked_number
 from raco_optim.simplex import SOLVERS, Solver
 
 # Those with a rule from Gram matrix to coefficients, and those with one loss and one backward pass.
@@ -131,6 +133,9 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
         return self.weights
 
     def _check_loss(self) -> None:
+        checked_number("beta", self.beta, positive=True)
+        checked_number("label_smoothing", self.label_smoothing, below=0.5)
+        checked_number("simpo_gamma", self.simpo_gamma)
         if len(self.loss_type) != 1:
             raise ValueError(
                 f"`loss_type` must be one loss, which every objective gets; got {self.loss_type}."
@@ -158,6 +163,11 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
             raise ValueError(
                 f"MultiObjectiveDPOTrainer trains in one process, because it does not average "
                 f"gradients over processes yet; got {self.world_size} and fsdp={self.fsdp!r}."
+            )
+        if self.method in SURGERY and re.search("layerwise|lomo", str(self.optim), re.IGNORECASE):
+            raise ValueError(
+                f"`optim` must step after the backward pass, when gradients are combined; got "
+                f"{self.optim}."
             )
         reentrant = (self.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
         if self.gradient_checkpointing and reentrant and self.method in SURGERY:
