@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
@@ -547,6 +547,25 @@ class TestBadInput:
         trainer = make_trainer(settings, stream)
         with pytest.raises(ValueError, match=r"column `pref_helpful` must hold .* got 7"):
             trainer.train()
+
+    def test_objective_whose_pairs_are_all_too_long(self, fails: Callable[..., None]) -> None:
+        rows = [dict(row, pref_helpful=0) for row in tiny_pairs(4)]
+        rows.append(dict(tiny_pairs(1)[0], prompt="the " * 40, pref_helpful=1))
+        fails("must label at least one pair in `pref_helpful`", rows, max_length=30)
+
+    def test_empty_stream(self, settings: Settings) -> None:
+        with pytest.raises(ValueError, match="`train_dataset` must hold at least one pair"):
+            make_trainer(settings, IterableDataset.from_generator(lambda: iter([])))
+
+    def test_data_that_trl_does_not_take(self, settings: Settings) -> None:
+        rows = {"train": Dataset.from_list(tiny_pairs(4))}
+        with pytest.raises(TypeError, match="`train_dataset` must be a `Dataset`"):
+            make_trainer(settings, DatasetDict(rows))
+
+    def test_predictions(self, settings: Settings) -> None:
+        trainer = make_trainer(settings, tiny_pairs(4))
+        with pytest.raises(ValueError, match="predictions are not computed"):
+            trainer.predict(Dataset.from_list(tiny_pairs(4)))
 
     def test_modpo_needs_margins(self, fails: Callable[..., None]) -> None:
         fails("must have the column `margin_harmless`", method="modpo")

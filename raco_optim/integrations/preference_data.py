@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 SIGNS = "signs"
@@ -49,7 +49,8 @@ class PreferenceCollator:
         needed = [sign_column(o) for o in self.objectives] + [
             margin_column(o) for o in self.margins
         ]
-        check_columns(examples[0], needed, "dataset")
+        for example in examples:
+            check_columns(example, needed, "dataset")
         batch = self.collator(examples)
         batch[SIGNS] = torch.tensor(
             [
@@ -125,30 +126,29 @@ def check_dataset(dataset: Any, columns: Sequence[str], argument: str) -> None: 
 
     Args:
         dataset: A `datasets.Dataset`, or a stream, whose columns alone are checked, from its first
-            example: the values come later.
+            example: the values come later. What is neither is left to TRL.
         columns: Those that are needed, ``pref_*`` and ``margin_*``.
-        argument: ``"train_dataset"``, which needs a label in every objective, or another name.
+        argument: What it was passed as.
     """
-    if dataset is None:  # where it is required, TRL says so
+    if not isinstance(dataset, Dataset | IterableDataset):
         return
     stored = isinstance(dataset, Dataset)
-    present = dataset.column_names if stored else list(next(iter(dataset)))
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"`{argument}` must hold at least one pair; got none.")
+    present = dataset.column_names if stored else list(first)
     check_columns(present, columns, argument)
     if {"image", "images"} & set(present):
         raise ValueError(
             f"`{argument}` must not have images; it has the columns {', '.join(present)}. Vision "
             f"models are not supported."
         )
-    if not stored:
-        return
-    for column in columns:
+    for column in columns if stored else []:
         values = dataset.unique(column)
         if column.startswith("margin_"):
             for value in values:
                 as_margin(value, column)
-        elif not {as_sign(value, column) for value in values} & {1, -1} and (
-            argument == "train_dataset"
-        ):
+        elif not {as_sign(value, column) for value in values} & {1, -1}:
             raise ValueError(
                 f"`{argument}` must label at least one pair in `{column}`; all of its values are 0 "
                 f"or null. Leave the objective out of `weights`."

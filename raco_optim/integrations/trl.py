@@ -63,11 +63,8 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
     The mean runs over the pairs that the objective labels in the whole accumulated batch, so that
     micro-batches change nothing. With the method ``"raco"`` each loss has its own gradient, summed
     over the micro-batches, and CAGrad-Clip combines them (`raco_optim.CAGradClip`); what follows,
-    from the clipping of the gradient norm on, is the Trainer's. The other methods are described at
-    `MultiObjectiveDPOConfig`.
-
-    Logged through the Trainer: loss, margin, accuracy and gradient norm per objective, cosines,
-    solution, coefficients and certificate of the steps; docs/alignment.md has the keys.
+    from the clipping of the gradient norm on, is the Trainer's. `MultiObjectiveDPOConfig` has the
+    other methods, docs/alignment.md the keys of what is logged.
 
     Args:
         model: As in TRL: a model or its path.
@@ -164,6 +161,8 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
                 f"`router_aux_loss_coef` must be 0.0 for a mixture of experts, because its "
                 f"auxiliary loss belongs to no objective; got {self.router_aux_loss_coef}."
             )
+        # TRL has dropped prompts longer than `max_length`.
+        check_dataset(self.train_dataset, self._columns, "train_dataset")
         # Wrapped, not replaced: padding, truncation and a user's own collator stay as they are.
         self.data_collator = PreferenceCollator(self.data_collator, self._names, margins)
 
@@ -205,8 +204,6 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         """The weighted loss: what is minimised in training, the yardstick in evaluation."""
-        if return_outputs:
-            raise ValueError("predictions are not computed. Call `evaluate`.")
         policy = completion_log_probs(model, inputs)
         losses = self._losses(policy, inputs, num_items_in_batch, training=model.training)
         loss = objectives.weighted(self.args, losses, training=model.training)
@@ -217,6 +214,10 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
                 "the weighted loss is NaN or Inf; torch.autograd.set_detect_anomaly finds the cause"
             )
         return loss
+
+    def predict(self, *_: Any, **__: Any) -> Any:  # noqa: ANN401
+        """Not supported: raises ValueError."""
+        raise ValueError("predictions are not computed. Call `evaluate`.")
 
     def training_step(
         self,
@@ -261,7 +262,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
             logs.update({prefix + key: value for key, value in means.items()})
             if not training:  # over all pairs; the Trainer's is a mean over batches
                 logs[f"{prefix}loss"] = math.fsum(
-                    w * means.get(f"loss/{name}", 0.0)
+                    w * means.get(f"loss/{name}", math.nan)
                     for name, w in self.args.objective_weights.items()
                 )
         if training and self._steps:
