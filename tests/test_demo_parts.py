@@ -161,32 +161,9 @@ DELTA = [3.0, -20.0, 0.0, 7.0]
 SIGNS = [[1, -1], [1, 0], [-1, 1], [-1, 0]]
 
 
-def test_dpo_losses_by_value():
-    losses = align.dpo_losses(torch.tensor(DELTA), torch.tensor(SIGNS))
-
-    def loss(margin):
-        return math.log(1 + math.exp(-margin))
-
-    beta = align.BETA
-    outcome = [loss(beta * s) for s in (3.0, -20.0, -0.0, -7.0)]
-    short = [loss(beta * s) for s in (-3.0, 0.0)]  # ties are not in the mean
-    assert losses["outcome"].item() == pytest.approx(sum(outcome) / 4, rel=1e-6)
-    assert losses["short"].item() == pytest.approx(sum(short) / 2, rel=1e-6)
-
-
-def test_a_tie_has_no_gradient_and_no_part_in_the_mean():
-    delta = torch.tensor(DELTA, requires_grad=True)
-    loss = align.dpo_losses(delta, torch.tensor(SIGNS))["short"]
-    (gradient,) = torch.autograd.grad(loss, delta)
-    beta = align.BETA
-    expected = [beta / (1 + math.exp(-beta * 3.0)) / 2, 0.0, -beta / 2 / 2, 0.0]
-    torch.testing.assert_close(gradient, torch.tensor(expected))
-
-
-def test_an_objective_without_a_label_has_no_loss():
-    losses = align.dpo_losses(torch.tensor([1.0]), torch.tensor([[1, 0]]))
-    assert losses["outcome"] is not None
-    assert losses["short"] is None
+def _deltas(language_model, pairs):
+    ratios = align.log_probs(language_model, pairs.ids) - pairs.reference
+    return ratios[:, 0] - ratios[:, 1]
 
 
 def test_the_reference_model_is_indifferent(base, tensors):
@@ -196,12 +173,20 @@ def test_the_reference_model_is_indifferent(base, tensors):
 
 
 def test_evaluation_by_hand(base, tensors, monkeypatch):
-    pairs = align.PairTensors(tensors.ids[:4], torch.tensor(SIGNS), torch.zeros(4))
-    monkeypatch.setattr(align, "deltas", lambda *_: torch.tensor(DELTA))
+    reference = torch.tensor([[-9.0, -3.0]] * 4)
+    pairs = align.PairTensors(tensors.ids[:4], torch.tensor(SIGNS), reference)
+    policy = reference + torch.tensor([[delta, 0.0] for delta in DELTA])
+    monkeypatch.setattr(align, "all_log_probs", lambda *_: policy)
     scores = align.evaluate(base, pairs)
     assert scores["outcome"].accuracy == 1.5 / 4  # right, wrong, undecided, wrong
     assert scores["short"].accuracy == 0.5 / 2  # wrong, undecided
     assert scores["outcome"].margin == pytest.approx(align.BETA * (3 - 20 - 7) / 4)
+
+    def loss(*deltas):  # ties are not in the mean
+        return sum(math.log(1 + math.exp(-align.BETA * delta)) for delta in deltas) / len(deltas)
+
+    assert scores["outcome"].loss == pytest.approx(loss(3.0, -20.0, 0.0, -7.0), rel=1e-6)
+    assert scores["short"].loss == pytest.approx(loss(-3.0, 0.0), rel=1e-6)
 
 
 def test_batches_cover_all_pairs_and_lose_only_padding(tensors, base):
@@ -210,7 +195,7 @@ def test_batches_cover_all_pairs_and_lose_only_padding(tensors, base):
     assert sum((batch.ids != model.PAD).sum() for batch in batches) == (
         (tensors.ids != model.PAD).sum()
     )
-    one_by_one = torch.cat([align.log_ratios(base, pair.ids) for pair in tensors.batches(1)])
+    one_by_one = torch.cat([align.log_probs(base, pair.ids) for pair in tensors.batches(1)])
     torch.testing.assert_close(one_by_one, tensors.reference, rtol=1e-4, atol=1e-4)
 
 
@@ -225,7 +210,7 @@ def test_weighted_dpo_is_plain_training_on_the_weighted_loss(base, tensors):
     plain.load_state_dict(base.state_dict())
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
     for batch in tensors.batches(6):
-        delta = align.log_ratios(plain, batch.ids) - batch.reference
+        delta = _deltas(plain, batch)
         terms = -F.logsigmoid(align.BETA * batch.signs * delta[:, None]) * batch.signs.abs()
         loss = (terms.sum(0) / batch.signs.abs().sum(0)) @ torch.tensor([0.3, 0.7])
         optimizer.zero_grad()
@@ -244,9 +229,10 @@ def test_hurting_and_conflicting_steps_against_gradients_taken_apart(base, tenso
     _, training = align.align(
         base, tensors, lambda inner: LinearScalarization(inner, weights), on_step=int, batch_size=12
     )
-    losses = align.dpo_losses(
-        align.log_ratios(base, tensors.ids) - tensors.reference, tensors.signs
-    )
+    delta, signs = _deltas(base, tensors), tensors.signs
+    losses = [
+        -F.logsigmoid(align.BETA * signs[:, i] * delta)[signs[:, i] != 0].mean() for i in range(2)
+    ]
     outcome, short = (
         torch.cat(
             [
@@ -254,7 +240,7 @@ def test_hurting_and_conflicting_steps_against_gradients_taken_apart(base, tenso
                 for g in torch.autograd.grad(loss, list(base.parameters()), retain_graph=True)
             ]
         ).double()
-        for loss in losses.values()
+        for loss in losses
     )
     combined = weight * outcome + (1 - weight) * short
     assert training.hurting_steps == float(min(outcome @ combined, short @ combined) < 0)

@@ -8,7 +8,7 @@ and s_i = +1 if objective i prefers x, -1 if it prefers y and 0 if it has no pre
 
     L_i = -mean over pairs with s_i != 0 of  log sigmoid(beta s_i Delta).
 
-One forward pass gives Delta and thereby every loss.
+One forward pass gives Delta and thereby every loss; `raco_optim.alignment` has the formula.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
@@ -26,6 +25,7 @@ from transformers import Qwen3ForCausalLM
 from benchmarks.demo.data import OBJECTIVES, PreferencePair
 from benchmarks.demo.model import token_log_probs, tokenize, trim
 from raco_optim import MultiObjectiveOptimizer
+from raco_optim.alignment import PairLogProbs, preference_losses, reward_margins
 
 BETA = 0.1
 
@@ -37,7 +37,7 @@ class PairTensors:
     Attributes:
         ids: Token ids ``[n, 2, T]``: first and second sentence, padded on the right.
         signs: Preferences ``[n, m]`` in {+1, -1, 0}.
-        reference: Log-ratio ``[n]`` under the reference model, computed once.
+        reference: Log-probabilities ``[n, 2]`` under the reference model, computed once.
     """
 
     ids: Tensor
@@ -81,64 +81,46 @@ class Training:
     conflicting_steps: float
 
 
-def log_ratios(model: Qwen3ForCausalLM, ids: Tensor) -> Tensor:
-    """Log-ratios log pi(first) - log pi(second) ``[n]`` of pairs of token ids ``[n, 2, T]``."""
-    log_probs = token_log_probs(model, ids.flatten(0, 1)).sum(-1).view(-1, 2)
-    return log_probs[:, 0] - log_probs[:, 1]
+def log_probs(model: Qwen3ForCausalLM, ids: Tensor) -> Tensor:
+    """Log-probabilities ``[n, 2]`` of pairs of token ids ``[n, 2, T]``."""
+    return token_log_probs(model, ids.flatten(0, 1)).sum(-1).view(-1, 2)
+
+
+def with_reference(policy: Tensor, pairs: PairTensors) -> PairLogProbs:
+    """Log-probabilities ``[n, 2]`` of pairs, beside those of the reference model."""
+    return PairLogProbs(*policy.T, *pairs.reference.T)
 
 
 def pair_tensors(
     pairs: Sequence[PreferencePair], tokenizer: Tokenizer, reference: Qwen3ForCausalLM
 ) -> PairTensors:
-    """Tokenizes pairs and computes the log-ratios of the reference model."""
+    """Tokenizes pairs and computes the log-probabilities of the reference model."""
     ids = tokenize(tokenizer, [text for pair in pairs for text in (pair.first, pair.second)])
     signs = torch.tensor([pair.signs for pair in pairs])
-    tensors = PairTensors(ids.view(len(pairs), 2, -1), signs, torch.zeros(len(pairs)))
-    return replace(tensors, reference=deltas(reference, tensors))
+    tensors = PairTensors(ids.view(len(pairs), 2, -1), signs, torch.zeros(len(pairs), 2))
+    return replace(tensors, reference=all_log_probs(reference, tensors))
 
 
 @torch.no_grad()
-def deltas(model: Qwen3ForCausalLM, pairs: PairTensors) -> Tensor:
-    """Delta ``[n]`` of every pair, without a graph."""
-    return torch.cat(
-        [log_ratios(model, batch.ids) - batch.reference for batch in pairs.batches(64)]
-    )
-
-
-def reward_margins(delta: Tensor, signs: Tensor) -> dict[str, Tensor]:
-    """beta s_i Delta for every pair that objective i labels, per objective.
-
-    Args:
-        delta: Log-ratio of the policy minus that of the reference ``[n]``.
-        signs: Preferences ``[n, m]`` in {+1, -1, 0}.
-
-    Returns:
-        For each objective a vector with one entry per pair whose sign is not 0.
-    """
-    return {
-        name: BETA * (sign * delta)[sign != 0]
-        for name, sign in zip(OBJECTIVES, signs.T, strict=True)
-    }
-
-
-def dpo_losses(delta: Tensor, signs: Tensor) -> dict[str, Tensor | None]:
-    """One DPO loss per objective on shared pairs; None for one that labels no pair."""
-    return {
-        name: -F.logsigmoid(margins).mean() if len(margins) else None
-        for name, margins in reward_margins(delta, signs).items()
-    }
+def all_log_probs(model: Qwen3ForCausalLM, pairs: PairTensors) -> Tensor:
+    """Log-probabilities ``[n, 2]`` of any number of pairs, without a graph."""
+    return torch.cat([log_probs(model, batch.ids) for batch in pairs.batches(64)])
 
 
 def evaluate(model: Qwen3ForCausalLM, pairs: PairTensors) -> dict[str, Evaluation]:
-    """Loss, margin and preference accuracy per objective."""
-    return {
-        name: Evaluation(
-            loss=-F.logsigmoid(margins).mean().item(),
+    """Loss, margin and preference accuracy per objective; each must label some pair."""
+    found = with_reference(all_log_probs(model, pairs), pairs)
+    evaluations = {}
+    for name, sign in zip(OBJECTIVES, pairs.signs.T, strict=True):
+        margins = reward_margins(found, sign, beta=BETA)
+        (loss,) = preference_losses(found, sign[:, None], beta=BETA)
+        assert loss is not None
+        evaluations[name] = Evaluation(
+            loss=loss.item(),
             margin=margins.mean().item(),
             accuracy=((1 + margins.sign()) / 2).mean().item(),
         )
-        for name, margins in reward_margins(deltas(model, pairs), pairs.signs).items()
-    }
+    return evaluations
 
 
 def align(
@@ -167,9 +149,10 @@ def align(
     optimizer = make_optimizer(torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0))
     hurting, conflicting = [], []
     for batch in pairs.batches(batch_size):
-        losses = dpo_losses(log_ratios(model, batch.ids) - batch.reference, batch.signs)
+        policy = with_reference(log_probs(model, batch.ids), batch)
+        losses = preference_losses(policy, batch.signs, beta=BETA)
         optimizer.zero_grad()
-        optimizer.backward(losses)
+        optimizer.backward(dict(zip(OBJECTIVES, losses, strict=True)))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 

@@ -89,11 +89,10 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         ``"kto_pair"`` estimates its reference point from a micro-batch, whose size matters there.
 
     Example:
-        >>> from datasets import Dataset, disable_progress_bars
+        >>> from datasets import Dataset
         >>> from tokenizers import Tokenizer, models
         >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
         >>> from raco_optim.integrations.trl import *
-        >>> disable_progress_bars()
         >>> bare = Tokenizer(models.WordLevel({"<eos>": 0, "yes": 1, "no": 2}, unk_token="no"))
         >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<eos>")
         >>> shape = {"vocab_size": 3, "hidden_size": 8, "num_attention_heads": 1}
