@@ -31,7 +31,7 @@ class LinearLayerGradients:
     non-reentrant checkpointing the layers run again in the backward pass, and are watched there.
 
     Args:
-        model: The model.
+        model: The model; its first dimension is that of the examples.
         parameters: The trainable parameters, in the order of the gradients.
 
     Example:
@@ -57,13 +57,15 @@ class LinearLayerGradients:
         self._layers = {layer for o in found for layer in o} if self.covers else set()
         self._number = len(parameters)
         self._sensitivities: Tensor | None = None
+        self._resolution = 0.0
         self._rows: list[Gradient] = []
         self._shapes: set[torch.Size] = set()
         self._handles: list[Any] = []
 
     def __enter__(self) -> LinearLayerGradients:
         for layer in self._layers:
-            self._handles.append(layer.register_forward_hook(self._watch))
+            # Before other hooks, which may change the output.
+            self._handles.append(layer.register_forward_hook(self._watch, prepend=True))
         return self
 
     def __exit__(
@@ -86,29 +88,36 @@ class LinearLayerGradients:
 
         Returns:
             m lists, as `raco_optim.per_loss_gradients` does. None, with the graph intact, where
-            that can't be: a parameter is outside the linear layers, or was used outside their
-            forward pass, or a layer's input was not ``[N, tokens, features]``.
+            that can't be: a parameter is outside the linear layers, a layer's output is not
+            ``[N, tokens, features]``, or :math:`\nabla \sum_n z_n` from the layers is not what
+            autograd says it is (a parameter was used outside its layer too, or has a hook).
         """
         present = [loss for loss in losses if loss is not None]
         per_example = all(len(s) == 3 and s[0] == len(scalars) for s in self._shapes)
         if not (self.covers and self._shapes and present and per_example):
             return None
         grad = torch.autograd.grad
-        self._sensitivities = torch.stack([grad(x, scalars, retain_graph=True)[0] for x in present])
-        self._rows = [[None] * self._number for _ in present]
-        reached = grad(scalars.sum(), self._parameters, retain_graph=True, allow_unused=True)
+        u = [grad(loss, scalars, retain_graph=True)[0] for loss in present]
+        self._sensitivities = torch.stack([torch.ones_like(scalars), *u])
+        self._rows = [[None] * self._number for _ in self._sensitivities]
+        total = grad(scalars.sum(), self._parameters, retain_graph=True, allow_unused=True)
         self._sensitivities = None
-        positions = self._positions.values()
-        for row in self._rows:
-            if any(
-                (g is None) != (row[j] is None) for g, j in zip(reached, positions, strict=True)
-            ):
-                return None
-        rows = iter(self._rows)
-        return [[None] * self._number if loss is None else next(rows) for loss in losses]
+        of_total, *rows = self._rows
+        if not self._equal([of_total[j] for j in self._positions.values()], total):
+            return None
+        found = iter(rows)
+        return [[None] * self._number if loss is None else next(found) for loss in losses]
+
+    def _equal(self, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> bool:
+        if any((x is None) != (y is None) for x, y in zip(a, b, strict=True)):
+            return False
+        pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+        errors = torch.stack([torch.linalg.vector_norm(x - y) for x, y in pairs])
+        norms = torch.stack([torch.linalg.vector_norm(y) for _, y in pairs])
+        return bool((errors <= self._resolution**0.5 * norms).all())
 
     def _watch(self, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
-        if not output.requires_grad:
+        if not (output.requires_grad and inputs):
             return None
         self._shapes.add(output.shape)
         watched: Tensor = _Watched.apply(  # type: ignore[no-untyped-call]
@@ -120,6 +129,7 @@ class LinearLayerGradients:
         if self._sensitivities is None:  # an ordinary backward pass
             return
         u, x = self._sensitivities.to(delta.dtype), x.to(delta.dtype)
+        self._resolution = max(self._resolution, torch.finfo(delta.dtype).eps)
         wide, narrow = (x, delta) if delta.shape[-1] <= x.shape[-1] else (delta, x)
         # All losses in one product, which reads the wide factor once: [N, tokens, m, narrow].
         scaled = u.T[:, None, :, None] * narrow[:, :, None, :]
@@ -154,7 +164,8 @@ class _Watched(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.layer, ctx.watcher = layer, watcher
-        return output.view_as(output)
+        ctx.mark_dirty(output)  # the same tensor, which the model may change in place
+        return output
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401

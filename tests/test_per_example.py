@@ -161,6 +161,27 @@ def test_leaves_the_model_as_it_was(net: Net) -> None:
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_hooks_and_changes_in_place_that_a_model_has(net: Net) -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+            net.first.register_forward_hook(lambda _, __, output: output * 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.net.second(torch.relu_(self.net.first(x)))
+            h += 1
+            h *= 2
+            return h.tanh().sum((1, 2))
+
+    model = Changing()
+    parameters = list(net.first.parameters()) + list(net.second.parameters())
+    expected = per_loss_gradients(some_losses(model(X)), parameters)
+    with LinearLayerGradients(model, parameters) as layers:
+        z = model(X)
+        assert_equal(layers.gradients(z, some_losses(z)), expected)
+
+
 def test_autocast_is_as_exact_as_autograd(net: Net) -> None:
     parameters = [p for p in net.parameters() if p.requires_grad]
     truth = torch.cat(
@@ -236,6 +257,22 @@ class TestFallsBack:
 
         model = Outside().double()
         self.check(model, [model.layer.weight, model.layer.bias, model.head.weight])
+
+    def test_weight_used_in_its_layer_and_outside(self) -> None:
+        class Both(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Linear(4, 4)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return (self.layer(x) @ self.layer.weight.T).tanh().sum((1, 2))
+
+        model = Both().double()
+        self.check(model, list(model.parameters()))
+
+    def test_hook_on_a_parameter(self, net: Net) -> None:
+        net.first.weight.register_hook(lambda g: 2 * g)
+        self.check(net, [net.first.weight])
 
     def test_parameter_of_another_model(self, net: Net) -> None:
         other = nn.Parameter(torch.ones(2, dtype=torch.float64))

@@ -481,6 +481,19 @@ class TestSettings:
         assert {"p/helpful", "alpha/harmless", "clip_angle", "gap", "hurting"} <= logged.keys()
         assert all(isinstance(value, int | float) for value in logged.values())
 
+    def test_step_that_fails_and_is_tried_again(self, settings: Settings) -> None:
+        """As with `auto_find_batch_size`, within one call of `train`."""
+        rows = tiny_pairs(8, missing=0.3)
+        settings |= {"gradient_accumulation_steps": 2, "max_steps": 1}
+        trainer = make_trainer(settings, rows)
+        batches, counts = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 2, "cpu")
+        trainer.create_optimizer()
+        trainer.optimizer = trainer.accelerator.prepare(trainer.optimizer)
+        trainer.accelerator.gradient_state._set_sync_gradients(False)
+        trainer.training_step(trainer.model, dict(batches[0]), counts)
+        trainer.train()
+        assert_close(parameters(trainer), trained(settings, rows), 0.0)
+
     def test_what_was_left_within_a_step_is_forgotten(self, settings: Settings) -> None:
         class Stop(TrainerCallback):
             def on_substep_end(self, _: Any, __: Any, control: Any, **___: Any) -> Any:

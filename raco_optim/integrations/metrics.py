@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -57,17 +57,28 @@ def objective_means(names: Sequence[str], sums: Tensor) -> dict[str, float]:
     return means
 
 
-def step_means(steps: Sequence[Step]) -> dict[str, float]:
-    """Means over training steps of what their reports say, without what is undefined."""
-    values: dict[str, list[float]] = {}
-    for step in steps:
-        for key, value in _of_step(step).items():
+class Means:
+    """Running means of named values, without what is undefined."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, int]] = {}
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Takes the values of one step."""
+        for key, value in values.items():
             if not math.isnan(value):
-                values.setdefault(key, []).append(value)
-    return {key: math.fsum(found) / len(found) for key, found in values.items()}
+                total, number = self._sums.get(key, (0.0, 0))
+                self._sums[key] = total + value, number + 1
+
+    def pop(self) -> dict[str, float]:
+        """Returns the means since the last call."""
+        means = {key: total / number for key, (total, number) in self._sums.items()}
+        self._sums.clear()
+        return means
 
 
-def _of_step(step: Step) -> dict[str, float]:
+def step_values(step: Step) -> dict[str, float]:
+    """What the report of a training step says, as named numbers; NaN where it is undefined."""
     told = report(step)
     norms = told.gram.diagonal().sqrt()
     found = {

@@ -34,7 +34,7 @@ from trl import DPOTrainer
 from raco_optim.alignment import PairLogProbs
 from raco_optim.integrations import objectives
 from raco_optim.integrations.forward import completion_log_probs
-from raco_optim.integrations.metrics import objective_means, objective_sums, step_means
+from raco_optim.integrations.metrics import Means, objective_means, objective_sums, step_values
 from raco_optim.integrations.preference_data import (
     MARGINS,
     SIGNS,
@@ -46,7 +46,7 @@ from raco_optim.integrations.preference_data import (
 )
 from raco_optim.integrations.trl_config import MultiObjectiveDPOConfig
 from raco_optim.per_example import LinearLayerGradients
-from raco_optim.step import Gradients, Step, collect, merge, solve, write
+from raco_optim.step import Gradients, collect, merge, solve, write
 
 __all__ = ["MultiObjectiveDPOConfig", "MultiObjectiveDPOTrainer"]
 
@@ -137,7 +137,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         self._names = tuple(args.objective_weights)
         self._rule = objectives.rule(args)
         self._sums: dict[bool, Tensor] = {}  # by whether the model is in training
-        self._steps: list[Step] = []
+        self._means = Means()
         self._pending: Gradients | None = None
         margins = [o for o in self._names if args.method == "modpo" and o != args.modpo_objective]
         self._columns = [sign_column(o) for o in self._names] + [margin_column(o) for o in margins]
@@ -179,13 +179,13 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
                 f"{found[0].name}. Pass resume_from_checkpoint=True to go on with that run, or "
                 f"choose another folder."
             )
-        self._pending = None  # as of an earlier call that was stopped within a step
-        self._sums.clear()
-        self._steps.clear()
+        self._sums.clear()  # as of an earlier call that was stopped
+        self._means.pop()
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **others)
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Tensor]:  # noqa: ANN401
         """As the Trainer's, but counts the labelled pairs per objective, ``[m]``."""
+        self._pending = None  # of a step that was stopped in the middle
         batches, _ = super().get_batch_samples(*args)
         zero = torch.zeros(len(self._names), dtype=torch.int64, device=self.args.device)
         return batches, sum((labelled(b[SIGNS]).to(zero.device) for b in batches), start=zero)
@@ -246,7 +246,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
             weights, shared = list(self.args.objective_weights.values()), [True] * len(parameters)
             step = solve(found, weights, shared, self._rule, "raise")
             write(parameters, found, step, shared)
-            self._steps.append(step)
+            self._means.add(step_values(step))
         self._pending = None if last else found
         loss = objectives.weighted(self.args, losses, training=True)
         return policy.new_zeros(()) if loss is None else loss.detach()
@@ -263,10 +263,10 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
                 logs[f"{prefix}loss"] = math.fsum(
                     w * means.get(f"loss/{name}", math.nan)
                     for name, w in self.args.objective_weights.items()
+                    if w
                 )
-        if training and self._steps:
-            logs.update(step_means(self._steps))
-            self._steps.clear()
+        if training:
+            logs.update(self._means.pop())
         super().log(logs, start_time)
 
     def _losses(
