@@ -1,0 +1,64 @@
+"""The command line `raco`; each command is a module, imported when it is called.
+
+raco align    align.py    one training run: arguments.py, data.py, models.py, runs.py
+raco sweep    sweep.py    a grid of them: grid.py, records.py
+raco report   report.py   what came of it: statistics.py, tables.py, figures.py, page.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from raco_optim.cli.environment import version_of
+from raco_optim.cli.errors import OneLineErrors, UsageError
+
+COMMANDS = {
+    "align": "train a language model on several preferences at once",
+    "sweep": "train at weights x methods x seeds; one JSONL file of results",
+    "report": "tables, plots and one HTML page of such results",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: What follows ``raco``; None for those of the process.
+
+    Returns:
+        The exit code: 0, 2 for what cannot be done as asked (one line on stderr says why), 130
+        for an interruption by the keyboard.
+
+    Example:
+        >>> from raco_optim.cli import main
+        >>> main(["report", "missing.jsonl", "--output", "report.html"])
+        2
+    """
+    try:
+        options = _parser().parse_args(arguments)
+        command = importlib.import_module(f"raco_optim.cli.{options.command}")
+        code: int = command.main(options.arguments)
+    except UsageError as error:
+        sys.stderr.write(f"raco: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("\nraco: stopped. The same command goes on from there.\n")
+        return 130
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineErrors(
+        prog="raco",
+        description="Multi-objective alignment of language models with CAGrad-Clip.",
+        epilog="commands:\n" + "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    version = version_of("raco_optim") or "(not installed: run from its source)"
+    parser.add_argument("--version", action="version", version=f"raco_optim {version}")
+    parser.add_argument("command", choices=COMMANDS, help="see `raco COMMAND --help`")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the command")
+    return parser

@@ -1,0 +1,8 @@
+"""``python -m raco_optim.cli`` is ``raco``."""
+
+import sys
+
+from raco_optim.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""A grid of runs -> one JSONL file, a line a run; killed at any time, it goes on where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raco_optim.cli.environment import environment
+from raco_optim.cli.errors import UsageError
+from raco_optim.cli.files import check_writable, held
+from raco_optim.cli.records import append, end_last_line, plain, point_key, read_records
+
+__all__ = ["WITHOUT_WEIGHTS", "WITH_RADIUS", "Point", "grid_points", "read_records", "run_grid"]
+
+# Methods that have a radius, and methods that ask for no weights.
+WITH_RADIUS = ("raco", "cagrad")
+WITHOUT_WEIGHTS = ("mgda",)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a grid.
+
+    Attributes:
+        method: Name of the method, as in `MultiObjectiveDPOConfig`.
+        weights: Weight of each objective, in the order of the objectives.
+        seed: Seed of the run.
+        c: Radius of the trust region; None for a method without one.
+
+    Example:
+        >>> from raco_optim.cli.grid import Point
+        >>> Point("linear", {"helpful": 0.7, "harmless": 0.3}, seed=0).label
+        'linear helpful=0.7,harmless=0.3 seed=0'
+    """
+
+    method: str
+    weights: Mapping[str, float]
+    seed: int
+    c: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The point in one line, for people."""
+        weights = ",".join(f"{name}={weight:g}" for name, weight in self.weights.items())
+        radius = "" if self.c is None else f" c={self.c:g}"
+        return f"{self.method}{radius} {weights} seed={self.seed}"
+
+
+def grid_points(
+    methods: Iterable[str],
+    weights: Sequence[Mapping[str, float]],
+    seeds: Iterable[int],
+    radii: Sequence[float] = (0.4,),
+) -> list[Point]:
+    """Returns methods x weights x seeds, and the radii for the methods that have one.
+
+    A method that asks for no weights runs once a seed, under equal weights. Seeds change slowest,
+    so that a grid that is stopped early has all methods for the first seeds.
+
+    Args:
+        methods: Names of the methods.
+        weights: Weights by objective, one mapping a trade-off; all with the same objectives.
+        seeds: Seeds.
+        radii: Values of c.
+
+    Returns:
+        Distinct points.
+
+    Example:
+        >>> from raco_optim.cli.grid import grid_points
+        >>> weights = [{"a": 0.8, "b": 0.2}, {"a": 0.5, "b": 0.5}]
+        >>> for point in grid_points(["raco", "mgda"], weights, seeds=[0]):
+        ...     print(point.label)
+        raco c=0.4 a=0.8,b=0.2 seed=0
+        mgda a=0.5,b=0.5 seed=0
+        raco c=0.4 a=0.5,b=0.5 seed=0
+    """
+    methods = list(methods)
+    points = {}
+    for seed in seeds:
+        for trade_off in weights:
+            for method in methods:
+                free = method in WITHOUT_WEIGHTS
+                asked = dict.fromkeys(trade_off, 1 / len(trade_off)) if free else dict(trade_off)
+                for c in radii if method in WITH_RADIUS else [None]:
+                    point = Point(method, asked, seed, c)
+                    points[point_key(vars(point))] = point
+    return list(points.values())
+
+
+def run_grid(
+    path: Path,
+    points: Sequence[Point],
+    settings: Mapping[str, Any],
+    run: Callable[[Point], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Runs what the file has no record of yet, and appends one record a run.
+
+    A record is on the disk before the next run starts. So a process killed at any time loses the
+    run in progress and nothing else; called again, it starts there. The end of a record that was
+    cut short is dropped.
+
+    Args:
+        path: The JSONL file; it is made if there is none.
+        points: What to run, in this order.
+        settings: All that the runs have in common and that JSON can hold. Compared with those of
+            the records in the file: one file holds results of one setting.
+        run: Trains and evaluates at a point; returns ``"evaluation"`` (loss, margin, accuracy and
+            labelled by objective), ``"training"`` and, if there is more to keep, ``"extra"``. NaN
+            and Inf are kept as null.
+
+    Returns:
+        The records of `points`, in this order.
+
+    Raises:
+        UsageError: The file holds something else or runs with other settings, cannot be written,
+            or another process writes it. It is left as it was.
+        ValueError: A point occurs twice, or `run` returns something else.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from raco_optim.cli.grid import Point, run_grid
+        >>> def run(point):
+        ...     loss = 0.7 - point.weights["a"] / 10
+        ...     scores = {"loss": loss, "margin": 0.1, "accuracy": 0.5, "labelled": 8}
+        ...     return {"evaluation": {"a": scores}, "training": {"seconds": 0.0}}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "results.jsonl")
+        ...     (record,) = run_grid(path, [Point("linear", {"a": 1.0}, 0)], {"steps": 8}, run)
+        >>> record["point"]
+        {'method': 'linear', 'weights': {'a': 1.0}, 'seed': 0, 'c': None}
+    """
+    from tqdm import tqdm
+
+    keys = [point_key(vars(point)) for point in points]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"`points` must be distinct; got {[point.label for point in points]}.")
+    common = plain(settings)
+    check_writable(path, "--output")
+    with held(path, "--output"):
+        records = read_records(path) if path.exists() else []
+        for record in records:
+            _check_settings(path, record["settings"], common)
+        done = {point_key(record["point"]): record for record in records}
+        end_last_line(path)
+        left = [point for point, key in zip(points, keys, strict=True) if key not in done]
+        total = len(points)
+        with tqdm(total=total, initial=total - len(left), unit="run", desc="grid") as progress:
+            for point in left:
+                progress.set_postfix_str(point.label)
+                result = run(point)
+                if not {"evaluation", "training"} <= result.keys():
+                    raise ValueError(
+                        f"`run` must return 'evaluation' and 'training'; got {list(result)}."
+                    )
+                parts = {"point": vars(point), "settings": common, "extra": {}, **result}
+                record = plain({**parts, "environment": environment()})
+                append(path, record)
+                done[point_key(record["point"])] = record
+                progress.update()
+    return [done[key] for key in keys]
+
+
+def _check_settings(path: Path, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    if found != asked:
+        both = {**found, **asked}
+        there, here = (
+            ", ".join(
+                f"{name} = {settings.get(name, 'unset')!r}"
+                for name in both
+                if found.get(name, "unset") != asked.get(name, "unset")
+            )
+            for settings in (found, asked)
+        )
+        raise UsageError(
+            f"{path} holds runs with other settings ({there}) than those asked for ({here}). "
+            f"Choose another file, or ask for the same settings."
+        )

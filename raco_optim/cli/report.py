@@ -1,0 +1,200 @@
+"""`raco report`: JSONL files of a grid -> tables in the terminal and one HTML page."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from raco_optim.cli import figures, page, tables
+from raco_optim.cli.cells import Record, cell_of, finite, objectives_of
+from raco_optim.cli.errors import OneLineErrors, UsageError, needs_extra
+from raco_optim.cli.files import check_writable, write_atomically
+from raco_optim.cli.grid import Point
+from raco_optim.cli.records import point_key, read_records
+from raco_optim.cli.tables import METRICS
+
+BASELINE = "linear"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs `raco report`.
+
+    Args:
+        arguments: What follows ``raco report`` on the command line.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UsageError: There is nothing to report, the records do not belong together, or the page
+            cannot be written.
+
+    Example:
+        >>> from raco_optim.cli.report import main
+        >>> main(["no such file", "--output", "report.html"])
+        Traceback (most recent call last):
+        raco_optim.cli.errors.UsageError: no such file cannot be read (No such file or directory).
+    """
+    parser = OneLineErrors(
+        prog="raco report", description="Tables, plots and one HTML page of a grid's results."
+    )
+    parser.add_argument(
+        "files", nargs="+", type=Path, help="JSONL files, such as `raco sweep` makes"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the HTML page to write")
+    options = parser.parse_args(arguments)
+    with needs_extra("plot", "matplotlib"):
+        import matplotlib  # noqa: F401  # at once, rather than after the tables
+    if options.output in options.files:
+        raise UsageError(f"`--output` must not be one of the files; got {options.output}.")
+    check_writable(options.output, "--output")
+    records = checked_records(options.files)
+    with needs_extra("pareto", "moocore"):
+        text, html = report(records)
+    sys.stdout.write(text)
+    write_atomically(options.output, html)
+    sys.stdout.write(f"\n{options.output}\n")
+    return 0
+
+
+def checked_records(paths: Sequence[Path]) -> list[Record]:
+    """Reads files whose records can be compared with each other.
+
+    Args:
+        paths: Files that `run_grid` wrote.
+
+    Returns:
+        All records, in order.
+
+    Raises:
+        UsageError: A file has no record, two records differ in their settings or objectives or
+            repeat each other, or one lacks a value.
+
+    Example:
+        >>> import os, pathlib
+        >>> from raco_optim.cli.report import checked_records
+        >>> checked_records([pathlib.Path(os.devnull)])
+        Traceback (most recent call last):
+        raco_optim.cli.errors.UsageError: /dev/null holds no record. Run `raco sweep` first.
+    """
+    found: list[Record] = []
+    seen: dict[str, Path] = {}
+    for path in paths:
+        records = read_records(path)
+        if not records:
+            raise UsageError(f"{path} holds no record. Run `raco sweep` first.")
+        for record in records:
+            _check_values(path, record)
+            expected = (found or records)[0]
+            _check_alike(paths[0], expected, path, record)
+            key = point_key(record["point"])
+            if key in seen:
+                label = Point(**record["point"]).label
+                raise UsageError(f"{path} repeats a run of {seen[key]}: {label}.")
+            seen[key] = path
+            found.append(_reordered(record, objectives_of(expected)))
+    return found
+
+
+def report(records: Sequence[Record]) -> tuple[str, str]:
+    """Returns the tables as text, and the page as HTML.
+
+    Args:
+        records: Records that belong together; see `checked_records`.
+
+    Raises:
+        UsageError: No record has a finite value everywhere.
+    """
+    usable = list(records)
+    for metric in METRICS:
+        usable = finite(usable, metric)
+    if not usable:
+        raise UsageError("no run has a finite loss, accuracy and margin for every objective.")
+    left_out = [Point(**r["point"]).label for r in records if r not in usable]
+    summary = _summary(usable)
+    if left_out:
+        summary += f" Left out, for want of a finite value: {'; '.join(left_out)}."
+    differences = tables.difference_table(usable, BASELINE)
+    shown = [
+        *tables.result_tables(usable),
+        tables.hypervolume_table(usable),
+        *([differences] if differences.rows else []),
+        tables.step_table(usable),
+    ]
+    about = [
+        tables.mapping_table("Settings", [records[0]["settings"]]),
+        tables.mapping_table("Environment", [r.get("environment", {}) for r in records]),
+    ]
+    title = f"Multi-objective alignment: {', '.join(objectives_of(usable[0]))}"
+    text = "\n\n".join([summary, *(table.text() for table in shown)]) + "\n"
+    return text, page.page(title, summary, [*_pictures(usable), *shown, *about])
+
+
+def _summary(records: Sequence[Record]) -> str:
+    def count(values: Iterable[object], noun: str) -> str:
+        number = len(set(values))
+        return f"{number} {noun}{'s' * (number != 1)}"
+
+    methods = count((cell_of(r).method for r in records), "method")
+    seeds = count((r["point"]["seed"] for r in records), "seed")
+    scores = records[0]["evaluation"]
+    labelled = ", ".join(f"{name} {scores[name]['labelled']:g}" for name in scores)
+    return (
+        f"{count(map(id, records), 'run')} of {methods} with {seeds}. "
+        f"Labelled held-out pairs: {labelled}. "
+        f"Values are means ± standard deviations over seeds. The distance to the front is the "
+        f"Euclidean distance to the nearest of the runs here that no other run dominates."
+    )
+
+
+def _pictures(records: Sequence[Record]) -> list[page.Picture]:
+    pictures = [
+        page.Picture(
+            "Hypervolumes",
+            figures.hypervolume_figure(records),
+            "Hypervolume of each method: a tick for each seed, the mean, and its 95% bootstrap "
+            "interval over seeds as a bar.",
+        )
+    ]
+    names = objectives_of(records[0])
+    if len(names) == 1:  # no trade-off
+        return pictures
+    pairs = math.comb(len(names), 2)
+    some = "" if pairs <= figures.PAIRS else f" the first {figures.PAIRS} of {pairs}"
+    text = (
+        f"Held-out losses and accuracies of{some} pairs of objectives. Small: a run; large: the "
+        f"mean over seeds at one choice of weights; ringed: runs that no other run dominates in "
+        f"all {len(names)} objectives."
+    )
+    return [page.Picture("Trade-offs", figures.trade_off_figure(records), text), *pictures]
+
+
+def _check_values(path: Path, record: Record) -> None:
+    label = Point(**record["point"]).label
+    for name in objectives_of(record):
+        scores = record["evaluation"].get(name, {})
+        missing = [part for part in (*METRICS, "labelled") if part not in scores]
+        if missing:
+            raise UsageError(f"{path}: the run {label} has no {', '.join(missing)} for {name!r}.")
+
+
+def _check_alike(first: Path, expected: Record, path: Path, record: Record) -> None:
+    if set(objectives_of(record)) != set(objectives_of(expected)):
+        raise UsageError(
+            f"{path} holds a run with the objectives {', '.join(objectives_of(record))}, but "
+            f"{first} one with {', '.join(objectives_of(expected))}. Report on them apart."
+        )
+    a, b = expected["settings"], record["settings"]
+    differing = [name for name in {**a, **b} if a.get(name) != b.get(name)]
+    if differing:
+        raise UsageError(
+            f"{path} holds a run with other settings than {first}: they differ in "
+            f"{', '.join(differing)}. Report on them apart."
+        )
+
+
+def _reordered(record: Record, names: Sequence[str]) -> Record:
+    weights = record["point"]["weights"]
+    return {**record, "point": {**record["point"], "weights": {n: weights[n] for n in names}}}

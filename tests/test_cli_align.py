@@ -1,0 +1,403 @@
+"""`raco align` and `raco sweep` with TRL's trainer and a model with random weights."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from raco_optim.cli import main
+from raco_optim.cli.arguments import parse
+from raco_optim.cli.grid import read_records
+from raco_optim.cli.models import loadable_model
+from raco_optim.cli.runs import RUN_FILE
+from tests.tiny_language_models import tiny_model, tiny_pairs, tiny_tokenizer
+
+ROOT = Path(__file__).parent.parent
+BETA = 0.5
+
+# Of TRL, transformers and datasets, about themselves and about files that they leave open.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, its tokenizer, and pairs."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_model("qwen3").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    jsonl(folder / "train.jsonl", tiny_pairs(16, seed=0, missing=0.2))
+    jsonl(folder / "test.jsonl", tiny_pairs(6, seed=1))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch, tmp_path):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def training(folder, **changed):
+    """Options that `align` and `sweep` share."""
+    options = {
+        "model": folder / "model",
+        "data": folder / "train.jsonl",
+        "eval_data": folder / "test.jsonl",
+        "max_steps": 4,
+        "save_steps": 2,
+        "learning_rate": 1e-2,
+        "beta": BETA,
+        "per_device_train_batch_size": 4,
+        "report_to": "none",
+        "disable_tqdm": "true",
+        **changed,
+    }
+    return [
+        argument
+        for name, value in options.items()
+        if value is not None
+        for argument in (f"--{name}", str(value))
+    ]
+
+
+def align(folder, output, **changed):
+    options = {"weights": "helpful=0.7,harmless=0.3", "output_dir": output, **changed}
+    return main(["align", *training(folder, **options)])
+
+
+def run_file(output):
+    return json.loads((output / RUN_FILE).read_text())
+
+
+def same_weights(a, b):
+    first, second = (AutoModelForCausalLM.from_pretrained(x).state_dict() for x in (a, b))
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def log_ratio(model, tokenizer, row):
+    """log pi(chosen) - log pi(rejected), from the logits."""
+    sums = []
+    for answer in ("chosen", "rejected"):
+        prompt = len(tokenizer(row["prompt"])["input_ids"])
+        ids = tokenizer(row["prompt"] + row[answer])["input_ids"] + [tokenizer.eos_token_id]
+        log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        sums.append(sum(log_probs[t - 1, ids[t]] for t in range(prompt, len(ids))))
+    return float(sums[0] - sums[1])
+
+
+# Align
+
+
+def test_saved_model_has_the_scores_that_were_printed(folder, tmp_path, capsys):
+    output = tmp_path / "new" / "out"
+    assert align(folder, output) == 0
+    result = run_file(output)["result"]
+    with torch.no_grad():
+        tokenizer = AutoTokenizer.from_pretrained(output)
+        policy = AutoModelForCausalLM.from_pretrained(output)
+        reference = AutoModelForCausalLM.from_pretrained(folder / "model")
+        rows = tiny_pairs(6, seed=1)
+        deltas = [
+            log_ratio(policy, tokenizer, row) - log_ratio(reference, tokenizer, row) for row in rows
+        ]
+    assert max(map(abs, deltas)) > 1e-3, "it has learned something"
+    printed = capsys.readouterr().out
+    for name in ("helpful", "harmless"):
+        margins = [BETA * row[f"pref_{name}"] * d for row, d in zip(rows, deltas, strict=True)]
+        scores = result["evaluation"][name]
+        loss = sum(math.log1p(math.exp(-margin)) for margin in margins) / 6
+        assert scores["loss"] == pytest.approx(loss, abs=1e-5)
+        assert scores["margin"] == pytest.approx(sum(margins) / 6, abs=1e-5)
+        assert scores["accuracy"] == pytest.approx(sum(margin > 0 for margin in margins) / 6)
+        assert scores["labelled"] == 6
+        line = next(line for line in printed.splitlines() if line.strip().startswith(name))
+        assert line.split()[1:] == [
+            f"{scores['loss']:.3f}",
+            f"{scores['margin']:.3f}",
+            f"{scores['accuracy']:.3f}",
+            "6",
+        ]
+    assert result["training"]["steps"] == 4
+    assert 0 <= result["training"]["hurting_steps"] <= 1
+    assert result["training"]["seconds"] > 0
+    assert str(output) in printed
+
+
+def test_adapters_without_evaluation(folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    lora = {"use_peft": "true", "lora_r": 2, "lora_target_modules": "all-linear"}
+    assert align(folder, output, eval_data=None, max_steps=1, **lora) == 0
+    assert (output / "adapter_model.safetensors").exists()
+    assert (output / "tokenizer.json").exists()
+    assert not (output / "model.safetensors").exists()
+    assert run_file(output)["result"]["evaluation"] == {}
+    printed = capsys.readouterr().out
+    assert "adapters and tokenizer" in printed
+    assert "Held-out" not in printed
+
+
+def test_yaml_file_says_the_same_and_the_command_line_overrides_it(folder, tmp_path):
+    settings = {
+        "model": str(folder / "model"),
+        "data": str(folder / "train.jsonl"),
+        "weights": {"helpful": 0.7, "harmless": 0.3},
+        "method": "cagrad",
+        "c": 0.2,
+        "learning_rate": "1e-2",
+        "use_peft": True,
+        "bf16": True,
+        "use_cpu": True,
+        "output_dir": str(tmp_path / "out"),
+    }
+    (path := tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    parsed = parse(["--config", str(path), "--c", "0.3"], "raco align")
+    assert parsed.config.objective_weights == {"helpful": 0.7, "harmless": 0.3}
+    assert (parsed.config.method, parsed.config.c) == ("cagrad", 0.3)
+    assert parsed.config.learning_rate == 0.01
+    assert parsed.model.use_peft
+    assert parsed.config.bf16, "asked for"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="these are the defaults of a CPU")
+def test_defaults_suit_the_cpu(folder):
+    parsed = parse([*training(folder), "--weights", "helpful=1"], "raco align")
+    assert not parsed.config.bf16
+    assert not parsed.config.gradient_checkpointing
+
+
+def test_the_same_command_again_does_nothing_and_another_one_is_refused(folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert align(folder, output, max_steps=1) == 0
+    before = {p: p.stat().st_mtime_ns for p in output.rglob("*")}
+    first = capsys.readouterr().out
+    assert align(folder, output, max_steps=1) == 0
+    again = capsys.readouterr()
+    assert "this run is finished; nothing to do" in again.err
+    assert again.out in first, "the scores are printed again"
+    assert align(folder, output, max_steps=1, beta=0.1) == 2
+    assert "holds another run: beta is 0.5 there and 0.1 here" in capsys.readouterr().err
+    jsonl(tmp_path / "train.jsonl", tiny_pairs(16, seed=2))
+    assert align(folder, output, max_steps=1, data=tmp_path / "train.jsonl") == 2
+    assert "data_sha256 is" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
+
+
+def test_resumes_from_the_last_complete_checkpoint(folder, tmp_path, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert align(folder, whole) == 0
+    assert align(folder, cut) == 0
+    run = run_file(cut)
+    del run["result"]
+    (cut / RUN_FILE).write_text(json.dumps({**run, "status": "training"}))
+    (cut / "model.safetensors").unlink()
+    (cut / "checkpoint-4" / "trainer_state.json").write_text('{"epoch": 1.0, "glo')
+    capsys.readouterr()
+    assert align(folder, cut) == 0
+    errors = capsys.readouterr().err
+    assert "checkpoint-4 was cut short: passed over, and kept as incomplete-1-" in errors
+    assert "going on from checkpoint-2" in errors
+    assert (cut / "incomplete-1-checkpoint-4" / "model.safetensors").exists()
+    assert same_weights(whole, cut)
+    results = [run_file(output)["result"] for output in (whole, cut)]
+    for result in results:
+        del result["training"]["seconds"]
+    assert results[0] == results[1]
+
+
+BAD = {
+    "weights that don't sum to 1": ({"weights": "helpful=0.7,harmless=0.4"}, ["sum to 1", "1.1"]),
+    "weights that can't be read": ({"weights": "helpful:1"}, ["helpful=0.7", "helpful:1"]),
+    "unknown objective": ({"weights": "helpful=0.5,fun=0.5"}, ["'fun'", "helpful, harmless"]),
+    "unknown method": ({"method": "magic"}, ["method", "'magic'", "raco"]),
+    "radius": ({"c": 1.5}, ["`c` must be in [0, 1)", "1.5"]),
+    "no number": ({"max_steps": "few"}, ["max_steps", "few"]),
+    "unknown option": ({"speed": "high"}, ["no --speed", "raco align --help"]),
+    "missing data": ({"data": "nowhere.jsonl"}, ["nowhere.jsonl", "no such file"]),
+    "missing held-out data": ({"eval_data": "nowhere.csv"}, ["`--eval_data`", "nowhere.csv"]),
+    "no data": ({"data": None}, ["required: --data"]),
+    "missing model": ({"model": "/nowhere/model"}, ["`--model`", "/nowhere/model"]),
+    "missing gguf": ({"model": "weights.gguf"}, ["`--model`", "weights.gguf"]),
+    "no model": ({"model": "tests"}, ["tests"]),
+    "missing YAML": ({"config": "nowhere.yaml"}, ["nowhere.yaml"]),
+    "another way to resume": (
+        {"resume_from_checkpoint": "true"},
+        ["`--resume_from_checkpoint`", "resumes by itself"],
+    ),
+    "abbreviation": ({"bet": 0.1}, ["no --bet"]),
+    "TRL's name": ({"model_name_or_path": "x"}, ["`--model`"]),
+    "margins": ({"method": "modpo"}, ["margin_harmless", "pref_helpful"]),
+    "LoRA": (
+        {"use_peft": "true", "lora_target_modules": "nothing"},
+        ["setting up the training of", "nothing"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_done_is_said_in_one_line(case, folder, tmp_path, capsys):
+    changed, fragments = BAD[case]
+    assert align(folder, tmp_path / "out", **changed) == 2
+    printed = capsys.readouterr()
+    *_, last = printed.err.splitlines()
+    assert last.startswith("raco: ")
+    assert [f for f in fragments if f not in last] == []
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
+    # And what was wrong can be corrected without another folder.
+    assert not (tmp_path / "out").exists() or run_file(tmp_path / "out")["status"] == "prepared"
+
+
+def test_loss_that_becomes_nan_stops_with_one_line(folder, tmp_path, capsys):
+    assert align(folder, tmp_path / "out", learning_rate=1e30, max_grad_norm=1e30) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("raco: the training stopped: ")
+
+
+def test_gguf_is_unpacked_once(tmp_path, monkeypatch):
+    unpacked = []
+
+    def unpack(file, folder):
+        unpacked.append(file)
+        folder.mkdir()
+
+    monkeypatch.setattr("raco_optim.cli.models._unpack", unpack)
+    (file := tmp_path / "a.gguf").write_text("weights")
+    first = loadable_model(str(file), tmp_path)
+    assert loadable_model(str(file), tmp_path) == first
+    assert unpacked == [file]
+    file.write_text("other weights")
+    assert loadable_model(str(file), tmp_path) != first
+
+
+def test_missing_extra_is_named(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    assert align(folder, tmp_path / "out") == 2
+    error = 'raco: trl is not installed. Run `pip install "raco_optim[align]"`.\n'
+    assert capsys.readouterr().err == error
+
+
+def test_help_lists_every_option(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["align", "--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    for option in ("--model MODEL", "--data DATA", "--weights", "--beta", "--lora_r", "--method"):
+        assert option in printed
+
+
+# Sweep
+
+
+def sweep_arguments(folder, output, **changed):
+    weights = ["helpful=0.7,harmless=0.3", "harmless=0.5,helpful=0.5"]
+    return [
+        *("sweep", "--weights", *weights, "--methods", "linear", "mgda", "--seeds", "0"),
+        *("--output", str(output), *training(folder, **changed)),
+    ]
+
+
+KILLED = """
+import os, signal, sys
+from raco_optim.cli import main
+from raco_optim.integrations.trl import MultiObjectiveDPOTrainer
+
+step = MultiObjectiveDPOTrainer.training_step
+
+def until_killed(self, *arguments):
+    # In the second run, after its first checkpoint.
+    if self.args.method == "mgda" and self.state.global_step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *arguments)
+
+MultiObjectiveDPOTrainer.training_step = until_killed
+main(sys.argv[1:])
+"""
+
+
+def test_killed_sweep_goes_on_as_if_nothing_had_happened(folder, tmp_path, capsys):
+    killed, whole = tmp_path / "killed.jsonl", tmp_path / "whole.jsonl"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *sweep_arguments(folder, killed)],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "HF_DATASETS_CACHE": str(tmp_path / "c"),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (first,) = read_records(killed)
+    assert first["point"]["method"] == "linear"
+    (tmp_path / "killed.jsonl.runs" / "notes.txt").write_text("mine")
+    assert main(sweep_arguments(folder, killed)) == 0
+    assert "going on from checkpoint-2" in capsys.readouterr().err
+    assert main(sweep_arguments(folder, whole)) == 0
+    records = read_records(killed)
+    assert records[0] == first, "what was there has stayed"
+    for record, expected in zip(records, read_records(whole), strict=True):
+        for r in (record, expected):
+            del r["training"]["seconds"], r["environment"]
+        assert record == expected
+    assert [r["point"] for r in records] == [
+        {"method": "linear", "weights": {"helpful": 0.7, "harmless": 0.3}, "seed": 0, "c": None},
+        {"method": "mgda", "weights": {"helpful": 0.5, "harmless": 0.5}, "seed": 0, "c": None},
+        {"method": "linear", "weights": {"helpful": 0.5, "harmless": 0.5}, "seed": 0, "c": None},
+    ]
+    left = [path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*.runs/**/*")]
+    assert left == ["killed.jsonl.runs/notes.txt"], "the runs' folders are gone, and no other file"
+    # A record is what one run with these settings gives.
+    assert main(["report", str(killed), "--output", str(tmp_path / "report.html")]) == 0
+
+
+def test_record_of_a_sweep_is_the_result_of_align(folder, tmp_path):
+    arguments = sweep_arguments(folder, tmp_path / "r.jsonl")
+    one = [*arguments[:2], "helpful=0.7,harmless=0.3", "--methods", "raco", "--c", "0.2"]
+    assert main([*one, *arguments[arguments.index("--seeds") :], "--lora_r", "8"]) == 0
+    assert align(folder, tmp_path / "out", method="raco", c=0.2, seed=0, lora_r=8) == 0
+    (record,) = read_records(tmp_path / "r.jsonl")
+    assert record["evaluation"] == run_file(tmp_path / "out")["result"]["evaluation"]
+    assert record["settings"]["lora_r"] == 8
+    assert not {"weights", "method", "c", "seed", "output_dir"} & set(record["settings"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "extra", "fragments"),
+    [
+        ({"eval_data": None}, [], ["`--eval_data` must be given"]),
+        ({}, ["--method", "raco"], ["use `--methods`"]),
+        ({}, ["--output-dir=x"], ["use `--output`"]),
+        ({}, ["--seeds", "one"], ["--seeds", "'one'"]),
+        ({}, ["--methods", "magic"], ["'magic'"]),
+        ({}, ["--weights", "helpful=1", "harmless=1"], ["same objectives", "helpful"]),
+        ({}, ["--weights", "helpful=0.5,harmless=0.6"], ["sum to 1"]),
+        ({}, ["--methods", "modpo"], ["margin_harmless"]),
+        ({}, ["--output", "/dev/null/r.jsonl"], ["`--output`"]),
+    ],
+)
+def test_sweep_that_cannot_be_done_is_refused_before_any_run(
+    changed, extra, fragments, folder, tmp_path, capsys
+):
+    assert main([*sweep_arguments(folder, tmp_path / "r.jsonl", **changed), *extra]) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert [f for f in ["raco: ", *fragments] if f not in last] == []
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}

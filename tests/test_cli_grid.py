@@ -1,0 +1,274 @@
+"""The grid file: complete after any kill, refused if it is another's, and never run twice."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+
+from raco_optim.cli.errors import UsageError
+from raco_optim.cli.files import held
+from raco_optim.cli.grid import Point, grid_points, read_records, run_grid
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = {"model": "tiny", "steps": 3}
+POINTS = grid_points(["raco", "linear"], [{"a": 0.25, "b": 0.75}], seeds=[0, 1])
+
+
+class Runs:
+    """A run that costs nothing and remembers what it was called for."""
+
+    def __init__(self):
+        self.points = []
+
+    def __call__(self, point):
+        self.points.append(point)
+        scores = {"loss": point.seed + point.weights["a"], "margin": 0.0, "accuracy": 1.0}
+        return {"evaluation": {"a": {**scores, "labelled": 4}}, "training": {"seconds": 0.1}}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "results.jsonl"
+
+
+# Points
+
+
+def test_grid_is_methods_times_weights_times_seeds_times_radii():
+    weights = [{"a": 0.8, "b": 0.2}, {"a": 0.5, "b": 0.5}]
+    points = grid_points(["raco", "linear", "mgda"], weights, [0, 1], [0.1, 0.4])
+    # A radius concerns raco alone, weights don't concern mgda: 2 * (2 * 2 + 2 + 1).
+    assert len(points) == 14
+    assert {p.c for p in points if p.method == "raco"} == {0.1, 0.4}
+    assert {p.c for p in points if p.method != "raco"} == {None}
+    assert [dict(p.weights) for p in points if p.method == "mgda"] == [{"a": 0.5, "b": 0.5}] * 2
+    assert [p.seed for p in points] == [0] * 7 + [1] * 7
+
+
+# Records
+
+
+def test_record_has_point_settings_result_and_environment(path):
+    frozen = Point("raco", MappingProxyType({"a": 1.0}), seed=3, c=0.4)
+    (record,) = run_grid(path, [frozen], SETTINGS, Runs())
+    assert record["point"] == {"method": "raco", "weights": {"a": 1.0}, "seed": 3, "c": 0.4}
+    assert record["settings"] == SETTINGS
+    assert record["evaluation"] == {
+        "a": {"loss": 4.0, "margin": 0.0, "accuracy": 1.0, "labelled": 4}
+    }
+    assert record["training"] == {"seconds": 0.1}
+    assert record["extra"] == {}
+    assert record["environment"]["python"].startswith("3.")
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [record]
+    assert read_records(path) == [record]
+
+
+def test_what_json_has_no_number_for_is_null(path):
+    def run(point):
+        return {"evaluation": {"a": {"loss": float("nan")}}, "training": {"x": [float("inf")]}}
+
+    (record,) = run_grid(path, POINTS[:1], {"radius": float("inf")}, run)
+    assert record["evaluation"]["a"]["loss"] is None
+    assert record["training"]["x"] == [None]
+    assert "NaN" not in path.read_text()
+    assert run_grid(path, POINTS[:1], {"radius": float("inf")}, run) == [record]
+
+
+def test_only_what_is_missing_runs_and_all_records_come_back_in_order(path):
+    first, second = Runs(), Runs()
+    run_grid(path, [POINTS[2]], SETTINGS, first)
+    records = run_grid(path, POINTS, SETTINGS, second)
+    assert second.points == [POINTS[0], POINTS[1], POINTS[3]]
+    assert [r["point"]["method"] for r in records] == [p.method for p in POINTS]
+    assert [r["point"]["seed"] for r in records] == [p.seed for p in POINTS]
+    assert run_grid(path, POINTS, SETTINGS, second) == records
+    assert len(second.points) == 3
+
+
+def test_order_of_the_objectives_is_no_difference(path):
+    runs = Runs()
+    run_grid(path, [Point("linear", {"a": 0.5, "b": 0.5}, 0)], SETTINGS, runs)
+    run_grid(path, [Point("linear", {"b": 0.5, "a": 0.5}, 0)], SETTINGS, runs)
+    assert len(runs.points) == 1
+
+
+def test_failed_run_keeps_the_records_before_it(path):
+    def run(point):
+        if point.seed == 1:
+            raise RuntimeError("out of memory")
+        return Runs()(point)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_grid(path, POINTS, SETTINGS, run)
+    assert len(read_records(path)) == 2
+
+
+# Kill -9
+
+
+def test_cut_anywhere_in_the_last_line_the_file_becomes_what_it_was(path):
+    run_grid(path, POINTS[:2], SETTINGS, Runs())
+    whole = path.read_bytes()
+    start = whole.index(b"\n") + 1
+    for cut in [*range(start, start + 40), *range(start + 40, len(whole), 37), len(whole) - 1]:
+        path.write_bytes(whole[:cut])
+        assert len(read_records(path)) == (2 if cut == len(whole) - 1 else 1)
+        runs = Runs()
+        run_grid(path, POINTS[:2], SETTINGS, runs)
+        assert path.read_bytes() == whole
+        # Without its newline alone the record is whole, and what is cut short is run again.
+        assert len(runs.points) == (0 if cut == len(whole) - 1 else 1)
+
+
+def test_dropping_a_cut_line_is_said(path, capsys):
+    path.write_text('{"point": {"method": "lin')
+    run_grid(path, POINTS[:1], SETTINGS, Runs())
+    assert "results.jsonl: dropped the end of a record" in capsys.readouterr().err
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from raco_optim.cli.grid import grid_points, run_grid
+
+weights = [{"a": k / 10, "b": 1 - k / 10} for k in range(1, 9)]
+points = grid_points(["raco", "linear", "mgda"], weights, range(4))
+
+def run(point):
+    with open(sys.argv[2], "a") as log:
+        log.write(point.label + "\\n")
+    time.sleep(0.01)
+    # Long lines, so that some kills hit one that is being written.
+    return {"evaluation": {}, "training": {}, "extra": {"text": "x" * 200_000}}
+
+print(len(points), flush=True)
+run_grid(Path(sys.argv[1]), points, {"steps": 3}, run)
+"""
+
+
+def start(path, log):
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(path), str(log)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "TQDM_DISABLE": "1",
+            "OMP_NUM_THREADS": "1",
+        },
+    )
+
+
+def test_killed_at_random_times_nothing_is_lost_or_doubled(path, tmp_path):
+    log = tmp_path / "log.txt"
+    generator = random.Random(0)
+    kept = b""
+    for _ in range(3):
+        process = start(path, log)
+        number = int(process.stdout.readline())
+        time.sleep(generator.uniform(0.02, 0.15))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        data = path.read_bytes() if path.exists() else b""
+        assert data.startswith(kept), "a record that was on the disk is gone"
+        kept = data[: data.rfind(b"\n") + 1]
+    assert 0 < kept.count(b"\n") < number, "the kills came too late or too early to tell"
+    process = start(path, log)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert path.read_bytes().startswith(kept)
+    points = [json.dumps(r["point"], sort_keys=True) for r in read_records(path)]
+    assert len(points) == len(set(points)) == number
+    # A kill costs the run in progress, and no other one.
+    assert number <= len(log.read_text().splitlines()) <= number + 3
+
+
+# Refusals
+
+
+def refusal(path, points=POINTS, settings=SETTINGS):
+    before = path.read_bytes() if path.is_file() else None
+    runs = Runs()
+    with pytest.raises(UsageError) as caught:
+        run_grid(path, points, settings, runs)
+    assert runs.points == []
+    assert (path.read_bytes() if path.is_file() else None) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_file_with_other_settings_is_refused(path):
+    run_grid(path, POINTS[:1], SETTINGS, Runs())
+    message = refusal(path, settings={**SETTINGS, "steps": 4, "beta": 0.1})
+    assert "results.jsonl holds runs with other settings (steps = 3, beta = 'unset')" in message
+    assert "asked for (steps = 4, beta = 0.1)" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "fragments"),
+    [
+        (b"hello\n", ["line 1", "is not JSON"]),
+        (b"hello", ["line 1", "is not JSON"]),
+        (b"\x89PNG\r\n\x1a\n\x00", ["line 1", "is not JSON"]),
+        (b'{"prompt": "x"}\n', ["line 1", "is no record", "evaluation"]),
+        (b"[1]\n", ["is no record"]),
+        (b'{"point": 1, "settings": {}, "evaluation": {}, "training": {}}\n', ["is no record"]),
+        (b'{"point": {}, "settings": {}, "evaluation": {}, "training": {}}\n', ["is no record"]),
+    ],
+    ids=["text", "text without newline", "PNG", "data set", "array", "number", "no method"],
+)
+def test_file_of_something_else_is_refused_and_left_alone(path, content, fragments):
+    path.write_bytes(content)
+    message = refusal(path)
+    assert [f for f in ["results.jsonl", *fragments] if f not in message] == []
+    with pytest.raises(UsageError, match=r"results\.jsonl"):
+        read_records(path)
+
+
+def test_line_that_is_cut_short_in_the_middle_is_refused(path):
+    run_grid(path, POINTS[:2], SETTINGS, Runs())
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first[:50] + b"\n" + second)
+    assert "line 1, is not JSON" in refusal(path)
+
+
+def test_repeated_record_is_refused(path):
+    run_grid(path, POINTS[:1], SETTINGS, Runs())
+    path.write_bytes(path.read_bytes() * 2)
+    assert "line 2, repeats the point of line 1" in refusal(path)
+
+
+def test_file_that_another_process_holds_is_refused(path):
+    with held(path, "--output"):
+        assert "one process at a time" in refusal(path)
+    assert len(run_grid(path, POINTS, SETTINGS, Runs())) == 4
+
+
+def test_output_that_cannot_be_written_is_refused_before_any_run(path):
+    path.mkdir()
+    assert "`--output` must be a file" in refusal(path)
+    path.rmdir()
+    path.write_text("")
+    assert "Not a directory" in refusal(path / "below" / "results.jsonl")
+
+
+def test_missing_file_cannot_be_read(path):
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_records(path)
+
+
+def test_points_and_results_are_checked(path):
+    with pytest.raises(ValueError, match="`points` must be distinct"):
+        run_grid(path, [POINTS[0], POINTS[0]], SETTINGS, Runs())
+    with pytest.raises(ValueError, match=r"`run` must return.*got \['loss'\]"):
+        run_grid(path, POINTS, SETTINGS, lambda point: {"loss": 1.0})
+    assert not path.exists()

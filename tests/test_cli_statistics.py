@@ -1,0 +1,246 @@
+"""Statistics over records, against what a few lines without the library compute."""
+
+import itertools
+import math
+import random
+import statistics
+
+import pytest
+
+from raco_optim.cli.cells import Cell, cell_of, costs, finite, group_by_point
+from raco_optim.cli.statistics import (
+    bootstrap_interval,
+    frame,
+    front,
+    front_distances,
+    hypervolumes,
+    paired_difference,
+)
+
+
+def record(method, weights, seed, losses, *, c=None, accuracies=None):
+    accuracies = accuracies or [0.5] * len(losses)
+    names = "abc"[: len(losses)]
+    return {
+        "point": {
+            "method": method,
+            "weights": dict(zip(names, weights, strict=True)),
+            "seed": seed,
+            "c": c,
+        },
+        "evaluation": {
+            name: {"loss": loss, "margin": loss and -loss, "accuracy": accuracy, "labelled": 10}
+            for name, loss, accuracy in zip(names, losses, accuracies, strict=True)
+        },
+    }
+
+
+def random_records(m, generator, methods=("linear", "raco"), seeds=3):
+    corners = [[0.8 if i == j else 0.2 / (m - 1) for i in range(m)] for j in range(m)]
+    return [
+        record(method, weights, seed, [generator.uniform(0.4, 0.9) for _ in range(m)])
+        for seed in range(seeds)
+        for weights in corners
+        for method in methods
+    ]
+
+
+# Cells
+
+
+def test_cells_differ_in_method_radius_and_weights_but_not_in_the_seed():
+    records = [
+        record("raco", [0.5, 0.5], 0, [1, 2], c=0.4),
+        record("raco", [0.5, 0.5], 1, [1, 2], c=0.4),
+        record("raco", [0.5, 0.5], 0, [1, 2], c=0.1),
+        record("raco", [0.2, 0.8], 0, [1, 2], c=0.4),
+        record("linear", [0.5, 0.5], 0, [1, 2]),
+    ]
+    assert [len(group) for group in group_by_point(records).values()] == [2, 1, 1, 1]
+    assert [cell.method for cell in group_by_point(records)] == [
+        "raco (c = 0.4)",
+        "raco (c = 0.1)",
+        "raco (c = 0.4)",
+        "linear",
+    ]
+
+
+def test_method_that_asks_for_no_weights_is_one_cell():
+    assert cell_of(record("mgda", [0.2, 0.8], 0, [1, 2])) == Cell("mgda", None)
+
+
+def test_costs_are_minimised():
+    r = record("linear", [0.5, 0.5], 0, [0.6, 0.7], accuracies=[0.75, 0.5])
+    assert costs(r, "loss") == [0.6, 0.7]
+    assert costs(r, "accuracy") == [0.25, 0.5]
+    assert costs(r, "margin") == [0.6, 0.7]
+
+
+def test_record_without_a_value_is_not_finite():
+    whole = record("linear", [1.0], 0, [0.5])
+    assert finite([whole, record("linear", [1.0], 1, [None])], "loss") == [whole]
+
+
+# Bootstrap
+
+
+def test_interval_of_three_values_is_that_of_all_27_resamples():
+    values = [1.0, 2.0, 4.0]
+    means = sorted(statistics.fmean(drawn) for drawn in itertools.product(values, repeat=3))
+    # At 90% the ends lie well inside an atom of the distribution: 1/27 < 5% < 4/27.
+    interval = bootstrap_interval(values, level=0.9)
+    assert interval.mean == pytest.approx(7 / 3)
+    assert interval.low == pytest.approx(means[math.floor(0.05 * 27)])
+    assert interval.high == pytest.approx(means[-1 - math.floor(0.05 * 27)])
+
+
+def test_interval_of_many_values_is_the_normal_one():
+    generator = random.Random(0)
+    values = [generator.gauss(3, 2) for _ in range(400)]
+    interval = bootstrap_interval(values)
+    half = 1.96 * statistics.stdev(values) / 20
+    assert interval.low == pytest.approx(interval.mean - half, abs=0.03)
+    assert interval.high == pytest.approx(interval.mean + half, abs=0.03)
+
+
+def test_interval_moves_and_scales_with_the_values():
+    generator = random.Random(0)
+    values = [generator.random() for _ in range(20)]
+    plain = bootstrap_interval(values)
+    moved = bootstrap_interval([3 + 2 * x for x in values])
+    assert list(moved) == pytest.approx([3 + 2 * x for x in plain])
+    assert bootstrap_interval(values) == plain, "it is repeatable"
+    assert bootstrap_interval(values, seed=1) != plain
+
+
+def test_one_value_has_no_interval():
+    interval = bootstrap_interval([2.0])
+    assert interval.mean == 2.0
+    assert math.isnan(interval.low)
+    assert math.isnan(interval.high)
+
+
+def test_bootstrap_refuses():
+    with pytest.raises(ValueError, match="at least one value; got none"):
+        bootstrap_interval([])
+    for level in (0, 1, 95):
+        with pytest.raises(ValueError, match=rf"`level` must be in \(0, 1\); got {level}"):
+            bootstrap_interval([1.0], level=level)
+
+
+# Fronts and volumes
+
+
+def volume(points, worst):
+    """Inclusion and exclusion over all sets of boxes."""
+    total = 0.0
+    for k in range(1, len(points) + 1):
+        for chosen in itertools.combinations(points, k):
+            sides = [w - max(column) for w, *column in zip(worst, *chosen, strict=True)]
+            total += (-1) ** (k + 1) * math.prod(max(side, 0.0) for side in sides)
+    return total
+
+
+@pytest.mark.parametrize("m", [2, 3])
+def test_hypervolume_is_the_share_of_the_box_that_is_dominated(m):
+    records = random_records(m, random.Random(m))
+    columns = list(zip(*(costs(r, "loss") for r in records), strict=True))
+    best = [min(column) for column in columns]
+    worst = [1.1 * max(column) - 0.1 * min(column) for column in columns]
+    assert [list(corner) for corner in frame(records, "loss")] == [
+        pytest.approx(best),
+        pytest.approx(worst),
+    ]
+    box = math.prod(w - b for w, b in zip(worst, best, strict=True))
+    found = hypervolumes(records, "loss")
+    assert set(found) == {"linear", "raco"}
+    for method, by_seed in found.items():
+        assert set(by_seed) == {0, 1, 2}
+        for seed, value in by_seed.items():
+            points = [
+                costs(r, "loss")
+                for r in records
+                if (r["point"]["method"], r["point"]["seed"]) == (method, seed)
+            ]
+            assert value == pytest.approx(volume(points, worst) / box)
+
+
+def test_hypervolume_of_accuracies_does_not_depend_on_the_other_runs():
+    r = record("linear", [0.5, 0.5], 0, [0.5, 0.5], accuracies=[0.6, 0.7])
+    other = record("raco", [0.5, 0.5], 0, [0.5, 0.5], accuracies=[0.9, 0.1])
+    assert hypervolumes([r], "accuracy")["linear"][0] == pytest.approx(0.42)
+    assert hypervolumes([r, other], "accuracy")["linear"][0] == pytest.approx(0.42)
+
+
+def test_seed_that_lacks_a_run_is_left_out():
+    records = random_records(2, random.Random(0), methods=["linear"])
+    assert set(hypervolumes(records[:-1], "loss")["linear"]) == {0, 1}
+
+
+def test_volume_of_a_single_run_is_defined():
+    assert hypervolumes([record("linear", [1.0], 0, [0.5])], "loss") == {"linear": {0: 1.0}}
+
+
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_front_and_distances_are_those_of_brute_force(m):
+    generator = random.Random(m)
+    records = [
+        record("linear", [1 / m] * m, seed, [generator.uniform(0, 1) for _ in range(m)])
+        for seed in range(30)
+    ]
+    points = [costs(r, "loss") for r in records]
+    marks = [
+        not any(
+            other != point and all(x <= y for x, y in zip(other, point, strict=True))
+            for other in points
+        )
+        for point in points
+    ]
+    assert front(records, "loss") == marks
+    best = list(itertools.compress(points, marks))
+    assert front_distances(records, "loss") == pytest.approx(
+        [min(math.dist(point, b) for b in best) for point in points]
+    )
+
+
+# Paired differences
+
+
+def test_differences_are_paired_by_weights_and_seed():
+    records = [
+        record("linear", [0.25, 0.75], 0, [1.0, 2.0]),
+        record("linear", [0.25, 0.75], 1, [3.0, 1.0]),
+        record("linear", [0.5, 0.5], 0, [9.0, 9.0]),
+        record("raco", [0.25, 0.75], 0, [0.5, 2.5], c=0.4),
+        record("raco", [0.25, 0.75], 1, [2.0, 1.5], c=0.4),
+        record("raco", [0.25, 0.75], 2, [0.0, 0.0], c=0.4),  # its baseline is missing
+        record("mgda", [0.5, 0.5], 0, [1.0, 1.0]),  # asks for no weights: no pair
+    ]
+    a, b, weighted = paired_difference(records, "loss")
+    assert {d.cell.method for d in (a, b, weighted)} == {"raco (c = 0.4)"}
+    assert [d.objective for d in (a, b, weighted)] == ["a", "b", None]
+    assert [d.seeds for d in (a, b, weighted)] == [2, 2, 2]
+    assert a.interval.mean == pytest.approx((-0.5 - 1.0) / 2)
+    assert (a.interval.low, a.interval.high) == pytest.approx((-1.0, -0.5))
+    assert b.interval.mean == pytest.approx(0.5)
+    assert weighted.interval.mean == pytest.approx(0.25 * -0.75 + 0.75 * 0.5)
+
+
+def test_pairing_removes_what_the_seed_does_to_both():
+    generator = random.Random(0)
+    records = []
+    for seed in range(5):
+        luck = generator.gauss(0, 10)
+        records += [
+            record("linear", [1.0], seed, [luck]),
+            record("amopo", [1.0], seed, [luck + 0.5]),
+        ]
+    difference = paired_difference(records, "loss")[0]
+    assert list(difference.interval) == pytest.approx([0.5, 0.5, 0.5])
+
+
+def test_another_baseline_and_none():
+    records = [record("raco", [1.0], 0, [1.0], c=0.1), record("linear", [1.0], 0, [3.0])]
+    found = paired_difference(records, "loss", baseline="raco (c = 0.1)")
+    assert [d.interval.mean for d in found] == [2.0, 2.0]
+    assert paired_difference(records, "loss", baseline="modpo") == []
