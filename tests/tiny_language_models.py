@@ -18,7 +18,24 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-WORDS = "the a paper model data we show propose method result on of and large small new".split()
+WORDS = [
+    "the",
+    "a",
+    "paper",
+    "model",
+    "data",
+    "we",
+    "show",
+    "propose",
+    "method",
+    "result",
+    "on",
+    "of",
+    "and",
+    "large",
+    "small",
+    "new",
+]
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 FAMILIES = ("qwen3", "llama", "gemma3")
 
