@@ -403,6 +403,13 @@ class TestSettings:
             assert 0 <= logged[f"p_clipped/{name}"] <= changed["weights"][name] + 1e-12
         assert logged["gap"] <= 1e-9
 
+    @pytest.mark.filterwarnings("ignore")  # of torch, about its compiler's options
+    def test_compiled_model(self, settings: Settings) -> None:
+        rows = tiny_pairs(8)
+        settings |= {"optim": "sgd"}
+        compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+        assert_close(trained(settings, rows, **compiled), trained(settings, rows), 1e-5)
+
     @pytest.mark.parametrize("loss_type", ["simpo", "kto_pair", "sigmoid_norm", "ipo"])
     def test_loss_types(self, settings: Settings, loss_type: str) -> None:
         trainer = make_trainer(settings, tiny_pairs(8, missing=0.3), loss_type=[loss_type])

@@ -62,26 +62,24 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
 
     The mean runs over the pairs that the objective labels in the whole accumulated batch, so that
     micro-batches change nothing. With the method ``"raco"`` each loss has its own gradient, summed
-    over the micro-batches, and CAGrad-Clip combines them (`raco_optim.CAGradClip`); what follows,
-    from the clipping of the gradient norm on, is the Trainer's. `MultiObjectiveDPOConfig` has the
-    other methods, docs/alignment.md the keys of what is logged.
+    over the micro-batches, and CAGrad-Clip combines them; what follows, from the clipping of the
+    norm on, is the Trainer's. `MultiObjectiveDPOConfig` has the other methods, docs/alignment.md
+    the keys of what is logged.
 
     Args:
         model: As in TRL: a model or its path.
         ref_model: As in TRL.
         args: A `MultiObjectiveDPOConfig`.
         data_collator: As in TRL; it need not know of the preferences.
-        train_dataset: As in TRL, with the columns ``pref_<objective>``; a stream is checked as it
-            comes.
+        train_dataset: As in TRL, with columns ``pref_<objective>``; a stream is checked as it comes.
         eval_dataset: As in TRL, with the same columns.
         processing_class: As in TRL.
         **others: As in TRL (``callbacks``, ``optimizers``, ``peft_config``, ...).
 
     Raises:
         TypeError: `args` is not a `MultiObjectiveDPOConfig`.
-        ValueError: A column is missing or holds something else than a preference, an objective
-            labels no pair, or a setting can't be honoured; the message names it. From `train`:
-            the output folder holds another run's checkpoints.
+        ValueError: A column is missing or holds no preferences, an objective labels no pair, a
+            setting can't be honoured, or, from `train`, the output folder holds another run.
         FloatingPointError: From `train`: a loss is NaN or Inf, or a gradient that is combined.
 
     Note:
@@ -185,7 +183,8 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Tensor]:  # noqa: ANN401
         """As the Trainer's, but counts the labelled pairs per objective, ``[m]``."""
-        self._pending = None  # of a step that was stopped in the middle
+        self._pending = None  # of a step that was stopped in the middle, as is what is in .grad
+        self.model.zero_grad()
         batches, _ = super().get_batch_samples(*args)
         zero = torch.zeros(len(self._names), dtype=torch.int64, device=self.args.device)
         return batches, sum((labelled(b[SIGNS]).to(zero.device) for b in batches), start=zero)
@@ -284,7 +283,8 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
             if self.precompute_ref_logps:
                 reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
             else:
-                reference = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+                model = self.model if self.ref_model is None else self.ref_model
+                reference = self.compute_ref_log_probs(model, inputs)
         chosen, rejected = policy.chunk(2)
         tokens = inputs["completion_mask"].sum(1).chunk(2)
         log_probs = PairLogProbs(chosen, rejected, *reference, *tokens)

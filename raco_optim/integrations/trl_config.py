@@ -38,6 +38,7 @@ _NOT_HONOURED = {
     "fp16": False,
     "deepspeed": None,
     "torch_empty_cache_steps": None,
+    "label_smoothing_factor": 0.0,  # the Trainer's, for other losses
 }
 
 
@@ -48,8 +49,8 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
     All fields of `DPOConfig` keep their names, meanings and defaults, but for those that change
     the loss in a way that losses per objective don't have (``loss_weights``, ``ld_alpha``,
     ``f_divergence_type``, ``use_weighting``), and for ``activation_offloading``,
-    ``use_liger_kernel``, ``fp16``, ``deepspeed`` and
-    ``torch_empty_cache_steps``: a value other than the default is an error.
+    ``use_liger_kernel``, ``fp16``, ``deepspeed``, ``torch_empty_cache_steps`` and
+    ``label_smoothing_factor``: a value other than the default is an error.
 
     Args:
         weights: w, objective -> weight, numbers >= 0 that sum to 1, or a string such as
