@@ -71,7 +71,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         ref_model: As in TRL.
         args: A `MultiObjectiveDPOConfig`.
         data_collator: As in TRL; it need not know of the preferences.
-        train_dataset: As in TRL, with columns ``pref_<objective>``; a stream is checked as it comes.
+        train_dataset: As in TRL, with columns ``pref_<objective>``; a stream is checked on its way.
         eval_dataset: As in TRL, with the same columns.
         processing_class: As in TRL.
         **others: As in TRL (``callbacks``, ``optimizers``, ``peft_config``, ...).
