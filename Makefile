@@ -27,9 +27,11 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.solver_speed
 	$(BIN)/python -m benchmarks.fuzz_subproblem
 
-# The study on SmolLM2-135M and on the small model; resumable: run it again after an interruption.
+# The study, on a small model and on SmolLM2-135M: hours on a CPU. Stopped, it goes on where it was.
 align: $(VENV)/.smollm2
 	$(BIN)/python -m benchmarks.alignment
+	$(BIN)/python -m benchmarks.alignment.tables
+	$(BIN)/python -m benchmarks.alignment.figures
 
 clean:
 	rm -rf $(VENV) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
