@@ -725,6 +725,5 @@ class TestConfig:
             assert (other.weights, other.c, other.beta) == (WEIGHTS, 0.3, BETA)
 
     def test_reports_to_tensorboard(self, settings: Settings) -> None:
-        pytest.importorskip("tensorboard")
         make_trainer(settings | {"report_to": "tensorboard"}, tiny_pairs(8)).train()
         assert list(Path(settings["output_dir"]).rglob("events*"))
