@@ -81,6 +81,16 @@ class StepReport:
     absent: tuple[str, ...]
     skipped: int
 
+    @property
+    def hurting(self) -> bool:
+        """Whether the combined gradient G raises a loss to first order: some <g_i, G> < 0."""
+        return bool((self.gram @ self.coefficients < 0).any())
+
+    @property
+    def conflicting(self) -> bool:
+        """Whether two losses conflict: some <g_i, g_j> < 0."""
+        return bool((self.gram < 0).any())
+
 
 def make_report(
     *,

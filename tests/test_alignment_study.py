@@ -525,6 +525,7 @@ def test_a_model_is_unpacked_once_and_can_be_trained(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     monkeypatch.setattr(models, "AutoTokenizer", Tokenizer)
+    monkeypatch.setattr("transformers.AutoTokenizer", Tokenizer)
     first, _ = models.load("smollm2", tmp_path / "kept")
     again, _ = models.load("smollm2", tmp_path / "kept")
     assert loads == ["model.gguf", None, None]

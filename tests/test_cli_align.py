@@ -278,7 +278,7 @@ def test_gguf_is_unpacked_once(tmp_path, monkeypatch):
         unpacked.append(file)
         folder.mkdir()
 
-    monkeypatch.setattr("raco_optim.cli.models._unpack", unpack)
+    monkeypatch.setattr("raco_optim.cli.models.unpack", unpack)
     (file := tmp_path / "a.gguf").write_text("weights")
     first = loadable_model(str(file), tmp_path)
     assert loadable_model(str(file), tmp_path) == first

@@ -203,3 +203,22 @@ def test_outcomes_explain_themselves():
         *("names", "weights", "gram", "cosines", "p", "p_clipped", "coefficients", "gap"),
         *("clip_angle", "outcome", "losses", "absent", "skipped"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("second", "coefficients", "hurting", "conflicting"),
+    [
+        ([0.0, 1.0], [1.0, 1.0], False, False),
+        ([-0.5, 1.0], [1.0, 1.0], False, True),
+        ([-2.0, 1.0], [1.0, 1.0], True, True),
+        ([0.0, 1.0], [1.0, -1.0], True, False),
+    ],
+)
+def test_hurting_and_conflicting(
+    second: list[float], coefficients: list[float], hurting: bool, conflicting: bool
+) -> None:
+    x = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    rule = torch.tensor(coefficients, dtype=torch.float64)
+    opt = MultiObjectiveOptimizer(torch.optim.SGD([x], lr=0.1), lambda _: rule)
+    opt.backward([x[0], x @ torch.tensor(second, dtype=torch.float64)])
+    assert (opt.report.hurting, opt.report.conflicting) == (hurting, conflicting)

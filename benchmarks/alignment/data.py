@@ -28,16 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aclsum import ACLSum
 from aclsum.aclsum import ASPECTS, Document
+
+from benchmarks.demo.data import WORDS, draw_in_turns, load_papers
 
 COUNTED = ("coverage", "faithful")
 OBJECTIVES = (*ASPECTS, "short", *COUNTED)
 SPLITS = ("train", "val", "test")
-
-# Fewer words are often a heading or a fragment that the PDF parser took for a sentence; more would
-# make the batches too long for a CPU.
-WORDS = range(4, 25)
 
 
 @dataclass(frozen=True)
@@ -86,11 +83,6 @@ class Pair:
     def prompt(self) -> str:
         """What a model is asked; the completion starts with a space."""
         return f'A sentence from the paper "{self.title}":'
-
-
-def load_papers(*splits: str) -> list[Document]:
-    """Papers of splits of aclsum: ``"train"``, ``"val"``, ``"test"``; no two share a paper."""
-    return [paper for split in splits for paper in ACLSum(split).documents]
 
 
 def words(text: str) -> list[str]:
@@ -184,15 +176,7 @@ def sample_pairs(
         ]
         generator.shuffle(queue)
         queues.append(queue)
-    generator.shuffle(queues)
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*queues))
-    drawn = list(itertools.islice(filter(None, turns), count))
-    if len(drawn) < count:
-        raise ValueError(
-            f"`count` must be at most the {len(drawn)} pairs of these papers; got {count}. Ask "
-            "for fewer, or name more splits."
-        )
-    return drawn
+    return draw_in_turns(queues, count, generator)
 
 
 def _pair(paper: Document, x: Candidate, y: Candidate, objectives: Sequence[str]) -> Pair:

@@ -12,7 +12,7 @@ take a second.
 from __future__ import annotations
 
 import importlib.util
-import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from raco_optim.cli.models import unpack
 
 FOLDER = Path("build/models")
 PIP = {
@@ -62,22 +64,8 @@ def _unpack(name: str, kept: Path) -> None:
     """Reads the gguf file and writes what transformers loads fast, whole or not at all."""
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"reading the weights of {name} needs gguf. Run `{PIP[name]}`.")
-    partial = kept.with_name(f"{kept.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    gguf = smollm2_file() if name == "smollm2" else gemma3_file(partial)
-    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # The weights are dequantised by now, but marked as quantised they could neither be saved nor
-    # trained.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    model.config.__dict__.pop("quantization_config", None)
-    model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(partial)
-    if gguf.parent == partial:
-        gguf.unlink()
-    partial.rename(kept)
+    with tempfile.TemporaryDirectory() as scratch:
+        unpack(smollm2_file() if name == "smollm2" else gemma3_file(Path(scratch)), kept)
 
 
 def smollm2_file() -> Path:

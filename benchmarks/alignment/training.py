@@ -242,8 +242,8 @@ def _summary(recipe: Recipe, reports: Sequence[Any]) -> dict[str, Any]:
         return found | dict.fromkeys(("hurting_steps", "conflicting_steps", "cosine"))
     m = len(recipe.weights)
     rows, columns = torch.triu_indices(m, m, offset=1)
-    found["hurting_steps"] = mean([bool((r.gram @ r.coefficients < 0).any()) for r in reports])
-    found["conflicting_steps"] = mean([bool((r.gram < 0).any()) for r in reports])
+    found["hurting_steps"] = mean([r.hurting for r in reports])
+    found["conflicting_steps"] = mean([r.conflicting for r in reports])
     found["cosine"] = mean([x for r in reports for x in r.cosines[rows, columns].tolist()])
     if recipe.method in SURGERY:
         found["vertex_share"] = mean([bool(r.p.max() > 1 - 1e-9) for r in reports])

@@ -157,7 +157,7 @@ def align(
         optimizer.step()
 
         report = optimizer.report
-        hurting.append(bool((report.gram @ report.coefficients < 0).any()))
-        conflicting.append(bool((report.gram < 0).any()))
+        hurting.append(report.hurting)
+        conflicting.append(report.conflicting)
         on_step()
     return model, Training(sum(hurting) / len(hurting), sum(conflicting) / len(conflicting))

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from aclsum import ACLSum
 from aclsum.aclsum import Document
+
+Drawn = TypeVar("Drawn")
 
 OBJECTIVES = ("outcome", "short")
 
@@ -80,6 +82,31 @@ def preference_signs(first: Sentence, second: Sentence) -> tuple[int, int]:
     return outcome, short
 
 
+def draw_in_turns(
+    queues: Sequence[list[Drawn]], count: int, generator: random.Random
+) -> list[Drawn]:
+    """Draws from queues that take turns, in random order of the queues.
+
+    Args:
+        queues: What there is to draw, a queue a paper, each in the order of drawing.
+        count: How many.
+        generator: Source of randomness.
+
+    Raises:
+        ValueError: If the queues hold fewer than `count`.
+    """
+    shuffled = list(queues)
+    generator.shuffle(shuffled)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*shuffled))
+    drawn = list(itertools.islice(filter(None, turns), count))
+    if len(drawn) < count:
+        raise ValueError(
+            f"`count` must be at most the {len(drawn)} pairs of these papers; got {count}. Ask "
+            "for fewer, or name more splits."
+        )
+    return drawn
+
+
 def sample_pairs(
     papers: Iterable[Document], count: int, generator: random.Random
 ) -> list[PreferencePair]:
@@ -106,17 +133,9 @@ def sample_pairs(
         queue = [(paper.id, outcome, other) for outcome in outcomes for other in others]
         generator.shuffle(queue)
         queues.append(queue)
-    generator.shuffle(queues)
-
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*queues))
-    drawn = list(itertools.islice(filter(None, turns), count))
-    if len(drawn) < count:
-        raise ValueError(
-            f"`count` must be at most the {len(drawn)} pairs of these papers; got {count}."
-        )
 
     pairs = []
-    for paper_id, *pair in drawn:
+    for paper_id, *pair in draw_in_turns(queues, count, generator):
         # In random order: were the outcome always first, a constant would be the best answer.
         generator.shuffle(pair)
         first, second = pair

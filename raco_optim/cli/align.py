@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raco_optim.cli.arguments import Parsed, margins_needed, parse
+from raco_optim.cli.arguments import Parsed, parse
 from raco_optim.cli.data import load_pairs
 from raco_optim.cli.environment import environment
 from raco_optim.cli.errors import refusals
@@ -105,7 +105,7 @@ def load_data(parsed: Parsed) -> tuple[Dataset, Dataset | None]:
     Raises:
         UsageError: A file is not usable.
     """
-    objectives, margins = list(parsed.config.objective_weights), margins_needed(parsed.config)
+    objectives, margins = list(parsed.config.objective_weights), parsed.config.margin_objectives
     train = load_pairs(Path(parsed.align.data), "--data", objectives, margins)
     if parsed.align.eval_data is None:
         return train, None

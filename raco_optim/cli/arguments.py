@@ -134,10 +134,3 @@ def parse(arguments: Sequence[str], command: str) -> Parsed:
             "again resumes by itself, from whole checkpoints."
         )
     return Parsed(align, config, model)
-
-
-def margins_needed(config: MultiObjectiveDPOConfig) -> list[str]:
-    """Returns the objectives whose margins the method needs (MODPO), in order."""
-    if config.method != "modpo":
-        return []
-    return [name for name in config.objective_weights if name != config.modpo_objective]

@@ -46,11 +46,20 @@ file.
         with needs_extra("align", "gguf"):
             import gguf  # noqa: F401  # transformers would report it in many lines
         with refusals(f"`--model` {name} cannot be read", OSError, ValueError):
-            _unpack(file, unpacked)
+            unpack(file, unpacked)
     return str(unpacked)
 
 
-def _unpack(file: Path, folder: Path) -> None:
+def unpack(file: Path, folder: Path) -> None:
+    """Writes model and tokenizer of a .gguf file as float32 that can be trained and saved.
+
+    Args:
+        file: The .gguf file.
+        folder: Where to, whole or not at all; the folder above it is made if missing.
+
+    Raises:
+        OSError, ValueError: The file cannot be read.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -64,6 +73,7 @@ def _unpack(file: Path, folder: Path) -> None:
     model.hf_quantizer = None
     model.is_quantized = False
     model.config.__dict__.pop("quantization_config", None)
+    partial.mkdir(parents=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     os.replace(partial, folder)

@@ -84,8 +84,8 @@ def step_values(step: Step) -> dict[str, float]:
     found = {
         "clip_angle": told.clip_angle,
         "gap": told.gap,
-        "hurting": float((told.gram @ told.coefficients < 0).any()),
-        "conflicting": float((told.gram < 0).any()),
+        "hurting": float(told.hurting),
+        "conflicting": float(told.conflicting),
     }
     for i, a in enumerate(step.names):
         if not step.absent[i]:

@@ -25,6 +25,11 @@ def margin_column(objective: str) -> str:
     return f"margin_{objective}"
 
 
+def preference_columns(objectives: Iterable[str], margins: Iterable[str]) -> list[str]:
+    """Names the columns that are read: preferences of all, margins of some (MODPO)."""
+    return [*map(sign_column, objectives), *map(margin_column, margins)]
+
+
 class PreferenceCollator:
     """Adds the preferences of a batch to what another collator makes of it.
 
@@ -46,9 +51,7 @@ class PreferenceCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Returns the batch with ``signs`` ``[B, m]`` and, where asked for, ``margins``."""
-        needed = [sign_column(o) for o in self.objectives] + [
-            margin_column(o) for o in self.margins
-        ]
+        needed = preference_columns(self.objectives, self.margins)
         for example in examples:
             check_columns(example, needed, "dataset")
         batch = self.collator(examples)

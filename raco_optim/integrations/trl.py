@@ -41,8 +41,7 @@ from raco_optim.integrations.preference_data import (
     PreferenceCollator,
     check_dataset,
     labelled,
-    margin_column,
-    sign_column,
+    preference_columns,
 )
 from raco_optim.integrations.trl_config import MultiObjectiveDPOConfig
 from raco_optim.per_example import LinearLayerGradients
@@ -137,8 +136,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         self._sums: dict[bool, Tensor] = {}  # by whether the model is in training
         self._means = Means()
         self._pending: Gradients | None = None
-        margins = [o for o in self._names if args.method == "modpo" and o != args.modpo_objective]
-        self._columns = [sign_column(o) for o in self._names] + [margin_column(o) for o in margins]
+        self._columns = preference_columns(self._names, args.margin_objectives)
         several = isinstance(eval_dataset, Mapping)
         for dataset in eval_dataset.values() if several else [eval_dataset]:
             check_dataset(dataset, self._columns, "eval_dataset")
@@ -161,7 +159,9 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         # TRL has dropped prompts longer than `max_length`.
         check_dataset(self.train_dataset, self._columns, "train_dataset")
         # Wrapped, not replaced: padding, truncation and a user's own collator stay as they are.
-        self.data_collator = PreferenceCollator(self.data_collator, self._names, margins)
+        self.data_collator = PreferenceCollator(
+            self.data_collator, self._names, args.margin_objectives
+        )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -133,6 +133,13 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
         assert isinstance(self.weights, dict)
         return self.weights
 
+    @property
+    def margin_objectives(self) -> list[str]:
+        """The objectives whose reward margins the method reads (MODPO: all but its own)."""
+        if self.method != "modpo":
+            return []
+        return [name for name in self.objective_weights if name != self.modpo_objective]
+
     def _check_loss(self) -> None:
         checked_number("beta", self.beta, positive=True)
         checked_number("label_smoothing", self.label_smoothing, below=0.5)
