@@ -13,6 +13,9 @@ A step, one stage a module, each a pure function that is usable alone:
 
 Behind `simplex.py` are the solvers, `active_set.py` (exact), `pgd.py` and `slsqp.py`, with
 `optimality.py`, which certifies a point and finds the one closest to the weights.
+Gradients, Gram matrix and combination belong together, and there are three ways to have them, a
+module each: `materialized.py` (all m gradients, the default), `ghost.py` (the same result without
+those of large layers, found by `graph.py`) and `surrogate.py` (approximations).
 `step.py` runs the stages in a row, `optimizer.py` holds the state and is an optimizer like any
 other, `methods.py` names the rules (CAGradClip, CAGrad, MGDA, LinearScalarization), `report.py`
 says what a step did, and `pareto.py` measures what came of it.
@@ -27,9 +30,10 @@ from raco_optim.combine import add_combined_gradient
 from raco_optim.gradients import per_loss_gradients
 from raco_optim.gram import gram_matrix
 from raco_optim.methods import MGDA, CAGrad, CAGradClip, LinearScalarization
-from raco_optim.optimizer import MultiObjectiveOptimizer, backward
+from raco_optim.optimizer import MultiObjectiveOptimizer
 from raco_optim.report import Outcome, StepReport
 from raco_optim.simplex import SubproblemSolution, min_norm_point, solve_subproblem
+from raco_optim.unwrap import backward
 
 __all__ = [
     "MGDA",

@@ -47,6 +47,22 @@ def checked_weights(weights: Any) -> list[float]:  # noqa: ANN401  # that is wha
     return w if abs(total - 1) <= 1e-15 else [x / total for x in w]
 
 
+def checked_new_weights(
+    weights: Any,  # noqa: ANN401  # that is what it checks
+    names: tuple[str, ...] | None,
+    number: int | None,
+) -> list[float]:
+    """Returns the weights in the order of `names`, or raises unless they fit the old ones."""
+    given = set(weights) if isinstance(weights, Mapping) else None
+    if given != (None if names is None else set(names)):
+        expected = "a sequence" if names is None else f"a mapping with {names}"
+        raise ValueError(f"`weights` must stay {expected}; got {weights!r}.")
+    checked = checked_weights([weights[name] for name in names] if names else weights)
+    if number is not None and len(checked) != number:
+        raise ValueError(f"`weights` must keep its {number} entries; got {len(checked)}.")
+    return checked
+
+
 def checked_radius(c: Any, *, below_one: bool) -> float:  # noqa: ANN401  # that is what it checks
     """Returns the radius `c` as a float, or raises `ValueError`."""
     try:
@@ -69,6 +85,62 @@ def checked_choice(argument: str, value: Choice, choices: Sequence[str]) -> Choi
     if value not in choices:
         expected = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"`{argument}` must be one of {expected}; got {value!r}.")
+    return value
+
+
+def checked_mode(
+    gram: Any,  # noqa: ANN401  # that is what it checks
+    modes: Sequence[str],
+    known: list[Tensor],
+) -> Any:  # noqa: ANN401  # a mode or a list of parameters
+    """Returns the mode or, as a list, the parameters, or raises."""
+    if isinstance(gram, str):
+        return checked_choice("gram", gram, modes)
+    if not isinstance(gram, Iterable):
+        expected = ", ".join(repr(mode) for mode in modes)
+        raise TypeError(
+            f"`gram` must be one of {expected}, or an iterable of parameters; got {gram!r}."
+        )
+    return checked_parameters("gram", gram, known)
+
+
+def check_mode_fits(
+    mode: str | list[Tensor],
+    solve_every: int,
+    losses: Sequence[object],
+    representation: Any,  # noqa: ANN401  # that is what it checks
+    *,
+    accumulate: bool,
+) -> None:
+    """Raises unless what was passed to `backward` is what the mode needs."""
+    wanted = mode == "representation"
+    if wanted and not isinstance(representation, Tensor):
+        raise TypeError(
+            f"`representation` must be the tensor that all losses are computed from, which "
+            f'gram="representation" needs; got {type(representation).__name__}.'
+        )
+    if representation is not None and not wanted:
+        raise ValueError(
+            f'`representation` is used with gram="representation" alone; got one, of type '
+            f"{type(representation).__name__}. Leave it out, or choose that mode."
+        )
+    exact = mode in ("materialized", "ghost") and solve_every == 1
+    if accumulate and not exact:
+        raise ValueError(
+            "`accumulate` must be False with an approximate Gram matrix; got True. Choose "
+            'gram="materialized" and solve_every=1.'
+        )
+    if not exact and not all(loss is None or isinstance(loss, Tensor) for loss in losses):
+        raise TypeError(
+            "losses must be tensors of one graph with an approximate Gram matrix; got a callable "
+            'or another object. Choose gram="materialized" and solve_every=1 for callables.'
+        )
+
+
+def checked_count(argument: str, value: Any) -> int:  # noqa: ANN401  # that is what it checks
+    """Returns `value` if it is an integer of at least 1, or raises `ValueError`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{argument}` must be an integer of at least 1; got {value!r}.")
     return value
 
 
@@ -187,26 +259,25 @@ def named_losses(
     return positions, ordered
 
 
-def checked_shared_parameters(
-    shared: Any,  # noqa: ANN401  # that is what it checks
+def checked_parameters(
+    argument: str,
+    parameters: Any,  # noqa: ANN401  # that is what it checks
     known: list[Tensor],
 ) -> list[Tensor]:
     """Returns the parameters as a list if all of them are known, or raises."""
     advice = "Pass for example model.trunk.parameters()."
-    chosen = list(shared) if isinstance(shared, Iterable) else [shared]
+    chosen = list(parameters) if isinstance(parameters, Iterable) else [parameters]
     identities = {id(p) for p in known}
     for p in chosen:
         if not isinstance(p, Tensor):
-            raise TypeError(
-                f"`shared_parameters` must be tensors; got {type(p).__name__}. {advice}"
-            )
+            raise TypeError(f"`{argument}` must be tensors; got {type(p).__name__}. {advice}")
         if id(p) not in identities:
             raise ValueError(
-                f"`shared_parameters` must be parameters of `inner`; got another one, of shape "
+                f"`{argument}` must be parameters of `inner`; got another one, of shape "
                 f"{list(p.shape)}. {advice}"
             )
     if not chosen:
-        raise ValueError(f"`shared_parameters` must hold one at least; got none. {advice}")
+        raise ValueError(f"`{argument}` must hold one at least; got none. {advice}")
     return chosen
 
 

@@ -39,30 +39,45 @@ def add_combined_gradient(
         >>> x.grad
         tensor([0.5000, 0.5000])
     """
-    # Python numbers where they are at hand: a multiplication by a tensor is slower.
-    scales: list[Any] = (
-        coefficients.tolist() if coefficients.device.type == "cpu" else list(coefficients.unbind())
-    )
+    scales = as_scales(coefficients)
     for j, parameter in enumerate(parameters):
-        combined: Tensor | None = None
+        column = []
         for row, scale in zip(gradients, scales, strict=True):
-            g, row[j] = row[j], None
-            if g is None:
-                continue
-            if g.dtype in _LOW_PRECISION:
-                g = g.float()
-            if combined is None:
-                # Never in place: autograd may return one tensor for two parameters, an expanded
-                # one, or one that the user's code still holds.
-                combined = g * scale
-            elif isinstance(scale, float):
-                combined.add_(g, alpha=scale)
-            else:
-                combined.add_(g * scale)
-        if combined is None:
-            continue
-        combined = combined.to(parameter.dtype)
-        if parameter.grad is None:
-            parameter.grad = combined
+            if row[j] is not None:
+                column.append((row[j], scale))
+                row[j] = None
+        if column:
+            add_gradient(parameter, combination(*zip(*column, strict=True)))
+
+
+def as_scales(coefficients: Tensor) -> list[Any]:
+    """Returns Python numbers where they are at hand: a tensor is slower to multiply by."""
+    on_host = coefficients.device.type == "cpu"
+    return coefficients.tolist() if on_host else list(coefficients.unbind())
+
+
+def combination(tensors: Sequence[Tensor], scales: Sequence[Any]) -> Tensor:
+    r"""Returns :math:`\sum_i \alpha_i x_i`, formed in float32 at least."""
+    # Never in place: autograd may return one tensor for two parameters, an expanded one, or one
+    # that the user's code still holds.
+    combined: Tensor = _at_least_single(tensors[0]) * scales[0]
+    for x, scale in zip(tensors[1:], scales[1:], strict=True):
+        if isinstance(scale, float):
+            combined.add_(_at_least_single(x), alpha=scale)
         else:
-            parameter.grad.add_(combined)
+            combined.add_(_at_least_single(x) * scale)
+    return combined
+
+
+def _at_least_single(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in _LOW_PRECISION else x
+
+
+@torch.no_grad()
+def add_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    """Adds a gradient, which it may keep, to ``.grad`` of the parameter."""
+    gradient = gradient.to(parameter.dtype)
+    if parameter.grad is None:
+        parameter.grad = gradient
+    else:
+        parameter.grad.add_(gradient)

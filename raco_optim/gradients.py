@@ -7,12 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from raco_optim._checks import as_list, check_any_present
 
 Loss = Tensor | Callable[[], Tensor]
 Gradient = list[Tensor | None]
 
+_A_PARAMETER = (
+    "a parameter of the optimizer; it reaches none. Was the optimizer built from this model's "
+    "parameters? Pass None for a loss that is absent from this batch."
+)
 _REMEDIES = (
     (
         "second time",
@@ -78,11 +83,19 @@ def per_loss_gradients(
 
 
 def iterate_gradients(
-    losses: list[Loss | None], parameters: list[Tensor], names: Sequence[str]
+    losses: Sequence[Loss | None],
+    parameters: Sequence[Tensor],
+    names: Sequence[str],
+    edges: Sequence[GradientEdge] = (),
+    *,
+    keep_graph: bool = False,
+    needed: str | None = _A_PARAMETER,
 ) -> Iterator[tuple[Tensor | None, Gradient]]:
     """Yields value and gradient of one loss after the other; see `per_loss_gradients`.
 
-    Tensors are all checked before the first backward pass, so that a bad one costs nothing.
+    Behind the gradients of the parameters come those of `edges` of the losses' graph. Tensors are
+    all checked before the first backward pass, so that a bad one costs nothing. `needed` says
+    what a loss that reaches none of them was to depend on, and the remedy; None allows it.
     """
     _check_parameters(parameters)
     for name, loss in zip(names, losses, strict=True):
@@ -102,18 +115,23 @@ def iterate_gradients(
     walked: set[Any] = set()
     for i, (name, loss) in enumerate(zip(names, losses, strict=True)):
         if loss is None:
-            yield None, [None] * len(parameters)
+            yield None, [None] * (len(parameters) + len(edges))
             continue
         if isinstance(loss, Tensor):
             value = loss.detach().clone()
-            found = _gradient(name, loss, trainable, walked, retain=i < last_tensor)
+            retain = keep_graph or i < last_tensor
+            found = _gradient(name, loss, trainable, edges, walked, retain=retain, needed=needed)
         else:
             value, found = _evaluate(name, loss, trainable)
         if i < last_callable:
             # The next callable may refill a buffer that a custom function returned as gradient.
             found = [None if g is None else g.clone() for g in found]
         reached = iter(found)
-        yield value, [next(reached) if p.requires_grad else None for p in parameters]
+        row = [next(reached) if p.requires_grad else None for p in parameters]
+        row.extend(reached)
+        # What the caller frees of the row is to be free during the next backward pass.
+        del found, reached
+        yield value, row
 
 
 def _evaluate(
@@ -123,15 +141,23 @@ def _evaluate(
     with torch.enable_grad():
         value = loss()
     _check_loss(name, value, trainable)
-    return value.detach().clone(), _gradient(name, value, trainable, set(), retain=False)
+    return value.detach().clone(), _gradient(name, value, trainable, (), set(), retain=False)
 
 
 def _gradient(
-    name: str, loss: Tensor, trainable: list[Tensor], walked: set[Any], *, retain: bool
+    name: str,
+    loss: Tensor,
+    trainable: Sequence[Tensor],
+    edges: Sequence[GradientEdge],
+    walked: set[Any],
+    *,
+    retain: bool,
+    needed: str | None = _A_PARAMETER,
 ) -> Gradient:
+    inputs: Any = (*trainable, *edges)
     try:
         gradient: Gradient = list(
-            torch.autograd.grad(loss, trainable, retain_graph=retain, allow_unused=True)
+            torch.autograd.grad(loss, inputs, retain_graph=retain, allow_unused=True)
         )
     except RuntimeError as error:
         remedies = [remedy for symptom, remedy in _REMEDIES if symptom in str(error)]
@@ -140,13 +166,9 @@ def _gradient(
         ) from error
     if any(g is None for g in gradient):
         _check_no_reentrant_checkpoint(name, loss, walked)
-    if all(g is None for g in gradient):
-        raise ValueError(
-            f"loss {name!r} must depend on a parameter of the optimizer; it reaches none. Was the "
-            f"optimizer built from this model's parameters? Pass None for a loss that is absent "
-            f"from this batch."
-        )
-    for p, g in zip(trainable, gradient, strict=True):
+    if needed is not None and all(g is None for g in gradient):
+        raise ValueError(f"loss {name!r} must depend on {needed}")
+    for p, g in zip(trainable, gradient, strict=False):
         if g is not None and g.layout != torch.strided:
             raise ValueError(
                 f"gradients must be dense; loss {name!r} has a {g.layout} gradient for the "
@@ -155,7 +177,7 @@ def _gradient(
     return gradient
 
 
-def _check_parameters(parameters: list[Tensor]) -> None:
+def _check_parameters(parameters: Sequence[Tensor]) -> None:
     for p in parameters:
         if p.is_complex():
             raise ValueError(
@@ -170,7 +192,7 @@ def _check_parameters(parameters: list[Tensor]) -> None:
         )
 
 
-def _check_loss(name: str, loss: object, parameters: list[Tensor]) -> None:
+def _check_loss(name: str, loss: object, parameters: Sequence[Tensor]) -> None:
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"loss {name!r} must be a scalar tensor; its callable returned {type(loss).__name__}."

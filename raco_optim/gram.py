@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
 
-# 64k float64 numbers a row stay in the cache, and the rounding error of a sum over so few is
-# below that of one float32 number.
+Column = tuple[Tensor | None, ...]
+
+# 64k numbers a row stay in the cache, and the rounding error of a float64 sum over so few is below
+# that of one float32 number.
 _CHUNK = 65536
+# What float32 holds, at twice the speed of float64.
+_SHORT = {torch.float32, torch.bfloat16, torch.float16}
+# Up to 8 rows, float32 products of all pairs are faster than one float64 matrix product.
+_PAIRS = 8
 
 
 def gram_matrix(gradients: Sequence[Sequence[Tensor | None] | Tensor] | Tensor) -> Tensor:
@@ -17,10 +24,17 @@ def gram_matrix(gradients: Sequence[Sequence[Tensor | None] | Tensor] | Tensor) 
 
     .. math:: H_{ij} = \langle g_i, g_j \rangle
 
-    Chunks of at most 65,536 elements are converted to float64 and multiplied there: the products
-    of float32, bfloat16 and float16 numbers are then exact, nothing overflows, and the sum does
-    not drift with the number of elements (a float32 product over 50 M elements is off by up to
-    14 %). Nothing is waited for on an accelerator.
+    In float64, chunk by chunk: the products of float32, bfloat16 and float16 numbers are exact
+    there, nothing overflows, and the sum does not drift with the number of elements (a float32
+    product over 50 M elements is off by up to 14 %). Nothing is waited for on an accelerator.
+
+    On a CPU and for m up to 8, large parameters (65,536 elements and more) with gradients of
+    float32 or shorter are multiplied and summed over a chunk in float32, in half to two thirds of
+    the time. That is off, relative to :math:`|g_i| |g_j|`, by 1e-7 for 65,536 random elements,
+    1e-8 for 5 M, and up to 6e-7 if all elements have one magnitude. Where more is needed, all is
+    computed again in float64: if an entry is not finite, a gradient is zero or has a root mean
+    square below 1e-15, or the matrix of cosines has an eigenvalue below 1e-3 (nearly dependent
+    gradients, duplicates).
 
     Args:
         gradients: m rows, each one gradient as tensors per parameter, in the same order in all
@@ -48,28 +62,75 @@ def gram_matrix(gradients: Sequence[Sequence[Tensor | None] | Tensor] | Tensor) 
     if not rows:
         raise ValueError("`gradients` must hold at least one gradient; got none.")
     columns = list(_columns(rows))
+    fast = [len(rows) <= _PAIRS and _may_be_float32(column) for column in columns]
+    if any(fast):
+        gram = _sum_of_products(columns, fast, len(rows))
+        if _is_well_conditioned(gram, rows):
+            return gram
+    return _sum_of_products(columns, [False] * len(columns), len(rows))
+
+
+def _sum_of_products(columns: list[Column], fast: list[bool], m: int) -> Tensor:
     device = next((g.device for column in columns for g in column if g is not None), None)
-    m = len(rows)
     gram = torch.zeros(m, m, dtype=torch.float64, device=device)
     longest = max((_length(column) for column in columns), default=0)
     scratch = torch.empty(m, min(longest, _CHUNK), dtype=torch.float64, device=device)
-    for column in columns:
-        flat = [None if g is None else g.detach().reshape(-1) for g in column]
-        length = _length(column)
-        for start in range(0, length, _CHUNK):
-            stop = min(start + _CHUNK, length)
-            block = scratch[:, : stop - start]
-            for i, g in enumerate(flat):
-                if g is None:
+    for column, is_fast in zip(columns, fast, strict=True):
+        if is_fast:
+            gram += _products_of_pairs(column)
+            continue
+        for parts in _chunks(column):
+            block = scratch[:, : _length(parts)]
+            for i, part in enumerate(parts):
+                if part is None:
                     block[i].zero_()
                 else:
-                    block[i].copy_(g[start:stop])
+                    block[i].copy_(part)
             gram.addmm_(block, block.T)
     # The two triangles of a matrix product may differ in the last bit.
     return (gram + gram.T) / 2
 
 
-def _columns(rows: list[list[Tensor | None]]) -> Iterator[tuple[Tensor | None, ...]]:
+def _chunks(column: Column) -> Iterator[list[Tensor | None]]:
+    flat = [None if g is None else g.detach().reshape(-1) for g in column]
+    for start in range(0, _length(column), _CHUNK):
+        yield [None if g is None else g[start : start + _CHUNK] for g in flat]
+
+
+def _products_of_pairs(column: Column) -> Tensor:
+    m = len(column)
+    sums = [[0.0] * m for _ in range(m)]
+    for parts in _chunks(column):
+        rows = [(i, part.float()) for i, part in enumerate(parts) if part is not None]
+        for (i, a), (j, b) in combinations_with_replacement(rows, 2):
+            # torch adds in a tree: a sum is off by a few bits, however many numbers it has.
+            sums[i][j] += (a * b).sum().item()
+    upper = torch.tensor(sums, dtype=torch.float64, device="cpu")
+    return upper + upper.triu(1).T
+
+
+def _is_well_conditioned(gram: Tensor, rows: list[list[Tensor | None]]) -> bool:
+    """Whether an H from float32 sums serves as well as one from float64; None is exactly zero."""
+    sizes = [sum(g.numel() for g in row if g is not None) for row in rows]
+    present = [i for i, n in enumerate(sizes) if n > 0]
+    H = gram[present][:, present]
+    # Smaller squares lose bits, as those below 1e-38 do altogether.
+    least = 1e-30 * H.new_tensor([sizes[i] for i in present])
+    if not bool(H.isfinite().all() & (H.diagonal() > least).all()):
+        return False
+    scale = H.diagonal().rsqrt()
+    # A solution depends on the last digits of H where gradients are nearly dependent; duplicates
+    # must even have entries that are equal to the last bit.
+    return bool(torch.linalg.eigvalsh(scale[:, None] * H * scale)[0] > 1e-3)
+
+
+def _may_be_float32(column: Column) -> bool:
+    return _length(column) >= _CHUNK and all(
+        g is None or (g.device.type == "cpu" and g.dtype in _SHORT) for g in column
+    )
+
+
+def _columns(rows: list[list[Tensor | None]]) -> Iterator[Column]:
     lengths = [len(row) for row in rows]
     if len(set(lengths)) > 1:
         raise ValueError(
@@ -88,5 +149,8 @@ def _columns(rows: list[list[Tensor | None]]) -> Iterator[tuple[Tensor | None, .
         yield column
 
 
-def _length(column: tuple[Tensor | None, ...]) -> int:
-    return next((g.numel() for g in column if g is not None), 0)
+def _length(tensors: Sequence[Tensor | None]) -> int:
+    for g in tensors:
+        if g is not None:
+            return g.numel()
+    return 0

@@ -18,7 +18,7 @@ from raco_optim.coefficients import (
 )
 from raco_optim.optimizer import MultiObjectiveOptimizer, Weights
 from raco_optim.simplex import SOLVERS, Solver
-from raco_optim.step import NonFinite
+from raco_optim.step import Mode, NonFinite
 
 
 class CAGradClip(MultiObjectiveOptimizer):
@@ -45,6 +45,9 @@ class CAGradClip(MultiObjectiveOptimizer):
         shared_parameters: Only these enter the Gram matrix and get :math:`G_0`; the other
             parameters (task heads) get their part of :math:`g_0`. Default: all of `inner`.
         nonfinite: ``"raise"``, ``"skip"`` or ``"propagate"``; see `MultiObjectiveOptimizer`.
+        gram: How the Gram matrix is had: ``"materialized"`` or ``"ghost"`` (exact), or
+            ``"representation"`` or parameters (approximate); see `MultiObjectiveOptimizer`.
+        solve_every: Steps that one Gram matrix serves; above 1 an approximation.
 
     Raises:
         TypeError: `inner` is not an optimizer.
@@ -76,6 +79,8 @@ class CAGradClip(MultiObjectiveOptimizer):
         solver: Solver = "exact",
         shared_parameters: Iterable[Tensor] | None = None,
         nonfinite: NonFinite = "raise",
+        gram: Mode | Iterable[Tensor] = "materialized",
+        solve_every: int = 1,
     ) -> None:
         checked_weights(weights)
         self.c = c
@@ -87,6 +92,8 @@ class CAGradClip(MultiObjectiveOptimizer):
             weights=weights,
             shared_parameters=shared_parameters,
             nonfinite=nonfinite,
+            gram=gram,
+            solve_every=solve_every,
         )
 
     @property
@@ -132,6 +139,8 @@ class CAGrad(CAGradClip):
         solver: See `CAGradClip`.
         shared_parameters: See `CAGradClip`.
         nonfinite: See `CAGradClip`.
+        gram: See `CAGradClip`.
+        solve_every: See `CAGradClip`.
 
     Raises:
         TypeError: `inner` is not an optimizer.
@@ -159,6 +168,8 @@ class CAGrad(CAGradClip):
         solver: Solver = "exact",
         shared_parameters: Iterable[Tensor] | None = None,
         nonfinite: NonFinite = "raise",
+        gram: Mode | Iterable[Tensor] = "materialized",
+        solve_every: int = 1,
     ) -> None:
         super().__init__(
             inner,
@@ -168,6 +179,8 @@ class CAGrad(CAGradClip):
             solver=solver,
             shared_parameters=shared_parameters,
             nonfinite=nonfinite,
+            gram=gram,
+            solve_every=solve_every,
         )
 
     @staticmethod
@@ -184,6 +197,8 @@ class MGDA(MultiObjectiveOptimizer):
             does not depend on them. Default: any number of losses.
         shared_parameters: See `CAGradClip`.
         nonfinite: See `CAGradClip`.
+        gram: See `CAGradClip`.
+        solve_every: See `CAGradClip`.
 
     Raises:
         TypeError: `inner` is not an optimizer.
@@ -209,6 +224,8 @@ class MGDA(MultiObjectiveOptimizer):
         *,
         shared_parameters: Iterable[Tensor] | None = None,
         nonfinite: NonFinite = "raise",
+        gram: Mode | Iterable[Tensor] = "materialized",
+        solve_every: int = 1,
     ) -> None:
         super().__init__(
             inner,
@@ -216,6 +233,8 @@ class MGDA(MultiObjectiveOptimizer):
             weights=weights,
             shared_parameters=shared_parameters,
             nonfinite=nonfinite,
+            gram=gram,
+            solve_every=solve_every,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,18 +10,25 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from raco_optim import materialized
 from raco_optim import step as stages
 from raco_optim._checks import (
     check_any_present,
+    check_mode_fits,
     check_single_process,
     checked_choice,
-    checked_shared_parameters,
+    checked_count,
+    checked_mode,
+    checked_new_weights,
+    checked_parameters,
     checked_weights,
     named_losses,
 )
 from raco_optim.gradients import Loss
+from raco_optim.materialized import Gradients, Memory
 from raco_optim.report import StepReport
-from raco_optim.step import NONFINITE, Gradients, NonFinite, Rule, Step
+from raco_optim.schedule import Schedule
+from raco_optim.step import MODES, NONFINITE, Mode, NonFinite, Rule, Step
 from raco_optim.wrapper import OptimizerWrapper
 
 Weights = Sequence[float] | Mapping[str, float]
@@ -59,10 +67,19 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             ``"propagate"``: combine with alpha = w, as ``loss.backward()`` would, so that a
             `GradScaler` sees it and skips; under a `GradScaler` use no other. On an accelerator
             each of the first two costs a copy of m (m + 2) numbers to the host per step.
+        gram: How H is had. Exact: ``"materialized"``, from the m gradients, or ``"ghost"``,
+            without those of layers for which inputs and output gradients are the cheaper way
+            (losses given as callables, and micro-batches, are materialized). Approximate, with one
+            backward pass for the combined gradient: ``"representation"``, from the gradients with
+            respect to a tensor that is passed to `backward`, or an iterable of parameters, from
+            their part of the gradients.
+        solve_every: H serves this many steps; above 1 an approximation, with one backward pass in
+            each step between.
 
     Raises:
-        TypeError: `inner` is not an optimizer or `rule` is not callable.
-        ValueError: `weights`, `shared_parameters` or `nonfinite` is out of its range.
+        TypeError: `inner` is not an optimizer, `rule` is not callable, or `gram` is neither a mode
+            nor parameters.
+        ValueError: Another argument is out of its range.
 
     Note:
         Hooks registered on the wrapper are given the wrapper. Hooks registered for all optimizers
@@ -88,6 +105,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         weights: Weights | None = None,
         shared_parameters: Iterable[Tensor] | None = None,
         nonfinite: NonFinite = "raise",
+        gram: Mode | Iterable[Tensor] = "materialized",
+        solve_every: int = 1,
     ) -> None:
         super().__init__(inner)
         if not callable(rule):
@@ -98,16 +117,21 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         self.nonfinite: NonFinite = checked_choice("nonfinite", nonfinite, NONFINITE)
         self._names = tuple(weights) if isinstance(weights, Mapping) else None
         self._weights = None if weights is None else checked_weights(weights)
+        known = [p for group in inner.param_groups for p in group["params"]]
         self._shared = None
         if shared_parameters is not None:
-            known = [p for group in inner.param_groups for p in group["params"]]
-            self._shared = checked_shared_parameters(shared_parameters, known)
+            self._shared = checked_parameters("shared_parameters", shared_parameters, known)
+        self._mode: Mode | list[Tensor] = checked_mode(gram, MODES, known)
+        self._schedule = Schedule(checked_count("solve_every", solve_every))
+        self._memory = Memory()
         self._pending: Gradients | None = None
         self._last: Step | None = None
         self._skip = False
         self._skipped = 0
 
-    def backward(self, losses: Losses, *, accumulate: bool = False) -> None:
+    def backward(
+        self, losses: Losses, *, accumulate: bool = False, representation: Tensor | None = None
+    ) -> None:
         """Adds the combined gradient of the losses to ``.grad``, as ``loss.backward()`` does.
 
         Args:
@@ -119,10 +143,13 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
                 next call without it adds its own and combines the sums: the Gram matrix is that
                 of the accumulated gradients. As with ``loss.backward()``, dividing the losses by
                 the number of micro-batches is the caller's part.
+            representation: With ``gram="representation"``, the tensor in the graph from which all
+                losses are computed.
 
         Raises:
             TypeError, ValueError: A loss is not what it must be; see `per_loss_gradients`. The
-                number or names of the losses differ from those of the weights.
+                number or names of the losses differ from those of the weights. With an
+                approximation: a loss is a callable, or gradients are to be accumulated.
             FloatingPointError: A loss or its gradient is NaN or Inf and ``nonfinite="raise"``.
             RuntimeError: A backward pass failed, or several processes train together.
 
@@ -136,27 +163,37 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         names, ordered = named_losses(losses, names, number)
         if not accumulate and self._pending is None:
             check_any_present(ordered)
+        every = self._schedule.every
+        check_mode_fits(self._mode, every, ordered, representation, accumulate=accumulate)
         parameters = [p for group in self.param_groups for p in group["params"]]
-        gradients = stages.collect(names, ordered, parameters, self._pending, keep=accumulate)
         if accumulate:
-            gradients.named = isinstance(losses, Mapping)
-            self._pending = gradients
+            kept = materialized.collect(names, ordered, parameters, self._pending, keep=True)
+            kept.named = isinstance(losses, Mapping)
+            self._pending = kept
             return
+        absent = [loss is None for loss in ordered]
+        earlier = self._schedule.gram(absent)
+        stores = self._pending, self._memory
+        gradients = stages.collect(
+            self._mode, names, ordered, parameters, *stores, representation, earlier
+        )
         weights = self._weights or [1 / len(names)] * len(names)
         chosen = None if self._shared is None else {id(p) for p in self._shared}
         shared = [chosen is None or id(p) in chosen for p in parameters]
         try:
             step = stages.solve(gradients, weights, shared, self.rule, self.nonfinite)
+            written = stages.write(parameters, gradients, step, shared, self.nonfinite)
         except FloatingPointError as error:
             raise FloatingPointError(
                 f'{error} Or choose nonfinite="skip" to leave out such updates, or '
                 f'nonfinite="propagate" if a GradScaler is to see them and skip.'
             ) from None
-        if step.skip:
+        if written:
+            self._schedule.advance(step.gram, absent, due=earlier is None)
+        else:
             self._skip = True
             self._skipped += 1
-        else:
-            stages.write(parameters, gradients, step, shared)
+        step = dataclasses.replace(step, skip=not written, age=self._schedule.age)
         self._last, self._pending = step, None
 
     def step(  # type: ignore[override]  # the closure returns losses, not a loss
@@ -224,28 +261,23 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
 
     @weights.setter
     def weights(self, weights: Weights) -> None:
-        names = set(weights) if isinstance(weights, Mapping) else None
-        if names != (None if self._names is None else set(self._names)):
-            expected = "a sequence" if self._names is None else f"a mapping with {self._names}"
-            raise ValueError(f"`weights` must stay {expected}; got {weights!r}.")
-        if isinstance(weights, Mapping):
-            weights = {name: weights[name] for name in self._names or ()}
-        checked = checked_weights(weights)
-        if self._weights is not None and len(checked) != len(self._weights):
-            raise ValueError(
-                f"`weights` must keep its {len(self._weights)} entries; got {len(checked)}."
-            )
-        self._weights = checked
+        number = None if self._weights is None else len(self._weights)
+        self._weights = checked_new_weights(weights, self._names, number)
 
     def _described(self) -> dict[str, Any]:
         return {"rule": self.rule, "weights": self.weights}
 
     def _own_state(self) -> dict[str, Any]:
         names = None if self._names is None else list(self._names)
-        return {"weights": self._weights, "names": names, "skipped": self._skipped}
+        return {
+            "weights": self._weights,
+            "names": names,
+            "skipped": self._skipped,
+            "schedule": self._schedule.state(),
+        }
 
     def _check_own_state(self, own: dict[str, Any]) -> None:
-        super()._check_own_state(own)
+        super()._check_own_state({"schedule": None, **own})  # there was none in version 0.1
         names = None if self._names is None else list(self._names)
         numbers = [None if w is None else len(w) for w in (self._weights, own["weights"])]
         if own["names"] != names or numbers[0] != numbers[1]:
@@ -259,36 +291,5 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
     def _load_own_state(self, own: dict[str, Any]) -> None:
         self._weights = own["weights"]
         self._skipped = own["skipped"]
-
-
-def backward(optimizer: Any, losses: Losses, *, accumulate: bool = False) -> None:  # noqa: ANN401
-    """Calls ``backward`` of a `MultiObjectiveOptimizer` inside another wrapper.
-
-    Accelerate's ``AcceleratedOptimizer``, for one, forwards the methods of torch optimizers only.
-
-    Args:
-        optimizer: The optimizer, or a wrapper that holds it as its attribute ``optimizer``.
-        losses: See `MultiObjectiveOptimizer.backward`.
-        accumulate: As there.
-
-    Raises:
-        TypeError: There is no `MultiObjectiveOptimizer` inside.
-
-    Example:
-        >>> import torch, raco_optim
-        >>> x = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
-        >>> opt = raco_optim.CAGradClip(torch.optim.SGD([x], lr=0.1), [0.5, 0.5], c=0.0)
-        >>> raco_optim.backward(opt, [x[0], x[1]])
-        >>> x.grad
-        tensor([0.5000, 0.5000])
-    """
-    inside = optimizer
-    while not isinstance(inside, MultiObjectiveOptimizer):
-        try:
-            inside = inside.optimizer
-        except AttributeError:
-            raise TypeError(
-                f"`optimizer` must be a MultiObjectiveOptimizer such as CAGradClip, or a wrapper "
-                f"of one; got {type(optimizer).__name__}."
-            ) from None
-    inside.backward(losses, accumulate=accumulate)
+        if own.get("schedule") is not None:
+            self._schedule.load(own["schedule"])

@@ -54,6 +54,7 @@ class StepReport:
             micro-batches of an accumulated step.
         absent: Names of the losses that were None in every micro-batch of the step.
         skipped: Updates skipped so far because of NaN or Inf (``nonfinite="skip"``).
+        age: Steps since the Gram matrix was computed: 0, but between those of ``solve_every``.
 
     Example:
         >>> import torch
@@ -80,6 +81,7 @@ class StepReport:
     losses: Tensor
     absent: tuple[str, ...]
     skipped: int
+    age: int = 0
 
     @property
     def hurting(self) -> bool:
@@ -105,6 +107,7 @@ def make_report(
     absent: Sequence[bool],
     skip: bool,
     skipped: int,
+    age: int = 0,
 ) -> StepReport:
     """Derives a `StepReport` from what a step kept; waits for the device the tensors are on."""
     H = _host(gram)
@@ -141,6 +144,7 @@ def make_report(
         losses=values,
         absent=tuple(name for name, is_absent in zip(names, absent, strict=True) if is_absent),
         skipped=skipped,
+        age=age,
     )
 
 

@@ -5,31 +5,55 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from raco_optim import ghost, materialized, surrogate
 from raco_optim.coefficients import MixingCoefficients
-from raco_optim.combine import add_combined_gradient
-from raco_optim.gradients import Gradient, Loss, iterate_gradients
-from raco_optim.gram import gram_matrix
+from raco_optim.gradients import Loss
+from raco_optim.materialized import Gradients, Memory
 from raco_optim.report import StepReport, make_report
 
 Rule = Callable[[Tensor], Tensor | MixingCoefficients]
 NonFinite = Literal["raise", "skip", "propagate"]
 NONFINITE = ("raise", "skip", "propagate")
+Mode = Literal["materialized", "ghost", "representation"]
+MODES = ("materialized", "ghost", "representation")
 
 
-@dataclass
-class Gradients:
-    """Per-loss values and gradients, summed over the micro-batches of one step."""
+class PerLossGradients(Protocol):
+    """What a mode knows of the gradients of m losses."""
 
-    names: tuple[str, ...]
-    values: list[Tensor | None]
-    rows: list[Gradient]
-    named: bool = False
-    """Whether the user named the losses, or their positions do."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the losses."""
+
+    @property
+    def values(self) -> list[Tensor | None]:
+        """Values of the losses; None for an absent one."""
+
+    def gram(self, shared: Sequence[bool]) -> Tensor:
+        """Computes the Gram matrix of the shared part, ``[m, m]``, float64."""
+
+    def finite(self, shared: Sequence[bool]) -> Tensor:
+        """Computes what is finite where the other part is, one number per loss, ``[m]``."""
+
+    def add_to_grad(
+        self,
+        parameters: Sequence[Tensor],
+        alpha: Tensor,
+        weights: Tensor,
+        shared: Sequence[bool],
+        *,
+        check: bool,
+    ) -> bool:
+        """Adds the combined gradient to ``.grad``, with `weights` in the other part.
+
+        The gradients are consumed. With `check`, nothing is written and False returned where the
+        combined gradient is NaN or Inf though the Gram matrix is not.
+        """
 
 
 @dataclass(frozen=True)
@@ -43,43 +67,46 @@ class Step:
     losses: Tensor
     absent: list[bool]
     skip: bool
+    age: int = 0
 
 
 def collect(
+    mode: Mode | list[Tensor],
     names: tuple[str, ...],
     losses: list[Loss | None],
     parameters: list[Tensor],
-    pending: Gradients | None,
-    *,
-    keep: bool,
-) -> Gradients:
-    """Computes the gradients of the losses and adds the pending ones, which stay as they are.
+    pending: Gradients | None = None,
+    memory: Memory | None = None,
+    representation: Tensor | None = None,
+    gram: Tensor | None = None,
+) -> PerLossGradients:
+    """Does what `mode` needs backward passes for, before there are coefficients.
 
-    With `keep`, the result outlives this call, and what autograd returned is copied: it may be a
-    tensor that user code holds too.
+    Args:
+        mode: The mode, or the parameters whose part of the gradients enters the Gram matrix.
+        names: Names of the losses.
+        losses: The losses.
+        parameters: The parameters of the optimizer.
+        pending: Gradients of earlier micro-batches.
+        memory: Memory for materialized gradients.
+        representation: What the mode of that name takes the gradients with respect to.
+        gram: The Gram matrix of an earlier step, if it serves this one too.
     """
-    found = Gradients(names, [], [])
-    for value, row in iterate_gradients(losses, parameters, names):
-        if keep:
-            row = [None if g is None else g.clone() for g in row]
-        found.values.append(value)
-        found.rows.append(row)
-    return merge(found, pending)
-
-
-def merge(found: Gradients, pending: Gradients | None) -> Gradients:
-    """Adds the pending gradients, which stay as they are, to those found, and returns these."""
-    if pending is not None:
-        for k, earlier in enumerate(pending.values):
-            found.values[k] = _sum(earlier, found.values[k])
-        for row, earlier_row in zip(found.rows, pending.rows, strict=True):
-            for j, g in enumerate(earlier_row):  # one at a time, so that each is freed at once
-                row[j] = _sum(g, row[j])
-    return found
+    tensors = [loss for loss in losses if loss is None or isinstance(loss, Tensor)]
+    complete = len(tensors) == len(losses)
+    if gram is not None:
+        return surrogate.SurrogateGradients(names, tensors, gram)
+    if isinstance(mode, list):
+        return surrogate.collect(names, tensors, mode, surrogate.ON_PARAMETERS)
+    if representation is not None:
+        return surrogate.collect(names, tensors, [representation], surrogate.ON_REPRESENTATION)
+    if mode == "ghost" and complete and pending is None:
+        return ghost.collect(names, tensors, parameters)
+    return materialized.collect(names, losses, parameters, pending, memory=memory)
 
 
 def solve(
-    gradients: Gradients,
+    gradients: PerLossGradients,
     weights: list[float],
     shared: Sequence[bool],
     rule: Rule,
@@ -92,9 +119,7 @@ def solve(
         ValueError: The rule returned something other than one coefficient per loss.
     """
     names, m = gradients.names, len(gradients.names)
-    gram = gram_matrix(
-        [[g for g, s in zip(row, shared, strict=True) if s] for row in gradients.rows]
-    ).to(next((g.device for row in gradients.rows for g in row if g is not None), "cpu"))
+    gram = gradients.gram(shared)
     absent = [value is None for value in gradients.values]
     zero = gram.new_zeros(())
     losses = torch.stack([zero if v is None else v.to(gram).reshape(()) for v in gradients.values])
@@ -110,19 +135,7 @@ def solve(
             *(_nan_unless(finite, x) for x in (mixing.p, mixing.p_clipped, mixing.gap)),
         )
     else:
-        heads = torch.stack(
-            [
-                sum(
-                    (
-                        torch.linalg.vector_norm(g, dtype=torch.float64)
-                        for g, s in zip(row, shared, strict=True)
-                        if g is not None and not s
-                    ),
-                    start=zero,
-                )
-                for row in gradients.rows
-            ]
-        )
+        heads = gradients.finite(shared)
         # The one copy to the host; what follows is of size m and done there.
         host = torch.cat([gram, heads[:, None], losses[:, None]], dim=1).cpu()
         gram, losses = host[:, :m], host[:, m + 1]
@@ -130,9 +143,7 @@ def solve(
         if problem is None:
             mixing = _mix(rule, gram)
         elif nonfinite == "raise":
-            raise FloatingPointError(
-                f"{problem} is NaN or Inf. Find its cause (torch.autograd.set_detect_anomaly)."
-            )
+            raise FloatingPointError(_message(problem))
         else:
             skip = True
             mixing = MixingCoefficients(gram.new_zeros(m))
@@ -140,21 +151,28 @@ def solve(
 
 
 def write(
-    parameters: Sequence[Tensor], gradients: Gradients, step: Step, shared: Sequence[bool]
-) -> None:
+    parameters: Sequence[Tensor],
+    gradients: PerLossGradients,
+    step: Step,
+    shared: Sequence[bool],
+    nonfinite: NonFinite,
+) -> bool:
     """Adds the combined gradient to ``.grad``; the heads get the weighted sum.
 
-    The rows of the gradients are consumed.
+    The gradients are consumed. False where the update is to be skipped, and nothing was written.
+
+    Raises:
+        FloatingPointError: See `MultiObjectiveOptimizer`.
     """
+    if step.skip:
+        return False
     weights = torch.tensor(step.weights, dtype=torch.float64, device="cpu")
-    for part, coefficients in ((True, step.mixing.coefficients), (False, weights)):
-        chosen = [j for j, s in enumerate(shared) if s == part]
-        rows: list[Gradient] = []
-        for row in gradients.rows:
-            rows.append([row[j] for j in chosen])
-            for j in chosen:
-                row[j] = None
-        add_combined_gradient([parameters[j] for j in chosen], rows, coefficients)
+    written = gradients.add_to_grad(
+        parameters, step.mixing.coefficients, weights, shared, check=nonfinite != "propagate"
+    )
+    if not written and nonfinite == "raise":
+        raise FloatingPointError(_message("the combined gradient"))
+    return written
 
 
 def report(step: Step, skipped: int = 0) -> StepReport:
@@ -171,13 +189,8 @@ def report(step: Step, skipped: int = 0) -> StepReport:
         absent=step.absent,
         skip=step.skip,
         skipped=skipped,
+        age=step.age,
     )
-
-
-def _sum(earlier: Tensor | None, later: Tensor | None) -> Tensor | None:
-    if earlier is None or later is None:
-        return later if earlier is None else earlier
-    return earlier + later
 
 
 def _nan_unless(finite: Tensor, x: Tensor | None) -> Tensor | None:
@@ -193,6 +206,10 @@ def _first_nonfinite(names: Sequence[str], host: list[list[float]]) -> str | Non
         if not (math.isfinite(host[i][i]) and math.isfinite(host[i][m])):
             return f"the gradient of loss {name!r}"
     return None
+
+
+def _message(problem: str) -> str:
+    return f"{problem} is NaN or Inf. Find its cause (torch.autograd.set_detect_anomaly)."
 
 
 def _mix(rule: Rule, gram: Tensor) -> MixingCoefficients:

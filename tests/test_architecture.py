@@ -19,6 +19,7 @@ LONGEST = 300
 LEAVES = {"_checks", "report"}
 SOLVERS = {"active_set", "pgd", "slsqp"}
 STAGES = {"gradients", "gram", "simplex", "coefficients", "combine"}
+MODES = {"materialized", "ghost", "surrogate"}
 MAY_IMPORT = {
     "_checks": set(),
     "report": {"_checks"},
@@ -31,19 +32,26 @@ MAY_IMPORT = {
     "coefficients": LEAVES | {"simplex"},
     "combine": LEAVES,
     "per_example": {"gradients"},
-    "step": LEAVES | STAGES,
+    "graph": set(),
+    "materialized": {"gradients", "gram", "combine"},
+    "ghost": {"gradients", "gram", "combine", "graph", "materialized"},
+    "surrogate": {"gradients", "gram", "combine"},
+    "schedule": set(),
+    "step": LEAVES | STAGES | MODES,
     "wrapper": set(),
-    "optimizer": LEAVES | {"wrapper", "gradients", "step"},
+    "optimizer": LEAVES | {"wrapper", "gradients", "materialized", "schedule", "step"},
+    "unwrap": {"optimizer"},
     "methods": LEAVES | {"simplex", "coefficients", "step", "optimizer"},
     "pareto": LEAVES | {"simplex"},
-    "__init__": LEAVES | STAGES | {"optimizer", "methods", "pareto"},
+    "__init__": LEAVES | STAGES | {"optimizer", "methods", "pareto", "unwrap"},
 }
 MAY_IMPORT_SCIPY = {"linear_algebra", "active_set", "slsqp"}
 # Package inside the package -> what its modules may import, beside each other, from the rest of
 # it, and which other packages at import.
 INNER_MAY_IMPORT = {
     "alignment": {"_checks"},
-    "integrations": LEAVES | {"simplex", "coefficients", "per_example", "step", "alignment"},
+    "integrations": LEAVES
+    | {"simplex", "coefficients", "per_example", "materialized", "step", "alignment"},
     "cli": {"_checks", "pareto", "integrations"},
 }
 INNER_MAY_IMPORT_OPTIONAL = {"alignment": set(), "integrations": {"datasets", "trl"}, "cli": set()}

@@ -1,13 +1,17 @@
 """The Gram matrix against Gram matrices that are known exactly, or computed in float64."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raco_optim import CAGradClip, gram_matrix
+from raco_optim import CAGradClip, gram_matrix, solve_subproblem
 
-CHUNK = 65536  # the boundary that a vector must cross without losing or repeating an element
+# The boundary that a vector must cross without losing or repeating an element. From this length
+# on, products on a CPU may be float32.
+CHUNK = 65536
 
 
 def in_float64(rows):
@@ -50,19 +54,144 @@ def test_is_the_sum_over_parameters_with_none_as_zero(sizes, m, seed):
     assert torch.equal(found, in_float64(zeroed))  # integers: exact
 
 
+@pytest.mark.parametrize("m", [1, 2, 5])
+@pytest.mark.parametrize("n", [CHUNK, CHUNK + 1, CHUNK + 127, 2 * CHUNK + 129])
+def test_every_element_of_a_float32_gradient_counts_once(n, m):
+    """Small integers, whose products and sums are exact in float32 too."""
+    rows = [[torch.randint(-5, 6, (n,)).float()] for _ in range(m)]
+    assert torch.equal(gram_matrix(rows), in_float64(rows))
+    if m > 1:
+        rows[1] = [None]
+        assert torch.equal(gram_matrix(rows), in_float64([rows[0], [torch.zeros(n)], *rows[2:]]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mean", [0.0, 1.0], ids=["centred", "drifting"])
-def test_five_million_elements(dtype, mean):
-    """In float32, sums over vectors this long are off by 1e-4 to 1e-2."""
-    rows = [[(torch.randn(5_000_000) + mean).to(dtype)] for _ in range(2)]
-    assert relative_error(gram_matrix(rows), in_float64(rows)) < 1e-12
+@pytest.mark.parametrize("m", [2, 5])
+def test_millions_of_elements(m, mean, dtype):
+    """In float32, sums over vectors this long are off by 1e-4 to 1e-2.
+
+    A partial sum is off by some 1e-7 to either side, whether or not the vector has a mean, and
+    there are enough of them for that to cancel to a tenth.
+    """
+    rows = [[(torch.randn(5_000_000) + mean).to(dtype)] for _ in range(m)]
+    assert relative_error(gram_matrix(rows), in_float64(rows)) < 1e-7
 
 
-def test_fifty_million_elements():
+@pytest.mark.parametrize("m", [1, 2, 5])
+def test_fifty_million_elements(m):
     """Where a float32 product of an (n, m) matrix is off by up to 14 %."""
-    g = torch.rand(50_000_000)  # positive: a running float32 sum stops growing long before the end
-    expected = sum(float(part.double().square().sum()) for part in g.split(5_000_000))
-    assert float(gram_matrix([[g]])) == pytest.approx(expected, rel=1e-12)
+    n, part = 50_000_000, 1_000_000
+    g = torch.rand(n + m)  # positive: a running float32 sum stops growing long before the end
+    expected = sum(
+        in_float64([[g[start + i : start + i + part]] for i in range(m)])
+        for start in range(0, n, part)
+    )
+    assert relative_error(gram_matrix([[g[i : i + n]] for i in range(m)]), expected) < 1e-6
+
+
+@pytest.mark.parametrize(("m", "bound"), [(1, 1e-6), (4, 1e-6), (5, 3e-6), (40, 3e-6)])
+def test_elements_of_one_magnitude(m, bound):
+    """As an L1 penalty has them. Every addition of a running sum may err to the same side."""
+    worst = 0.0
+    for _ in range(20):
+        rows = [[torch.rand(()) * torch.randn(CHUNK).sign()] for _ in range(m)]
+        worst = max(worst, relative_error(gram_matrix(rows), in_float64(rows)))
+    assert worst < bound
+
+
+def exactly(rows):
+    """H from float64 products, however large the parameters: those of float64 gradients are."""
+    return gram_matrix([[None if g is None else g.double() for g in row] for row in rows])
+
+
+@pytest.mark.parametrize("m", [3, 4, 5, 8])
+def test_float32_products_are_used_where_they_serve(m):
+    """Otherwise the tests below would test nothing. A loss that is absent changes nothing."""
+    rows = [[torch.randn(CHUNK), torch.randn(9), torch.randn(CHUNK)] for _ in range(m)]
+    rows[1][0] = rows[0][2] = None
+    found, exact = gram_matrix(rows), exactly(rows)
+    assert 0 < relative_error(found, exact) < 1e-6
+    assert torch.equal(found, found.T)
+    found = gram_matrix([*rows[:-1], [None] * 3])
+    assert not torch.equal(found[:-1, :-1], exact[:-1, :-1])
+    assert torch.equal(found[-1], torch.zeros(m, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("m", [2, 3, 5])
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_duplicates_are_dependent_to_the_last_bit(factor, m):
+    """Or the subproblem would have one solution, a random one, instead of many."""
+    rows = [[torch.randn(200_000).bfloat16().float()] for _ in range(m)]
+    rows[-1] = [factor * rows[0][0]]  # exact, as bfloat16 has 8 bits
+    gram = gram_matrix(rows)
+    scale = gram.diagonal().sqrt() * gram[-1, -1].sqrt()
+    assert float(((gram[-1] - factor * gram[0]) / scale).abs().max()) < 1e-15
+    assert torch.equal(gram, exactly(rows))
+
+
+def test_difference_of_nearly_dependent_gradients():
+    g, h = torch.randn(200_000), torch.randn(200_000)
+    rows = [[g], [g + math.sqrt(2e-6) * h]]
+    found, expected = gram_matrix(rows), in_float64(rows)
+    squares = expected.diagonal()
+    assert 1 - float(expected[0, 1] / squares.prod().sqrt()) == pytest.approx(1e-6, rel=0.1)
+    error = (found.diagonal() - found[0, 1]) - (squares - expected[0, 1])
+    assert float((error / squares).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("m", [2, 5])
+@pytest.mark.parametrize("scales", [(1e-25, 1e-25), (1e-18, 1e-18), (1e25, 1e25), (1e-25, 1.0)])
+def test_scales_whose_squares_float32_cannot_hold(scales, m):
+    rows = [[scales[i % 2] * torch.randn(200_000)] for i in range(m)]
+    assert relative_error(gram_matrix(rows), in_float64(rows)) < 1e-9
+
+
+def test_gradient_that_is_zero():
+    gram = gram_matrix([[torch.zeros(CHUNK)], [torch.ones(CHUNK)]])
+    assert gram.tolist() == [[0, 0], [0, CHUNK]]
+
+
+@pytest.mark.parametrize("m", [2, 5])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nonfinite_gradient_is_the_one_that_can_be_named(value, m):
+    rows = [[torch.randn(CHUNK + 5), torch.randn(3)] for _ in range(m)]
+    rows[1][0][CHUNK - 3] = value
+    finite = gram_matrix(rows).isfinite()
+    others = [i for i in range(m) if i != 1]
+    assert not bool(finite[1].any() or finite[:, 1].any())
+    assert bool(finite[others][:, others].all())
+
+
+@pytest.mark.parametrize("m", [2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layout_of_large_gradients_does_not_matter(dtype, m):
+    def large():
+        return torch.randn(700, 300).to(dtype)
+
+    rows = [[large()] for _ in range(m)]
+    rows[0] = [torch.randn(300, 700).to(dtype).T]
+    rows[1] = [torch.randn(300).to(dtype).expand(700, 300)]
+    rows[-1] = [torch.randn(700, 600)[:, ::2]]
+    assert relative_error(gram_matrix(rows), in_float64(rows)) < 1e-6
+
+
+def test_autocast_does_not_shorten_products():
+    rows = [[torch.randn(CHUNK)] for _ in range(5)]
+    before = gram_matrix(rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gram_matrix(rows), before)
+
+
+@pytest.mark.parametrize("m", [2, 3, 8])
+def test_solution_is_that_of_the_exact_gram_matrix(m):
+    rows = [[torch.randn(300_000)] for _ in range(m)]
+    weights = torch.rand(m, dtype=torch.float64)
+    weights /= weights.sum()
+    found, expected = (
+        solve_subproblem(gram, weights, c=0.5).p for gram in (gram_matrix(rows), in_float64(rows))
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

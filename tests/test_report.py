@@ -201,7 +201,7 @@ def test_outcomes_explain_themselves():
     assert all(len(outcome.value) > 20 for outcome in Outcome)
     assert [field.name for field in dataclasses.fields(StepReport)] == [
         *("names", "weights", "gram", "cosines", "p", "p_clipped", "coefficients", "gap"),
-        *("clip_angle", "outcome", "losses", "absent", "skipped"),
+        *("clip_angle", "outcome", "losses", "absent", "skipped", "age"),
     ]
 
 

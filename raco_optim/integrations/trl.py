@@ -9,8 +9,7 @@ A training step; what is TRL's is left to TRL:
       v
     Trainer: clipping of the gradient norm, optimizer, scheduler, checkpoints, logs (metrics.py)
 
-The gradients are combined in `training_step`: inside ``optimizer.step()`` it would come after the
-clipping of the norm.
+They are combined in `training_step`: in ``optimizer.step()`` it would come after the clipping.
 """
 
 from __future__ import annotations
@@ -44,8 +43,9 @@ from raco_optim.integrations.preference_data import (
     preference_columns,
 )
 from raco_optim.integrations.trl_config import MultiObjectiveDPOConfig
+from raco_optim.materialized import Gradients, collect, merge
 from raco_optim.per_example import LinearLayerGradients
-from raco_optim.step import Gradients, collect, merge, solve, write
+from raco_optim.step import solve, write
 
 __all__ = ["MultiObjectiveDPOConfig", "MultiObjectiveDPOTrainer"]
 
@@ -244,7 +244,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         if last:
             weights, shared = list(self.args.objective_weights.values()), [True] * len(parameters)
             step = solve(found, weights, shared, self._rule, "raise")
-            write(parameters, found, step, shared)
+            write(parameters, found, step, shared, "raise")
             self._means.add(step_values(step))
         self._pending = None if last else found
         loss = objectives.weighted(self.args, losses, training=True)

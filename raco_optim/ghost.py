@@ -1,0 +1,231 @@
+r"""Mode "ghost": the exact Gram matrix without the gradients of large weights.
+
+A layer :math:`y = x W^\top` with inputs :math:`x \in \mathbb{R}^{N \times a}` has the gradients
+:math:`g_i = \delta_i^\top x`, where :math:`\delta_i = \partial L_i / \partial y`. All that a step
+needs of them follows from x and the :math:`\delta_i`, with :math:`K = x x^\top`:
+
+.. math::
+    \langle g_i, g_j \rangle = \langle K \delta_i, \delta_j \rangle, \qquad
+    \sum_i \alpha_i g_i = \Big( \sum_i \alpha_i \delta_i \Big)^\top x.
+
+A convolution is such a layer of its unfolded input. An embedding's gradient is zero but for the
+rows that were looked up, and is held as these. The gradient of a weight that is used several times
+is the sum over its uses: inputs and output gradients of its products are laid end to end, and what
+products and lookups of one weight (tied embeddings) have in common is accounted for.
+
+`graph.py` finds inputs and layers in the autograd graph of the losses; the model isn't touched. A
+weight is treated so only where every use of it is one of these and it is cheaper. The gradients of
+all other parameters are materialized, by the same backward passes. The result is exact either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from raco_optim.combine import add_gradient, as_scales, combination
+from raco_optim.gradients import Gradient, iterate_gradients
+from raco_optim.gram import gram_matrix
+from raco_optim.graph import Lookup, Product, Uses, find_uses
+from raco_optim.materialized import Gradients
+
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+_SLICE = 2**17
+_CHUNK = 65536
+
+
+@dataclass
+class Layer:
+    """A weight's inputs and output gradients, which stand for its m gradients."""
+
+    shape: torch.Size
+    transposed: bool
+    x: Callable[[], Tensor]
+    """Inputs of the products, ``[N, a]``; N is 0 where there are none."""
+    ids: Tensor
+    """Indices of the lookups, ``[T]``; T is 0 where there are none."""
+    product_deltas: list[Tensor]
+    """delta of the products, m times ``[N, b]``."""
+    lookup_deltas: list[Tensor]
+    """delta of the lookups, m times ``[T, a]``."""
+
+    def gram(self) -> Tensor:
+        """Computes the Gram matrix of the gradients, ``[m, m]``, float64."""
+        x, deltas, looked_up = self.x(), self.product_deltas, torch.stack(self.lookup_deltas)
+        kernel = x @ x.T
+        total = gram_matrix(list(_rows_once(self.ids, looked_up)))
+        # In slices, so that what is computed on the way stays in the cache.
+        width = max(1, _SLICE // max(1, len(deltas) * len(x)))
+        for start in range(0, deltas[0].shape[1], width):
+            part = torch.stack([delta[:, start : start + width] for delta in deltas])
+            total += _inner(kernel @ part, part)
+        if len(self.ids):
+            # Of the products' gradients, the rows that were looked up too.
+            rows = torch.stack([delta[:, self.ids].T @ x for delta in deltas])
+            mixed = _inner(rows, looked_up)
+            total += mixed + mixed.T
+        return (total + total.T) / 2
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Computes the combination of the gradients with coefficients ``[m]``."""
+        scales = as_scales(coefficients)
+        x, delta = self.x(), combination(self.product_deltas, scales)
+        combined = (delta.T @ x if self.transposed else x.T @ delta).view(self.shape)
+        if len(self.ids):
+            combined.index_add_(0, self.ids, combination(self.lookup_deltas, scales))
+        return combined
+
+    def finite(self) -> Tensor:
+        """Computes what is finite where the gradients are, ``[m]``, float64."""
+        return torch.stack(
+            [
+                torch.linalg.vector_norm(of_product, dtype=torch.float64)
+                + torch.linalg.vector_norm(of_lookup, dtype=torch.float64)
+                for of_product, of_lookup in zip(
+                    self.product_deltas, self.lookup_deltas, strict=True
+                )
+            ]
+        )
+
+
+@dataclass
+class GhostGradients:
+    """The layers without gradients, and the gradients of all other parameters."""
+
+    rest: Gradients
+    layers: dict[int, Layer]
+    """By the position of their weight among the parameters."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the losses."""
+        return self.rest.names
+
+    @property
+    def values(self) -> list[Tensor | None]:
+        """Values of the losses."""
+        return self.rest.values
+
+    def gram(self, shared: Sequence[bool]) -> Tensor:
+        """Computes the Gram matrix of the shared part, ``[m, m]``, float64."""
+        gram = self.rest.gram(shared)
+        for j, layer in self.layers.items():
+            if shared[j]:
+                part = layer.gram()
+                gram = gram.to(part.device, non_blocking=True) + part
+        return gram
+
+    def finite(self, shared: Sequence[bool]) -> Tensor:
+        """Computes what is finite where the other part is, one number per loss, ``[m]``."""
+        numbers = self.rest.finite(shared)
+        for j, layer in self.layers.items():
+            if not shared[j]:
+                part = layer.finite()
+                numbers = numbers.to(part.device, non_blocking=True) + part
+        return numbers
+
+    def add_to_grad(
+        self,
+        parameters: Sequence[Tensor],
+        alpha: Tensor,
+        weights: Tensor,
+        shared: Sequence[bool],
+        *,
+        check: bool = True,
+    ) -> bool:
+        """Adds the combined gradient to ``.grad``, with `weights` in the other part.
+
+        The gradients are consumed. A finite Gram matrix says that it is finite.
+        """
+        self.rest.add_to_grad(parameters, alpha, weights, shared, check=check)
+        for j in list(self.layers):
+            layer = self.layers.pop(j)
+            add_gradient(parameters[j], layer.combine(alpha if shared[j] else weights))
+        return True
+
+
+def collect(
+    names: tuple[str, ...], losses: Sequence[Tensor | None], parameters: Sequence[Tensor]
+) -> GhostGradients:
+    """Computes the output gradients of the layers for which that is cheaper, and the other ones."""
+    found = {j: u for j, u in find_uses(losses, parameters).items() if _is_cheaper(u)}
+    plain = [p for j, p in enumerate(parameters) if j not in found]
+    edges = [GradientEdge(node, 0) for uses in found.values() for node in uses.nodes]
+    values: list[Tensor | None] = []
+    rows: list[Gradient] = []
+    deltas: list[Gradient] = []
+    for value, row in iterate_gradients(losses, plain, names, edges):
+        values.append(value)
+        gradients = iter(row)
+        rows.append([None if j in found else next(gradients) for j in range(len(parameters))])
+        deltas.append([*gradients])
+    layers, start = {}, 0
+    for j, uses in found.items():
+        stop = start + len(uses.nodes)
+        layers[j] = _layer(uses, [row[start:stop] for row in deltas], parameters[j])
+        start = stop
+    return GhostGradients(Gradients(names, values, rows), layers)
+
+
+def _layer(uses: Uses, deltas: Sequence[Gradient], weight: Tensor) -> Layer:
+    dtype = next((d.dtype for row in deltas for d in row if d is not None), weight.dtype)
+    dtype = torch.float32 if dtype in _LOW_PRECISION else dtype
+    like, (b, a), k = weight.detach().to(dtype), _sizes(uses), len(uses.products)
+    products, lookups = uses.products, uses.lookups
+
+    def x() -> Tensor:
+        return torch.cat([like.new_empty(0, a), *(product.x().to(dtype) for product in products)])
+
+    def end_to_end(size: int, uses: Sequence[Product | Lookup], row: Gradient) -> Tensor:
+        parts = [
+            like.new_zeros(use.number, size) if delta is None else use.rows(delta).to(dtype)
+            for use, delta in zip(uses, row, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat([like.new_empty(0, size), *parts])
+
+    return Layer(
+        shape=uses.shape,
+        transposed=uses.transposed,
+        x=x,
+        ids=torch.cat([weight.new_empty(0, dtype=torch.int64), *(use.ids for use in lookups)]),
+        product_deltas=[end_to_end(b, products, row[:k]) for row in deltas],
+        lookup_deltas=[end_to_end(a, lookups, row[k:]) for row in deltas],
+    )
+
+
+def _is_cheaper(uses: Uses) -> bool:
+    """Whether Gram and combination by deltas take fewer multiplications than m gradients."""
+    b, a = _sizes(uses)
+    m, n, t = uses.losses, sum(u.number for u in uses.products), sum(u.number for u in uses.lookups)
+    if not uses.products:
+        return m * t < (m - 1) * b
+    return n * (a + m * b) + m * t * a < (m - 1) * a * b
+
+
+def _sizes(uses: Uses) -> tuple[int, int]:
+    """Returns b and a: the features of a product's output and of its input."""
+    first, others = uses.shape[0], uses.shape[1:].numel()
+    return (first, others) if uses.transposed else (others, first)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Returns <a_i, b_j>, ``[m, m]``, summed in float64."""
+    a, b = a.flatten(1), b.flatten(1)
+    total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
+    for start in range(0, a.shape[1], _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        total += a[:, chunk].double() @ b[:, chunk].double().T
+    return total
+
+
+def _rows_once(ids: Tensor, deltas: Tensor) -> Tensor:
+    """Sums deltas ``[m, T, a]`` of one index; rows beyond the number of indices are zero."""
+    if not len(ids):
+        return deltas
+    ordered, order = ids.sort()
+    row = torch.cat([ids.new_zeros(1), (ordered.diff() != 0).cumsum(0)])
+    return torch.zeros_like(deltas).index_add_(1, row, deltas[:, order])

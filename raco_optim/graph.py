@@ -1,0 +1,199 @@
+"""Where the weights of a model are used, read off the autograd graph of its losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+# Node of the graph -> the position of the weight among its inputs.
+_WEIGHT_INPUT = {
+    "AddmmBackward0": 2,
+    "MmBackward0": 1,
+    "ConvolutionBackward0": 1,
+    "EmbeddingBackward0": 0,
+}
+# Node -> whether it transposes the weight on its way there.
+_PASSES_ON = {"TBackward0": True, "ToCopyBackward0": False}
+
+_Consumers = dict[Any, list[tuple[Any, int]]]
+
+
+@dataclass(frozen=True)
+class Product:
+    """A use of a weight as :math:`y = x W^T`, with x ``[N, a]`` or what it is unfolded from."""
+
+    saved: Tensor
+    number: int
+    unfold: dict[str, Any] | None = None
+
+    def x(self) -> Tensor:
+        """Returns the inputs, ``[N, a]``."""
+        if self.unfold is None:
+            return self.saved
+        image = self.saved if self.saved.dim() == 4 else self.saved.unsqueeze(2)
+        return F.unfold(image, **self.unfold).transpose(1, 2).flatten(0, 1)
+
+    def rows(self, delta: Tensor) -> Tensor:
+        """Returns the gradient of the output as ``[N, b]``."""
+        return delta if self.unfold is None else delta.flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A use of a weight as a table of embeddings."""
+
+    ids: Tensor
+    padding: int
+    """The index whose row has no gradient; -1 for none."""
+
+    @property
+    def number(self) -> int:
+        """N, the number of rows looked up."""
+        return self.ids.numel()
+
+    def rows(self, delta: Tensor) -> Tensor:
+        """Returns the gradient of the output as ``[N, b]``."""
+        rows = delta.flatten(0, -2)
+        return rows if self.padding < 0 else rows * (self.ids != self.padding)[:, None]
+
+
+@dataclass
+class Uses:
+    """All uses of one weight, and the nodes of the graph that they are."""
+
+    shape: torch.Size
+    losses: int
+    """The number of losses that reach the weight."""
+    transposed: bool = False
+    """Whether the weight is kept as ``[b, a]``, as `torch.nn.Linear` does, or as ``[a, b]``."""
+    products: list[Product] = field(default_factory=list)
+    product_nodes: list[Any] = field(default_factory=list)
+    lookups: list[Lookup] = field(default_factory=list)
+    lookup_nodes: list[Any] = field(default_factory=list)
+
+    @property
+    def nodes(self) -> list[Any]:
+        """The nodes of the products, and those of the lookups behind them."""
+        return [*self.product_nodes, *self.lookup_nodes]
+
+
+def find_uses(losses: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> dict[int, Uses]:
+    """Finds the parameters every use of which is a product or a lookup.
+
+    Linear layers, convolutions in one and two dimensions without groups, and embeddings are these,
+    also under autocast. What is behind an opaque node (a compiled region, a custom function) is
+    not, nor is a parameter with a hook, which only an ordinary gradient runs.
+
+    Returns:
+        Their positions among `parameters`, and their uses. They hold the graph.
+    """
+    consumers, reached = _walk([None if loss is None else loss.grad_fn for loss in losses])
+    found = {}
+    for j, p in enumerate(parameters):
+        if not p.requires_grad or p._backward_hooks:
+            continue
+        leaf = get_gradient_edge(p).node
+        uses = Uses(p.shape, reached.get(leaf, 0).bit_count())
+        if leaf in consumers and _add_uses(uses, leaf, consumers, transposed=False):
+            found[j] = uses
+    return found
+
+
+def _walk(roots: Sequence[Any]) -> tuple[_Consumers, dict[Any, int]]:
+    """Returns who uses each node's output, as which input, and which roots reach it, as bits."""
+    reached: dict[Any, int] = {}
+    for i, root in enumerate(roots):
+        if root is not None:
+            reached[root] = reached.get(root, 0) | 1 << i
+    consumers: _Consumers = {root: [] for root in reached}
+    stack = list(consumers)
+    while stack:
+        node = stack.pop()
+        for position, (child, _) in enumerate(node.next_functions):
+            if child is None:
+                continue
+            if child not in consumers:
+                consumers[child] = []
+                stack.append(child)
+            consumers[child].append((node, position))
+    # A node is younger than those that it uses; leaves have no age.
+    for node in sorted(consumers, key=lambda x: (not x.next_functions, -x._sequence_nr())):
+        for consumer, _ in consumers[node]:
+            reached[node] = reached.get(node, 0) | reached.get(consumer, 0)
+    return consumers, reached
+
+
+def _add_uses(uses: Uses, node: Any, consumers: _Consumers, *, transposed: bool) -> bool:  # noqa: ANN401
+    """Adds the uses of the weight that `node` passes on; False where one is of another kind."""
+    for consumer, position in consumers[node]:
+        name = consumer.name()
+        if name in _PASSES_ON:
+            turned = transposed ^ _PASSES_ON[name]
+            if not _add_uses(uses, consumer, consumers, transposed=turned):
+                return False
+        elif _WEIGHT_INPUT.get(name) != position or not _add_use(uses, consumer, name, transposed):
+            return False
+    return True
+
+
+def _add_use(uses: Uses, node: Any, name: str, transposed: bool) -> bool:  # noqa: ANN401
+    product = lookup = None
+    if name == "EmbeddingBackward0":
+        if not (transposed or node._saved_sparse or node._saved_scale_grad_by_freq):
+            padding = node._saved_padding_idx
+            known = padding < uses.shape[0]  # none is 2^64 - 1
+            lookup = Lookup(node._saved_indices.flatten(), padding if known else -1)
+    elif name == "ConvolutionBackward0":
+        if not (transposed or node._saved_transposed or node._saved_groups != 1):
+            product = _convolution(node, uses.shape)
+    elif name == "AddmmBackward0":
+        if node._saved_alpha == 1:
+            product = _matrix(node._saved_mat1)
+    else:
+        product = _matrix(node._saved_self)
+    # A kernel, flat, and a table are kept as [b, a].
+    transposed = transposed or name in ("EmbeddingBackward0", "ConvolutionBackward0")
+    if (uses.products or uses.lookups) and uses.transposed != transposed:
+        return False
+    uses.transposed = transposed
+    if product is not None:
+        uses.products.append(product)
+        uses.product_nodes.append(node)
+    elif lookup is not None:
+        uses.lookups.append(lookup)
+        uses.lookup_nodes.append(node)
+    return product is not None or lookup is not None
+
+
+def _matrix(x: Tensor) -> Product:
+    return Product(x.detach(), len(x))
+
+
+def _convolution(node: Any, shape: torch.Size) -> Product | None:  # noqa: ANN401
+    image = node._saved_input.detach()
+    if image.dim() not in (3, 4) or image.dim() != len(shape):
+        return None
+    one = image.dim() == 3  # one dimension is two, the first of length 1
+    stride, padding, dilation = (
+        [0 if name == "padding" else 1, *value] if one else [*value]
+        for name, value in (
+            ("stride", node._saved_stride),
+            ("padding", node._saved_padding),
+            ("dilation", node._saved_dilation),
+        )
+    )
+    kernel = [1, *shape[2:]] if one else [*shape[2:]]
+    size = [1, *image.shape[2:]] if one else [*image.shape[2:]]
+    positions = math.prod(
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, k, s in zip(size, padding, dilation, kernel, stride, strict=True)
+    )
+    unfold = {"kernel_size": kernel, "dilation": dilation, "padding": padding, "stride": stride}
+    return Product(image, len(image) * positions, unfold)

@@ -1,0 +1,112 @@
+r"""Modes that approximate: the Gram matrix of something smaller than the gradients.
+
+Surrogates :math:`s_i` stand for the gradients :math:`g_i` in the Gram matrix,
+:math:`H_{ij} = \langle s_i, s_j \rangle`: the gradients with respect to a representation that the
+losses share, :math:`s_i = \partial L_i / \partial z`, or to a subset of the parameters; or H is
+that of an earlier step. The combined gradient is that of :math:`\sum_i \alpha_i L_i`, by one
+backward pass, whatever m. What is approximate is :math:`\alpha` alone.
+
+References:
+    The representation: Sener and Koltun, Multi-Task Learning as Multi-Objective Optimization,
+    2018 (MGDA-UB).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raco_optim.combine import add_combined_gradient
+from raco_optim.gradients import Gradient, iterate_gradients
+from raco_optim.gram import gram_matrix
+
+ON_PARAMETERS = (
+    "a parameter of `gram`; it reaches none. Pass parameters that all losses share, or None for a "
+    "loss that is absent from this batch."
+)
+ON_REPRESENTATION = (
+    "`representation`; it does not. Pass the tensor itself that all losses are computed from, or "
+    "None for a loss that is absent from this batch."
+)
+
+
+@dataclass
+class SurrogateGradients:
+    """The losses with their graph, and the Gram matrix of their surrogates."""
+
+    names: tuple[str, ...]
+    losses: list[Tensor | None]
+    surrogate_gram: Tensor
+
+    @property
+    def values(self) -> list[Tensor | None]:
+        """Values of the losses."""
+        return [None if loss is None else loss.detach() for loss in self.losses]
+
+    def gram(self, shared: Sequence[bool]) -> Tensor:  # surrogates have no parts
+        """Returns the Gram matrix of the surrogates, ``[m, m]``, float64."""
+        return self.surrogate_gram
+
+    def finite(self, shared: Sequence[bool]) -> Tensor:
+        """Returns zeros: the gradients of the single losses are not known."""
+        return self.surrogate_gram.new_zeros(len(self.names))
+
+    def add_to_grad(
+        self,
+        parameters: Sequence[Tensor],
+        alpha: Tensor,
+        weights: Tensor,
+        shared: Sequence[bool],
+        *,
+        check: bool,
+    ) -> bool:
+        """Adds the combined gradient to ``.grad``, with `weights` in the other part.
+
+        With `check`, nothing is written and False returned where it is NaN or Inf.
+        """
+        both = any(shared) and not all(shared)
+        parts: list[tuple[list[Tensor], Gradient]] = []
+        for part, coefficients in ((True, alpha), (False, weights)):
+            chosen = [p for p, s in zip(parameters, shared, strict=True) if s == part]
+            if chosen:
+                parts.append((chosen, self._combine(chosen, coefficients, keep=both and part)))
+        if check:
+            extremes = [
+                torch.stack(g.aminmax())
+                for _, row in parts
+                for g in row
+                if g is not None and g.numel()
+            ]
+            if not bool(torch.cat(extremes).isfinite().all()):
+                return False
+        for chosen, row in parts:
+            # Not `row` itself: autograd may return a tensor that user code holds too.
+            add_combined_gradient(chosen, [row], torch.ones(1, device="cpu"))
+        return True
+
+    def _combine(self, parameters: list[Tensor], coefficients: Tensor, *, keep: bool) -> Gradient:
+        with torch.enable_grad():
+            total = torch.stack(
+                [
+                    a * loss.reshape(())
+                    for a, loss in zip(coefficients, self.losses, strict=True)
+                    if loss is not None
+                ]
+            ).sum()
+        name = " + ".join(self.names)
+        gradients = iterate_gradients([total], parameters, [name], keep_graph=keep, needed=None)
+        return next(gradients)[1]
+
+
+def collect(
+    names: tuple[str, ...],
+    losses: list[Tensor | None],
+    inputs: Sequence[Tensor],
+    needed: str,
+) -> SurrogateGradients:
+    """Computes the Gram matrix of the gradients with respect to `inputs`."""
+    rows = iterate_gradients(losses, inputs, names, keep_graph=True, needed=needed)
+    return SurrogateGradients(names, losses, gram_matrix([row for _, row in rows]))
