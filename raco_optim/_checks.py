@@ -96,12 +96,14 @@ def checked_mode(
     """Returns the mode or, as a list, the parameters, or raises."""
     if isinstance(gram, str):
         return checked_choice("gram", gram, modes)
-    if not isinstance(gram, Iterable):
+    if isinstance(gram, Tensor) or not isinstance(gram, Iterable):
         expected = ", ".join(repr(mode) for mode in modes)
         raise TypeError(
-            f"`gram` must be one of {expected}, or an iterable of parameters; got {gram!r}."
+            f"`gram` must be one of {expected}, or an iterable of parameters; got "
+            f"{'a single tensor' if isinstance(gram, Tensor) else repr(gram)}."
         )
-    return checked_parameters("gram", gram, known)
+    parameters = checked_parameters("gram", gram, known)
+    return list({id(p): p for p in parameters}.values())
 
 
 def check_mode_fits(
@@ -132,8 +134,8 @@ def check_mode_fits(
         )
     if not exact and not all(loss is None or isinstance(loss, Tensor) for loss in losses):
         raise TypeError(
-            "losses must be tensors of one graph with an approximate Gram matrix; got a callable "
-            'or another object. Choose gram="materialized" and solve_every=1 for callables.'
+            "`losses` must hold tensors with an approximate Gram matrix; got a callable or another "
+            'object. Choose gram="materialized" and solve_every=1 for callables.'
         )
 
 
@@ -266,7 +268,8 @@ def checked_parameters(
 ) -> list[Tensor]:
     """Returns the parameters as a list if all of them are known, or raises."""
     advice = "Pass for example model.trunk.parameters()."
-    chosen = list(parameters) if isinstance(parameters, Iterable) else [parameters]
+    single = isinstance(parameters, Tensor) or not isinstance(parameters, Iterable)
+    chosen = [parameters] if single else list(parameters)
     identities = {id(p) for p in known}
     for p in chosen:
         if not isinstance(p, Tensor):

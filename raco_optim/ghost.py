@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from raco_optim.combine import add_gradient, as_scales, combination
-from raco_optim.gradients import Gradient, iterate_gradients
+from raco_optim.gradients import Gradient, check_losses, iterate_gradients
 from raco_optim.gram import gram_matrix
 from raco_optim.graph import Lookup, Product, Uses, find_uses
 from raco_optim.materialized import Gradients
@@ -152,7 +152,11 @@ def collect(
     names: tuple[str, ...], losses: Sequence[Tensor | None], parameters: Sequence[Tensor]
 ) -> GhostGradients:
     """Computes the output gradients of the layers for which that is cheaper, and the other ones."""
-    found = {j: u for j, u in find_uses(losses, parameters).items() if _is_cheaper(u)}
+    check_losses(losses, parameters, names)
+    try:
+        found = {j: u for j, u in find_uses(losses, parameters).items() if _is_cheaper(u)}
+    except RuntimeError:  # of a tensor that is gone or was changed: the backward pass explains it
+        found = {}
     plain = [p for j, p in enumerate(parameters) if j not in found]
     edges = [GradientEdge(node, 0) for uses in found.values() for node in uses.nodes]
     values: list[Tensor | None] = []

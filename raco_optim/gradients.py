@@ -97,15 +97,7 @@ def iterate_gradients(
     all checked before the first backward pass, so that a bad one costs nothing. `needed` says
     what a loss that reaches none of them was to depend on, and the remedy; None allows it.
     """
-    _check_parameters(parameters)
-    for name, loss in zip(names, losses, strict=True):
-        if isinstance(loss, Tensor):
-            _check_loss(name, loss, parameters)
-        elif loss is not None and not callable(loss):
-            raise TypeError(
-                f"loss {name!r} must be a scalar tensor, a callable that returns one, or None; "
-                f"got {type(loss).__name__}."
-            )
+    check_losses(losses, parameters, names)
     trainable = [p for p in parameters if p.requires_grad]
     last_tensor = max((i for i, loss in enumerate(losses) if isinstance(loss, Tensor)), default=-1)
     last_callable = max(
@@ -132,6 +124,21 @@ def iterate_gradients(
         # What the caller frees of the row is to be free during the next backward pass.
         del found, reached
         yield value, row
+
+
+def check_losses(
+    losses: Sequence[Loss | None], parameters: Sequence[Tensor], names: Sequence[str]
+) -> None:
+    """Raises unless parameters and losses are what they must be, as far as no pass can tell."""
+    _check_parameters(parameters)
+    for name, loss in zip(names, losses, strict=True):
+        if isinstance(loss, Tensor):
+            _check_loss(name, loss, parameters)
+        elif loss is not None and not callable(loss):
+            raise TypeError(
+                f"loss {name!r} must be a scalar tensor, a callable that returns one, or None; "
+                f"got {type(loss).__name__}."
+            )
 
 
 def _evaluate(

@@ -37,7 +37,7 @@ class Memory:
                 continue
             held = self._tensors.get((i, j))
             if held is None or held.shape != g.shape or held.dtype != g.dtype:
-                held = torch.empty_like(g, memory_format=torch.contiguous_format)
+                held = torch.empty_like(g)
                 self._tensors[i, j] = held
             row[j] = held.copy_(g)
         return row

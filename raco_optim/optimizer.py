@@ -66,7 +66,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             report (with LBFGS: none from the first evaluation that was not finite).
             ``"propagate"``: combine with alpha = w, as ``loss.backward()`` would, so that a
             `GradScaler` sees it and skips; under a `GradScaler` use no other. On an accelerator
-            each of the first two costs a copy of m (m + 2) numbers to the host per step.
+            each of the first two costs a copy of m (m + 2) numbers to the host per step, and of a
+            bit where `gram` is approximate.
         gram: How H is had. Exact: ``"materialized"``, from the m gradients, or ``"ghost"``,
             without those of layers for which inputs and output gradients are the cheaper way
             (losses given as callables, and micro-batches, are materialized). Approximate, with one
@@ -171,8 +172,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             kept.named = isinstance(losses, Mapping)
             self._pending = kept
             return
-        absent = [loss is None for loss in ordered]
-        earlier = self._schedule.gram(absent)
+        key = [None if x is None else name for name, x in zip(names, ordered, strict=True)]
+        earlier = self._schedule.gram(key)
         stores = self._pending, self._memory
         gradients = stages.collect(
             self._mode, names, ordered, parameters, *stores, representation, earlier
@@ -188,13 +189,14 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
                 f'{error} Or choose nonfinite="skip" to leave out such updates, or '
                 f'nonfinite="propagate" if a GradScaler is to see them and skip.'
             ) from None
+        age = 0 if earlier is None else self._schedule.age + 1
         if written:
-            self._schedule.advance(step.gram, absent, due=earlier is None)
+            self._schedule.advance(step.gram, key, age)
         else:
             self._skip = True
             self._skipped += 1
-        step = dataclasses.replace(step, skip=not written, age=self._schedule.age)
-        self._last, self._pending = step, None
+            step = stages.skipped(step)
+        self._last, self._pending = dataclasses.replace(step, age=age), None
 
     def step(  # type: ignore[override]  # the closure returns losses, not a loss
         self, closure: Callable[[], Losses] | None = None
@@ -287,6 +289,9 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             )
         if own["weights"] is not None:
             checked_weights(own["weights"])
+
+    def _reset(self) -> None:
+        self._schedule = Schedule(self._schedule.every)
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         self._weights = own["weights"]

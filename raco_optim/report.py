@@ -28,7 +28,8 @@ class Outcome(enum.Enum):
     COEFFICIENTS = "the coefficients were given by a rule without a trust region"
     SKIPPED = 'a loss or its gradient was NaN or Inf and nonfinite="skip": no update'
     NONFINITE = (
-        'a gradient was NaN or Inf and nonfinite="propagate": alpha = w, .grad is not finite'
+        'a loss or its gradient was NaN or Inf and nonfinite="propagate": alpha = w, .grad is not '
+        "finite"
     )
 
 
@@ -116,11 +117,12 @@ def make_report(
     norms = H.diagonal().sqrt()
     inverse = torch.where(norms > 0, 1 / norms, 0.0)
     values = _host(losses)
+    finite = bool(H.isfinite().all() & values.isfinite().all())
     values[list(absent)] = math.nan
     g0_is_zero = bool(w @ H @ w <= ZERO * (w @ norms) ** 2)
     if skip:
         outcome = Outcome.SKIPPED
-    elif not bool(H.isfinite().all()):
+    elif not finite:
         outcome = Outcome.NONFINITE
     elif p_clipped is None:
         outcome = Outcome.COEFFICIENTS

@@ -6,36 +6,40 @@ from typing import Any
 
 from torch import Tensor
 
+# Names in their order; None for an absent loss.
+Losses = list[str | None]
+
 
 class Schedule:
     """Says when the Gram matrix is due, and keeps it until then.
 
-    It is due every `every` steps, and whenever other losses are absent than it was computed from.
+    It is due every `every` steps, and whenever the losses are others, or others of them absent.
     """
 
     def __init__(self, every: int) -> None:
         self.every = every
         self._kept: Tensor | None = None
-        self._absent: list[bool] = []
+        self._losses: Losses = []
         self.age = 0
         """Steps since the Gram matrix was computed."""
 
-    def gram(self, absent: list[bool]) -> Tensor | None:
+    def gram(self, losses: Losses) -> Tensor | None:
         """Returns the Gram matrix of an earlier step, or None where it is due."""
-        if self._kept is None or self._absent != absent or self.age + 1 >= self.every:
+        if self._kept is None or self._losses != losses or self.age + 1 >= self.every:
             return None
         return self._kept
 
-    def advance(self, gram: Tensor, absent: list[bool], *, due: bool) -> None:
-        """Counts a step, with the Gram matrix that it used."""
-        self.age = 0 if due else self.age + 1
+    def advance(self, gram: Tensor, losses: Losses, age: int) -> None:
+        """Keeps the Gram matrix that a step used, and its age in steps."""
+        self.age = age
         if self.every > 1:
-            self._kept, self._absent = gram, absent
+            self._kept, self._losses = gram, losses
 
     def state(self) -> dict[str, Any]:
         """Returns what a resumed run needs."""
-        return {"gram": self._kept, "absent": self._absent, "age": self.age}
+        return {"gram": self._kept, "losses": self._losses, "age": self.age}
 
     def load(self, state: dict[str, Any]) -> None:
         """Takes what `state` returned."""
-        self._kept, self._absent, self.age = state["gram"], state["absent"], state["age"]
+        if self.every > 1:
+            self._kept, self._losses, self.age = state["gram"], state["losses"], state["age"]

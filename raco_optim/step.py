@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raco_optim import ghost, materialized, surrogate
 from raco_optim.coefficients import MixingCoefficients
-from raco_optim.gradients import Loss
+from raco_optim.gradients import Loss, check_losses
 from raco_optim.materialized import Gradients, Memory
 from raco_optim.report import StepReport, make_report
 
@@ -92,6 +92,8 @@ def collect(
         representation: What the mode of that name takes the gradients with respect to.
         gram: The Gram matrix of an earlier step, if it serves this one too.
     """
+    if gram is not None or isinstance(mode, list) or representation is not None:
+        check_losses(losses, parameters, names)
     tensors = [loss for loss in losses if loss is None or isinstance(loss, Tensor)]
     complete = len(tensors) == len(losses)
     if gram is not None:
@@ -125,7 +127,7 @@ def solve(
     losses = torch.stack([zero if v is None else v.to(gram).reshape(()) for v in gradients.values])
     skip = False
     if nonfinite == "propagate":
-        finite = gram.isfinite().all()
+        finite = gram.isfinite().all() & losses.isfinite().all()
         mixing = _mix(
             rule, torch.where(finite, gram, torch.eye(m, dtype=gram.dtype, device=gram.device))
         )
@@ -145,9 +147,15 @@ def solve(
         elif nonfinite == "raise":
             raise FloatingPointError(_message(problem))
         else:
-            skip = True
             mixing = MixingCoefficients(gram.new_zeros(m))
+            skip = True
     return Step(names, weights, gram, mixing, losses, absent, skip)
+
+
+def skipped(step: Step) -> Step:
+    """Returns the step as one that was left out."""
+    zeros = torch.zeros_like(step.mixing.coefficients)
+    return replace(step, mixing=MixingCoefficients(zeros), skip=True)
 
 
 def write(
@@ -214,7 +222,7 @@ def _message(problem: str) -> str:
 
 def _mix(rule: Rule, gram: Tensor) -> MixingCoefficients:
     with torch.no_grad():
-        mixing = rule(gram)
+        mixing = rule(gram.clone())  # its own: it may write there
     if not isinstance(mixing, Tensor | MixingCoefficients):
         raise TypeError(
             f"`rule` must return a tensor or MixingCoefficients; got {type(mixing).__name__}."

@@ -67,12 +67,20 @@ class SurrogateGradients:
 
         With `check`, nothing is written and False returned where it is NaN or Inf.
         """
-        both = any(shared) and not all(shared)
+        trainable = [(p, s) for p, s in zip(parameters, shared, strict=True) if p.requires_grad]
+        both = len({s for _, s in trainable}) == 2
         parts: list[tuple[list[Tensor], Gradient]] = []
-        for part, coefficients in ((True, alpha), (False, weights)):
-            chosen = [p for p, s in zip(parameters, shared, strict=True) if s == part]
+        # The shared part last: its pass frees the graph behind the heads too.
+        for part, coefficients in ((False, weights), (True, alpha)):
+            chosen = [p for p, s in trainable if s == part]
             if chosen:
-                parts.append((chosen, self._combine(chosen, coefficients, keep=both and part)))
+                keep = both and not part
+                parts.append((chosen, self._combine(chosen, coefficients, keep=keep)))
+        if all(g is None for _, row in parts for g in row):
+            raise ValueError(
+                "losses must depend on a parameter of the optimizer; together they reach none. Was "
+                "the optimizer built from this model's parameters?"
+            )
         if check:
             extremes = [
                 torch.stack(g.aminmax())
@@ -80,7 +88,7 @@ class SurrogateGradients:
                 for g in row
                 if g is not None and g.numel()
             ]
-            if not bool(torch.cat(extremes).isfinite().all()):
+            if extremes and not bool(torch.cat(extremes).isfinite().all()):
                 return False
         for chosen, row in parts:
             # Not `row` itself: autograd may return a tensor that user code holds too.
@@ -92,7 +100,7 @@ class SurrogateGradients:
             total = torch.stack(
                 [
                     a * loss.reshape(())
-                    for a, loss in zip(coefficients, self.losses, strict=True)
+                    for a, loss in zip(coefficients.detach(), self.losses, strict=True)
                     if loss is not None
                 ]
             ).sum()
@@ -108,5 +116,17 @@ def collect(
     needed: str,
 ) -> SurrogateGradients:
     """Computes the Gram matrix of the gradients with respect to `inputs`."""
+    argument = "gram" if needed is ON_PARAMETERS else "representation"
+    if not any(x.requires_grad for x in inputs):
+        raise ValueError(
+            f"`{argument}` must require gradients; got frozen parameters, or a tensor without a "
+            f"graph (detached, or computed under torch.no_grad())."
+        )
+    if any(x.is_complex() for x in inputs):
+        raise ValueError(f"`{argument}` must be real; got a complex tensor.")
+    devices = {x.device for x in (*losses, *inputs) if x is not None}
+    if len(devices) > 1:
+        found = ", ".join(sorted(str(device) for device in devices))
+        raise ValueError(f"`{argument}` must be on the device of the losses; got {found}.")
     rows = iterate_gradients(losses, inputs, names, keep_graph=True, needed=needed)
     return SurrogateGradients(names, losses, gram_matrix([row for _, row in rows]))

@@ -91,6 +91,7 @@ class OptimizerWrapper(Optimizer):
         if own is not None:
             self._check_own_state(own)
         self.optimizer.load_state_dict(state_dict)
+        self._reset()
         if own is not None:
             self._load_own_state(own)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -113,6 +114,9 @@ class OptimizerWrapper(Optimizer):
                 f"`state_dict` must be of version {_STATE_VERSION} or older; got version "
                 f"{own['version']}. Update raco_optim."
             )
+
+    def _reset(self) -> None:
+        """Forgets what belongs to the run before a state is loaded."""
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         """Loads a state that was checked."""

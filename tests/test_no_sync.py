@@ -123,3 +123,87 @@ def test_no_number_is_fetched_alone(solver, nonfinite):
     with Copies() as copies:
         opt.backward(losses)
     assert copies.scalars == 0
+
+
+# name -> (what is passed as `gram`, steps that one Gram matrix serves)
+APPROXIMATIONS = {
+    "representation": ("representation", 1),
+    "subset": ("subset", 1),
+    "solve_every": ("materialized", 2),
+    "representation, solve_every": ("representation", 2),
+    "subset, solve_every": ("subset", 2),
+}
+
+
+def approximate(model, gram, every, **kwargs):
+    gram = model.trunk.parameters() if gram == "subset" else gram
+    inner = torch.optim.AdamW(model.parameters(), foreach=True)
+    return CAGradClip(inner, [0.5, 0.2, 0.3], gram=gram, solve_every=every, **kwargs)
+
+
+def backward_of(model, opt, gram, x):
+    z = model.trunk(x).tanh()
+    losses = list(model.heads(z).square().mean(0))
+    opt.backward(losses, **({"representation": z} if gram == "representation" else {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "with_heads", "rule"),
+    # The solver's fixed number of iterations takes a second of a step on the meta device.
+    [("representation", 1, True, None), ("subset", 1, False, None), ("solve_every", 2, True, None)]
+    + [
+        (name, 5, with_heads, inverse_norms)
+        for name in APPROXIMATIONS
+        for with_heads in (False, True)
+    ],
+)
+def test_neither_does_an_approximation(name, steps, with_heads, rule):
+    gram, every = APPROXIMATIONS[name]
+    with torch.device("meta"):
+        model = Net()
+    shared = {"shared_parameters": model.trunk.parameters()} if with_heads else {}
+    opt = approximate(model, gram, every, solver="pgd", **shared, **PROPAGATE)
+    opt.rule = opt.rule if rule is None else rule
+    for t in range(steps):
+        opt.zero_grad(set_to_none=t % 2 == 0)
+        opt.weights = [0.5, 0.3, 0.2] if t > 2 else [0.5, 0.2, 0.3]
+        backward_of(model, opt, gram, torch.ones(2, 3, device="meta"))
+        opt.step()
+    assert opt._schedule.age == (steps - 1) % every
+    assert model.trunk.weight.grad.is_meta
+    assert model.heads.weight.grad.is_meta
+    assert model.spare.weight.grad is None
+    with pytest.raises(NO_VALUE):
+        _ = opt.report
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("name", APPROXIMATIONS)
+def test_an_approximation_waits_where_the_documentation_says_so(name, nonfinite):
+    gram, every = APPROXIMATIONS[name]
+    with torch.device("meta"):
+        model = Net()
+    opt = approximate(model, gram, every, solver="pgd", nonfinite=nonfinite)
+    with pytest.raises(NO_VALUE):
+        backward_of(model, opt, gram, torch.ones(2, 3, device="meta"))
+
+
+@pytest.mark.parametrize("with_heads", [False, True], ids=["all", "heads"])
+@pytest.mark.parametrize("nonfinite", ["raise", "skip", "propagate"])
+@pytest.mark.parametrize("name", APPROXIMATIONS)
+def test_one_number_is_fetched_alone_where_the_combination_is_checked(name, nonfinite, with_heads):
+    """Where a Gram matrix says nothing of the combined gradient: whether that is finite."""
+    gram, every = APPROXIMATIONS[name]
+    model = Net()
+    shared = {"shared_parameters": model.trunk.parameters()} if with_heads else {}
+    opt = approximate(model, gram, every, nonfinite=nonfinite, **shared)
+    found, expected = [], []
+    for t in range(4):
+        opt.zero_grad()
+        with Copies() as copies:
+            backward_of(model, opt, gram, batch(t)[:, :3])
+        found.append(copies.scalars)
+        exact = gram == "materialized" and t % every == 0
+        expected.append(0 if exact or nonfinite == "propagate" else 1)
+        opt.step()
+    assert found == expected

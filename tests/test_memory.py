@@ -1,0 +1,431 @@
+"""Gradients of a megabyte and more are held in memory that is kept from step to step.
+
+Nobody may notice: not in the bits of a result, in a pickle, nor in a tensor that was handed out.
+"""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from raco_optim import (
+    MGDA,
+    CAGradClip,
+    MultiObjectiveOptimizer,
+    add_combined_gradient,
+    gram_matrix,
+    min_norm_coefficients,
+    mixing_coefficients,
+    per_loss_gradients,
+)
+from tests.problems_nn import Buffered, bits, inverse_norms
+
+WEIGHTS = {1: [1.0], 2: [0.6, 0.4], 3: [0.5, 0.2, 0.3]}
+SIDE = 512  # 512 * 512 * 4 bytes are a megabyte
+FORMS = pytest.mark.parametrize("as_callables", [False, True], ids=["tensors", "callables"])
+
+
+class Wide(nn.Module):
+    """A weight of exactly a megabyte, one of a row less, and a small one."""
+
+    def __init__(self, side=SIDE):
+        super().__init__()
+        generator = torch.Generator().manual_seed(side)
+        self.weight, self.shorter, self.small = (
+            nn.Parameter(torch.randn(n, side, generator=generator) / 30)
+            for n in (side, side - 1, 2)
+        )
+
+    def losses(self, t, m):
+        x = torch.randn(1, self.weight.shape[1], generator=torch.Generator().manual_seed(t))
+        x = x.to(self.weight.dtype)
+        h = (x @ self.weight.mT).tanh()
+        y = (h[:, 1:] @ self.shorter) * 0.1 + x
+        out = y @ self.small.mT
+        signs = [(-1) ** i * (1 + i) for i in range(m)]
+        return [(out[0, i % 2] - s).square() + 0.01 * i * h.sum() for i, s in enumerate(signs)]
+
+
+def wrapped(model, m=3, **kwargs):
+    return CAGradClip(torch.optim.SGD(model.parameters(), 0.05), WEIGHTS[m], **kwargs)
+
+
+def in_form(model, t, m, as_callables):
+    if as_callables:
+        return [lambda i=i: model.losses(t, m)[i] for i in range(m)]
+    return model.losses(t, m)
+
+
+def grads(model):
+    return bits([p.grad for p in model.parameters()])
+
+
+def storages(tensors):
+    return {t.untyped_storage().data_ptr() for t in tensors if t is not None}
+
+
+def buffers(opt):
+    return list(opt._memory._tensors.values())
+
+
+def stages_by_hand(model, losses, weights):
+    """A step without any memory."""
+    parameters = list(model.parameters())
+    rows = per_loss_gradients(losses, parameters)
+    gram = gram_matrix(rows)
+    alpha = mixing_coefficients(gram, weights, 0.4).coefficients
+    add_combined_gradient(parameters, rows, alpha)
+    return gram, alpha
+
+
+@FORMS
+@pytest.mark.parametrize("m", [2, 3])
+def test_it_is_reused_and_holds_large_tensors_only(m, as_callables):
+    model = Wide()
+    opt = wrapped(model, m)
+    seen = []
+    for t in range(3):
+        opt.zero_grad()
+        opt.backward(in_form(model, t, m, as_callables))
+        opt.step()
+        seen.append({key: (b.data_ptr(), b.shape) for key, b in opt._memory._tensors.items()})
+    assert seen[0] == seen[1] == seen[2]
+    assert {shape for _, shape in seen[0].values()} == {(SIDE, SIDE)}
+    assert len(storages(buffers(opt))) == m - 1, "the last gradient is combined where it is"
+
+
+def test_it_holds_the_gradients_of_the_last_step():
+    model = Wide()
+    opt = wrapped(model)
+    for t in range(2):
+        opt.backward(model.losses(t, 3))
+    for (i, j), held in opt._memory._tensors.items():
+        assert torch.equal(held, per_loss_gradients(model.losses(1, 3), model.parameters())[i][j])
+
+
+def test_an_accelerator_keeps_its_own():
+    with torch.device("meta"):
+        weight = nn.Parameter(torch.ones(SIDE, SIDE))
+    inner = torch.optim.SGD([weight], 0.1)
+    opt = MultiObjectiveOptimizer(inner, inverse_norms, nonfinite="propagate")
+    opt.backward([weight.sum(), weight.square().sum()])
+    assert weight.grad.is_meta
+    assert not buffers(opt)
+
+
+@pytest.mark.parametrize("gram", ["representation", "subset"])
+def test_an_approximation_needs_none(gram):
+    weight = nn.Parameter(torch.ones(SIDE, SIDE))
+    opt = CAGradClip(
+        torch.optim.SGD([weight], 0.1), [0.5, 0.5], gram=[weight] if gram == "subset" else gram
+    )
+    z = weight.mean(0)
+    losses = [z.sum(), z.square().sum()]
+    opt.backward(losses, **({"representation": z} if gram == "representation" else {}))
+    assert not buffers(opt)
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_results_are_those_of_the_stages_in_every_bit(m, dtype, as_callables):
+    side = 2 * SIDE if dtype == torch.bfloat16 else SIDE
+    model, plain = Wide(side).to(dtype), Wide(side).to(dtype)
+    opt, plain_opt = wrapped(model, m), torch.optim.SGD(plain.parameters(), 0.05)
+    for t in range(3):
+        if t != 1:  # once, gradients are added to
+            opt.zero_grad()
+            plain_opt.zero_grad()
+        opt.backward(in_form(model, t, m, as_callables))
+        gram, alpha = stages_by_hand(plain, in_form(plain, t, m, as_callables), WEIGHTS[m])
+        assert torch.equal(opt.report.gram, gram)
+        assert torch.equal(opt.report.coefficients, alpha)
+        assert grads(model) == grads(plain)
+        opt.step()
+        plain_opt.step()
+    assert bits(model.state_dict()) == bits(plain.state_dict())
+    assert bool(buffers(opt)) == (m > 1)
+
+
+@pytest.mark.parametrize("absent", [[0], [1], [2], [0, 1], [1, 2]], ids=str)
+def test_absent_losses(absent):
+    model, plain = Wide(), Wide()
+    opt = wrapped(model)
+    for missing in ([], absent, []):
+        losses, plain_losses = (
+            [None if i in missing else loss for i, loss in enumerate(net.losses(1, 3))]
+            for net in (model, plain)
+        )
+        opt.zero_grad()
+        plain.zero_grad()
+        opt.backward(losses)
+        stages_by_hand(plain, plain_losses, WEIGHTS[3])
+        assert grads(model) == grads(plain)
+
+
+DUPLICATES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+}
+
+
+@pytest.mark.parametrize("duplicate", DUPLICATES.values(), ids=DUPLICATES)
+def test_copies_do_without_it(duplicate):
+    model = Wide()
+    opt = wrapped(model)
+    sizes = []
+    for t in range(2):
+        file = io.BytesIO()
+        torch.save(opt.state_dict(), file)
+        sizes.append((len(pickle.dumps(opt)), file.tell()))
+        opt.zero_grad()
+        opt.backward(model.losses(t, 3))
+    opt._last = None  # of some bytes
+    assert abs(len(pickle.dumps(opt)) - sizes[0][0]) < 2000
+    assert sizes[1][1] - sizes[0][1] < 2000
+    twin, twin_opt = duplicate((model, opt))
+    assert buffers(opt)
+    assert not buffers(twin_opt)
+    for net, o in ((model, opt), (twin, twin_opt)):
+        o.zero_grad()
+        o.backward(net.losses(5, 3))
+    assert grads(model) == grads(twin)
+    assert not storages(buffers(opt)) & storages(buffers(twin_opt))
+
+
+def test_the_number_of_losses_may_change():
+    model = Wide()
+    opt = MGDA(torch.optim.SGD(model.parameters(), 0.05))
+    for t, m in enumerate([2, 4, 1, 3, 2]):
+        plain = copy.deepcopy(model)
+        opt.zero_grad()
+        opt.backward(model.losses(t, m))
+        parameters = list(plain.parameters())
+        rows = per_loss_gradients(plain.losses(t, m), parameters)
+        alpha = min_norm_coefficients(gram_matrix(rows)).coefficients
+        add_combined_gradient(parameters, rows, alpha)
+        assert grads(model) == grads(plain)
+        opt.step()
+
+
+@pytest.mark.parametrize("change", ["group added", "order", "dtype", "shape", "frozen"])
+def test_parameters_may_change_between_steps(change):
+    model = Wide()
+    inner = torch.optim.SGD([model.weight, model.shorter], 0.05)
+    opt = CAGradClip(inner, WEIGHTS[3])
+    opt.backward(model.losses(0, 3))
+    if change == "group added":
+        model.extra = nn.Parameter(torch.ones(SIDE + 1, SIDE))
+        opt.add_param_group({"params": [model.extra]})
+    elif change == "order":
+        opt.param_groups[0]["params"].reverse()
+    elif change == "dtype":
+        model.double()
+    elif change == "shape":  # as a growing vocabulary does
+        model.weight.data = torch.cat([model.weight.data, model.weight.data])[:, : SIDE // 2]
+        model.shorter.data = torch.ones(2 * SIDE - 1, SIDE // 2)
+        model.small.data = torch.ones(2, SIDE // 2)
+    else:
+        model.weight.requires_grad_(False)
+    fresh = copy.deepcopy(model)
+    inner = torch.optim.SGD([p for p in fresh.parameters() if p is not fresh.small], 0.05)
+    if change == "order":
+        inner.param_groups[0]["params"].reverse()
+    fresh_opt = CAGradClip(inner, WEIGHTS[3])
+    for t in range(1, 3):
+        for net, o in ((model, opt), (fresh, fresh_opt)):
+            o.zero_grad()
+            losses = net.losses(t, 3)
+            if change == "group added":
+                losses = [loss + net.extra[i].sum() for i, loss in enumerate(losses)]
+            o.backward(losses)
+        assert torch.equal(opt.report.gram, fresh_opt.report.gram)
+        assert grads(model) == grads(fresh)
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {model.weight.dtype}
+
+
+@FORMS
+@pytest.mark.parametrize("kind", ["CAGradClip", "c = 0", "one loss", "others absent", "MGDA"])
+def test_what_was_handed_out_does_not_change(kind, as_callables):
+    model = Wide()
+    m = 1 if kind == "one loss" else 3
+    inner = torch.optim.SGD(model.parameters(), 0.05)
+    opt = (
+        MGDA(inner)
+        if kind == "MGDA"
+        else CAGradClip(inner, WEIGHTS[m], 0.0 if kind == "c = 0" else 0.4)
+    )
+    kept = []
+    for t in range(4):
+        opt.zero_grad()
+        losses = in_form(model, t, m, as_callables)
+        opt.backward([losses[0], None, None] if kind == "others absent" else losses)
+        handed_out = [p.grad for p in model.parameters()]
+        report = opt.report
+        held = [report.gram, report.coefficients, report.losses, report.cosines]
+        assert not storages(buffers(opt)) & storages(handed_out)
+        kept.append((handed_out, held, bits(handed_out), repr([x.tolist() for x in held])))
+        opt.step()
+    for handed_out, held, *expected in kept:
+        assert [bits(handed_out), repr([x.tolist() for x in held])] == expected
+    pointers = [p for handed_out, *_ in kept for p in storages(handed_out)]
+    assert len(pointers) == len(set(pointers))
+
+
+@FORMS
+def test_micro_batches_after_plain_steps(as_callables):
+    model = Wide()
+    opt = wrapped(model)
+    for t in range(2):
+        opt.backward(in_form(model, t, 3, as_callables))
+    opt.zero_grad()
+    fresh = copy.deepcopy(model)
+    fresh_opt = wrapped(fresh)
+    for net, o in ((model, opt), (fresh, fresh_opt)):
+        o.backward(in_form(net, 2, 3, as_callables), accumulate=True)
+        o.backward(in_form(net, 3, 3, as_callables), accumulate=True)
+    pending = [g for row in opt._pending.rows for g in row]
+    assert not storages(pending) & storages(buffers(opt))
+    for net, o in ((model, opt), (fresh, fresh_opt)):
+        o.backward(in_form(net, 4, 3, as_callables))
+    assert grads(model) == grads(fresh)
+    parameters = list(fresh.parameters())
+    rows = [per_loss_gradients(fresh.losses(t, 3), parameters) for t in (2, 3, 4)]
+    J = [
+        torch.cat([sum(g).flatten() for g in zip(*row, strict=True)])
+        for row in zip(*rows, strict=True)
+    ]
+    torch.testing.assert_close(opt.report.gram, gram_matrix(J), rtol=1e-5, atol=1e-8)
+    opt.zero_grad()
+    fresh_opt.zero_grad()
+    opt.backward(in_form(model, 5, 3, as_callables))
+    fresh_opt.backward(in_form(fresh, 5, 3, as_callables))
+    assert grads(model) == grads(fresh)
+
+
+def fails():
+    raise ZeroDivisionError("in the middle")
+
+
+@pytest.mark.parametrize("accumulate", [False, True], ids=["combine", "accumulate"])
+@pytest.mark.parametrize("pending", [False, True], ids=["none pending", "pending"])
+def test_a_failure_in_the_middle(pending, accumulate):
+    model = Wide()
+    opt = wrapped(model)
+    opt.backward(model.losses(0, 3))
+    fresh = copy.deepcopy(model)
+    for p, q in zip(model.parameters(), fresh.parameters(), strict=True):
+        q.grad = p.grad.clone()
+    fresh_opt = wrapped(fresh)
+    for net, o in ((model, opt), (fresh, fresh_opt)):
+        if pending:
+            o.backward(net.losses(1, 3), accumulate=True)
+    before = grads(model)
+    with pytest.raises(ZeroDivisionError):
+        opt.backward([*in_form(model, 2, 3, True)[:2], fails], accumulate=accumulate)
+    if not accumulate:
+        with pytest.raises(FloatingPointError):
+            opt.backward([loss * math.nan for loss in model.losses(2, 3)])
+    assert grads(model) == before
+    for t in (3, 4):
+        for net, o in ((model, opt), (fresh, fresh_opt)):
+            o.backward(in_form(net, t, 3, t == 4))
+        assert torch.equal(opt.report.gram, fresh_opt.report.gram)
+        assert grads(model) == grads(fresh)
+
+
+@FORMS
+def test_users_memory_is_neither_kept_nor_written_to(as_callables):
+    x, buffer = nn.Parameter(torch.zeros(SIDE, SIDE)), torch.zeros(SIDE, SIDE)
+    opt = CAGradClip(torch.optim.SGD([x], 0.1), WEIGHTS[3], c=0.0)
+    for k in range(1, 4):
+        buffer.fill_(float(k))
+        calls = [lambda: Buffered.apply(x, buffer) for _ in range(3)]
+        opt.zero_grad()
+        opt.backward(calls if as_callables else [call() for call in calls])
+        torch.testing.assert_close(x.grad, torch.full_like(x, k))
+        assert torch.equal(buffer, torch.full_like(buffer, k))
+        assert not storages([x.grad, buffer]) & storages(buffers(opt))
+        assert len(storages([x.grad, buffer])) == 2
+
+
+def test_a_buffer_that_each_callable_refills():
+    x, buffer = nn.Parameter(torch.zeros(SIDE, SIDE)), torch.zeros(SIDE, SIDE)
+    opt = CAGradClip(torch.optim.SGD([x], 0.1), WEIGHTS[3], c=0.0)
+
+    def refilled(k):
+        buffer.fill_(float(k))
+        return Buffered.apply(x, buffer)
+
+    for t in range(3):
+        opt.zero_grad()
+        opt.backward([lambda k=k, t=t: refilled(k + t) for k in range(3)])
+        torch.testing.assert_close(x.grad, torch.full_like(x, 0.2 + 0.6 + t))
+
+
+def test_tied_parameters():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(3)
+            self.embed, self.out = nn.Embedding(SIDE, SIDE), nn.Linear(SIDE, SIDE, bias=False)
+            self.out.weight = self.embed.weight
+
+        def losses(self, t, m):
+            out = self.out(self.embed(torch.tensor([t, t + 1]))).tanh()
+            return [(out[0, i] - i).square() + (out[1, i] + i).square() for i in range(m)]
+
+    model, plain = Tied(), Tied()
+    opt = wrapped(model)
+    for t in range(3):
+        opt.zero_grad()
+        plain.zero_grad()
+        opt.backward(model.losses(t, 3))
+        gram, _ = stages_by_hand(plain, plain.losses(t, 3), WEIGHTS[3])
+        assert torch.equal(opt.report.gram, gram)
+        assert grads(model) == grads(plain)
+    assert len(buffers(opt)) == 2
+
+
+def test_one_expanded_gradient_for_two_parameters():
+    """Autograd returns one number, expanded, for both of them and for two losses."""
+    x, y = (nn.Parameter(torch.zeros(SIDE, SIDE)) for _ in range(2))
+    opt = CAGradClip(torch.optim.SGD([x, y], 0.1), [0.5, 0.5], c=0.0)
+    for _ in range(2):
+        opt.zero_grad()
+        total = (x + y).sum()
+        opt.backward([total, 3 * total])
+        assert x.grad.is_contiguous()
+        x.grad.zero_()
+        assert torch.equal(y.grad, torch.full_like(y, 2))
+
+
+@pytest.mark.parametrize(
+    "channels",
+    [8, 192],
+    ids=["small", "held"],
+)
+def test_gradients_have_the_layout_that_autograd_gives_them(channels):
+    """That of the parameter: torch's fused optimizers are slow, or refuse, where they differ."""
+    model = nn.Conv2d(channels, channels, 3).to(memory_format=torch.channels_last)
+    opt = CAGradClip(torch.optim.SGD(model.parameters(), 0.1), [0.5, 0.5])
+    x = torch.randn(1, channels, 3, 3).to(memory_format=torch.channels_last)
+    out = model(x)
+    opt.backward([out[:, 0].sum(), out.square().sum()])
+    assert model.weight.grad.stride() == model.weight.stride()
+    assert bool(buffers(opt)) == (channels > 8)
+
+
+def test_two_optimizers_do_not_share_it():
+    models = [Wide(), Wide()]
+    opts = [wrapped(model) for model in models]
+    for t in range(2):
+        for model, opt in zip(models, opts, strict=True):
+            opt.zero_grad()
+            opt.backward(model.losses(t, 3))
+    assert not storages(buffers(opts[0])) & storages(buffers(opts[1]))
+    assert grads(models[0]) == grads(models[1])
