@@ -22,6 +22,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +37,6 @@ from raco_optim.materialized import Gradients
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _SLICE = 2**17
-_CHUNK = 65536
 
 
 @dataclass
@@ -55,17 +56,20 @@ class Layer:
 
     def gram(self) -> Tensor:
         """Computes the Gram matrix of the gradients, ``[m, m]``, float64."""
-        x, deltas, looked_up = self.x(), self.product_deltas, torch.stack(self.lookup_deltas)
-        kernel = x @ x.T
+        # The terms of a gradient may cancel, and those of its square do so twice: hence float64.
+        x, looked_up = self.x().double(), torch.stack(self.lookup_deltas).double()
+        m, n = len(self.product_deltas), len(x)
+        kernel = (x @ x.T).expand(m, n, n)
         total = gram_matrix(list(_rows_once(self.ids, looked_up)))
         # In slices, so that what is computed on the way stays in the cache.
-        width = max(1, _SLICE // max(1, len(deltas) * len(x)))
-        for start in range(0, deltas[0].shape[1], width):
-            part = torch.stack([delta[:, start : start + width] for delta in deltas])
-            total += _inner(kernel @ part, part)
+        width = max(1, _SLICE // max(1, m * n))
+        for start in range(0, self.product_deltas[0].shape[1], width):
+            part = torch.stack([d[:, start : start + width] for d in self.product_deltas]).double()
+            # Not `kernel @ part`, whose rows may differ for equal losses.
+            total += _inner(torch.bmm(kernel, part), part)
         if len(self.ids):
             # Of the products' gradients, the rows that were looked up too.
-            rows = torch.stack([delta[:, self.ids].T @ x for delta in deltas])
+            rows = torch.stack([d[:, self.ids].double().T @ x for d in self.product_deltas])
             mixed = _inner(rows, looked_up)
             total += mixed + mixed.T
         return (total + total.T) / 2
@@ -74,22 +78,13 @@ class Layer:
         """Computes the combination of the gradients with coefficients ``[m]``."""
         scales = as_scales(coefficients)
         x, delta = self.x(), combination(self.product_deltas, scales)
-        combined = (delta.T @ x if self.transposed else x.T @ delta).view(self.shape)
+        left, right = (delta.T, x) if self.transposed else (x.T, delta)
+        # `out`, because autocast would shorten the factors of a product that makes its own result.
+        combined = torch.mm(left, right, out=x.new_empty(len(left), right.shape[1]))
+        combined = combined.view(self.shape)
         if len(self.ids):
             combined.index_add_(0, self.ids, combination(self.lookup_deltas, scales))
         return combined
-
-    def finite(self) -> Tensor:
-        """Computes what is finite where the gradients are, ``[m]``, float64."""
-        return torch.stack(
-            [
-                torch.linalg.vector_norm(of_product, dtype=torch.float64)
-                + torch.linalg.vector_norm(of_lookup, dtype=torch.float64)
-                for of_product, of_lookup in zip(
-                    self.product_deltas, self.lookup_deltas, strict=True
-                )
-            ]
-        )
 
 
 @dataclass
@@ -98,7 +93,7 @@ class GhostGradients:
 
     rest: Gradients
     layers: dict[int, Layer]
-    """By the position of their weight among the parameters."""
+    """By the position of their weight, a shared one, among the parameters."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -113,20 +108,20 @@ class GhostGradients:
     def gram(self, shared: Sequence[bool]) -> Tensor:
         """Computes the Gram matrix of the shared part, ``[m, m]``, float64."""
         gram = self.rest.gram(shared)
-        for j, layer in self.layers.items():
-            if shared[j]:
-                part = layer.gram()
-                gram = gram.to(part.device, non_blocking=True) + part
+        for layer in self.layers.values():
+            part = layer.gram()
+            gram = gram.to(part.device, non_blocking=True) + part
+        # Where the terms of a gradient cancel to the last digits, what is left of the products need
+        # not satisfy |H_ij| <= |g_i| |g_j|.
+        squares = gram.diagonal().clamp(min=0)
+        bound = squares.sqrt()[:, None] * squares.sqrt()
+        gram = torch.where(gram.abs() > (1 + 1e-12) * bound, gram.sign() * bound, gram)
+        gram.diagonal().copy_(squares)
         return gram
 
     def finite(self, shared: Sequence[bool]) -> Tensor:
         """Computes what is finite where the other part is, one number per loss, ``[m]``."""
-        numbers = self.rest.finite(shared)
-        for j, layer in self.layers.items():
-            if not shared[j]:
-                part = layer.finite()
-                numbers = numbers.to(part.device, non_blocking=True) + part
-        return numbers
+        return self.rest.finite(shared)
 
     def add_to_grad(
         self,
@@ -143,36 +138,71 @@ class GhostGradients:
         """
         self.rest.add_to_grad(parameters, alpha, weights, shared, check=check)
         for j in list(self.layers):
-            layer = self.layers.pop(j)
-            add_gradient(parameters[j], layer.combine(alpha if shared[j] else weights))
+            add_gradient(parameters[j], self.layers.pop(j).combine(alpha))
         return True
 
 
 def collect(
-    names: tuple[str, ...], losses: Sequence[Tensor | None], parameters: Sequence[Tensor]
+    names: tuple[str, ...],
+    losses: Sequence[Tensor | None],
+    parameters: Sequence[Tensor],
+    shared: Sequence[bool],
 ) -> GhostGradients:
-    """Computes the output gradients of the layers for which that is cheaper, and the other ones."""
+    """Computes the output gradients of shared layers for which that is cheaper, and the rest."""
     check_losses(losses, parameters, names)
     try:
-        found = {j: u for j, u in find_uses(losses, parameters).items() if _is_cheaper(u)}
-    except RuntimeError:  # of a tensor that is gone or was changed: the backward pass explains it
+        uses = find_uses(losses, parameters)
+        found = {j: u for j, u in uses.items() if shared[j] and _is_cheaper(u)}
+    except RuntimeError:  # a tensor is gone or was changed: the backward pass explains it
         found = {}
     plain = [p for j, p in enumerate(parameters) if j not in found]
-    edges = [GradientEdge(node, 0) for uses in found.values() for node in uses.nodes]
+    edges = [GradientEdge(node, 0) for used in found.values() for node in used.nodes]
     values: list[Tensor | None] = []
     rows: list[Gradient] = []
     deltas: list[Gradient] = []
-    for value, row in iterate_gradients(losses, plain, names, edges):
-        values.append(value)
-        gradients = iter(row)
-        rows.append([None if j in found else next(gradients) for j in range(len(parameters))])
-        deltas.append([*gradients])
+    with _Inputs([edge.node for edge in edges]) as inputs:
+        for value, row in iterate_gradients(losses, plain, names, edges):
+            values.append(value)
+            gradients = iter(row)
+            rows.append([None if j in found else next(gradients) for j in range(len(parameters))])
+            deltas.append(inputs.in_place_of([*gradients]))
     layers, start = {}, 0
-    for j, uses in found.items():
-        stop = start + len(uses.nodes)
-        layers[j] = _layer(uses, [row[start:stop] for row in deltas], parameters[j])
+    for j, used in found.items():
+        stop = start + len(used.nodes)
+        parts = [row[start:stop] for row in deltas]
+        if any(delta is not None for part in parts for delta in part):
+            layers[j] = _layer(used, parts, parameters[j])
         start = stop
     return GhostGradients(Gradients(names, values, rows), layers)
+
+
+class _Inputs:
+    """What nodes of the graph are given in a backward pass, after hooks on tensors changed it.
+
+    The gradient of an edge is what it was before them, where its node is run too.
+    """
+
+    def __init__(self, nodes: Sequence[Any]) -> None:
+        self._nodes = nodes
+        self._given: dict[int, Tensor | None] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Inputs:
+        for k, node in enumerate(self._nodes):
+            self._handles.append(node.register_prehook(partial(self._take, k)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _take(self, k: int, gradients: tuple[Tensor | None, ...]) -> None:
+        self._given[k] = gradients[0]
+
+    def in_place_of(self, gradients: Gradient) -> Gradient:
+        """Returns the edges' gradients, those of nodes that were run replaced; forgets these."""
+        given, self._given = self._given, {}
+        return [given.get(k, g) for k, g in enumerate(gradients)]
 
 
 def _layer(uses: Uses, deltas: Sequence[Gradient], weight: Tensor) -> Layer:
@@ -217,13 +247,8 @@ def _sizes(uses: Uses) -> tuple[int, int]:
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Returns <a_i, b_j>, ``[m, m]``, summed in float64."""
-    a, b = a.flatten(1), b.flatten(1)
-    total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
-    for start in range(0, a.shape[1], _CHUNK):
-        chunk = slice(start, start + _CHUNK)
-        total += a[:, chunk].double() @ b[:, chunk].double().T
-    return total
+    """Returns <a_i, b_j>, ``[m, m]``."""
+    return a.flatten(1) @ b.flatten(1).T
 
 
 def _rows_once(ids: Tensor, deltas: Tensor) -> Tensor:

@@ -60,8 +60,10 @@ class Lookup:
 
     def rows(self, delta: Tensor) -> Tensor:
         """Returns the gradient of the output as ``[N, b]``."""
-        rows = delta.flatten(0, -2)
-        return rows if self.padding < 0 else rows * (self.ids != self.padding)[:, None]
+        rows = delta.reshape(self.number, -1)
+        return (
+            rows if self.padding < 0 else rows.masked_fill((self.ids == self.padding)[:, None], 0)
+        )
 
 
 @dataclass
@@ -94,10 +96,13 @@ def find_uses(losses: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> 
     Returns:
         Their positions among `parameters`, and their uses. They hold the graph.
     """
-    consumers, reached = _walk([None if loss is None else loss.grad_fn for loss in losses])
+    consumers, reached = _walk(
+        [None if loss is None else get_gradient_edge(loss).node for loss in losses]
+    )
     found = {}
     for j, p in enumerate(parameters):
-        if not p.requires_grad or p._backward_hooks:
+        # In float16 the gradient may overflow where its inputs do not.
+        if not p.requires_grad or p._backward_hooks or p.dtype == torch.float16:
             continue
         leaf = get_gradient_edge(p).node
         uses = Uses(p.shape, reached.get(leaf, 0).bit_count())
@@ -112,7 +117,8 @@ def _walk(roots: Sequence[Any]) -> tuple[_Consumers, dict[Any, int]]:
     for i, root in enumerate(roots):
         if root is not None:
             reached[root] = reached.get(root, 0) | 1 << i
-    consumers: _Consumers = {root: [] for root in reached}
+    # A loss may be a weight itself; it is then used by nothing that the graph knows.
+    consumers: _Consumers = {root: [(None, 0)] for root in reached}
     stack = list(consumers)
     while stack:
         node = stack.pop()
@@ -126,14 +132,15 @@ def _walk(roots: Sequence[Any]) -> tuple[_Consumers, dict[Any, int]]:
     # A node is younger than those that it uses; leaves have no age.
     for node in sorted(consumers, key=lambda x: (not x.next_functions, -x._sequence_nr())):
         for consumer, _ in consumers[node]:
-            reached[node] = reached.get(node, 0) | reached.get(consumer, 0)
+            if consumer is not None:
+                reached[node] = reached.get(node, 0) | reached[consumer]
     return consumers, reached
 
 
 def _add_uses(uses: Uses, node: Any, consumers: _Consumers, *, transposed: bool) -> bool:  # noqa: ANN401
     """Adds the uses of the weight that `node` passes on; False where one is of another kind."""
     for consumer, position in consumers[node]:
-        name = consumer.name()
+        name = "" if consumer is None else consumer.name()
         if name in _PASSES_ON:
             turned = transposed ^ _PASSES_ON[name]
             if not _add_uses(uses, consumer, consumers, transposed=turned):
@@ -169,11 +176,11 @@ def _add_use(uses: Uses, node: Any, name: str, transposed: bool) -> bool:  # noq
     elif lookup is not None:
         uses.lookups.append(lookup)
         uses.lookup_nodes.append(node)
-    return product is not None or lookup is not None
+    return lookup is not None or (product is not None and not product.saved.is_complex())
 
 
-def _matrix(x: Tensor) -> Product:
-    return Product(x.detach(), len(x))
+def _matrix(x: Tensor) -> Product | None:
+    return Product(x.detach(), len(x)) if x.layout == torch.strided else None
 
 
 def _convolution(node: Any, shape: torch.Size) -> Product | None:  # noqa: ANN401

@@ -174,13 +174,13 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             return
         key = [None if x is None else name for name, x in zip(names, ordered, strict=True)]
         earlier = self._schedule.gram(key)
-        stores = self._pending, self._memory
-        gradients = stages.collect(
-            self._mode, names, ordered, parameters, *stores, representation, earlier
-        )
         weights = self._weights or [1 / len(names)] * len(names)
         chosen = None if self._shared is None else {id(p) for p in self._shared}
         shared = [chosen is None or id(p) in chosen for p in parameters]
+        stores = self._pending, self._memory
+        gradients = stages.collect(
+            self._mode, names, ordered, parameters, shared, *stores, representation, earlier
+        )
         try:
             step = stages.solve(gradients, weights, shared, self.rule, self.nonfinite)
             written = stages.write(parameters, gradients, step, shared, self.nonfinite)

@@ -75,6 +75,7 @@ def collect(
     names: tuple[str, ...],
     losses: list[Loss | None],
     parameters: list[Tensor],
+    shared: Sequence[bool],
     pending: Gradients | None = None,
     memory: Memory | None = None,
     representation: Tensor | None = None,
@@ -87,6 +88,7 @@ def collect(
         names: Names of the losses.
         losses: The losses.
         parameters: The parameters of the optimizer.
+        shared: Which of them enter the Gram matrix.
         pending: Gradients of earlier micro-batches.
         memory: Memory for materialized gradients.
         representation: What the mode of that name takes the gradients with respect to.
@@ -103,7 +105,7 @@ def collect(
     if representation is not None:
         return surrogate.collect(names, tensors, [representation], surrogate.ON_REPRESENTATION)
     if mode == "ghost" and complete and pending is None:
-        return ghost.collect(names, tensors, parameters)
+        return ghost.collect(names, tensors, parameters, shared)
     return materialized.collect(names, losses, parameters, pending, memory=memory)
 
 
