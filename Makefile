@@ -26,6 +26,7 @@ types: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.solver_speed
 	$(BIN)/python -m benchmarks.fuzz_subproblem
+	$(BIN)/python -m benchmarks.step_cost
 
 # The study, on a small model and on SmolLM2-135M: hours on a CPU. Stopped, it goes on where it was.
 align: $(VENV)/.smollm2

@@ -3,9 +3,10 @@
     python -m benchmarks.step_cost
 
 A step is the forward pass, what fills ``.grad``, and AdamW's step. All candidates share the
-parameters and are timed in turn, in one process on one thread a case and m. `floor` is the forward pass, one
-backward pass per loss, whose results are dropped, and AdamW: what any method costs that looks at
-each loss's gradient. `weighted_sum` has one backward pass. The rest are our modes and TorchJD.
+parameters and are timed in turn on one thread, in a process for each case and m. `floor` is the
+forward pass, one backward pass per loss, whose results are dropped, and AdamW: what any method
+costs that looks at each loss's gradient. `weighted_sum` has one backward pass. The rest are our
+modes and TorchJD.
 
 A ratio is that of two times of the same round, as median and quartiles over the rounds. With
 ``solve_every=4`` both times are means over four rounds in a row, of which one solves.

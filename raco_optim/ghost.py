@@ -33,7 +33,7 @@ from raco_optim.combine import add_gradient, as_scales, combination
 from raco_optim.gradients import Gradient, check_losses, iterate_gradients
 from raco_optim.gram import gram_matrix
 from raco_optim.graph import Lookup, Product, Uses, find_uses
-from raco_optim.materialized import Gradients
+from raco_optim.materialized import Gradients, Memory
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _SLICE = 2**17
@@ -147,12 +147,16 @@ def collect(
     losses: Sequence[Tensor | None],
     parameters: Sequence[Tensor],
     shared: Sequence[bool],
+    memory: Memory | None = None,
 ) -> GhostGradients:
     """Computes the output gradients of shared layers for which that is cheaper, and the rest."""
     check_losses(losses, parameters, names)
     try:
-        uses = find_uses(losses, parameters)
-        found = {j: u for j, u in uses.items() if shared[j] and _is_cheaper(u)}
+        found = {
+            j: uses
+            for j, uses in find_uses(losses, parameters).items()
+            if shared[j] and _is_cheaper(uses)
+        }
     except RuntimeError:  # a tensor is gone or was changed: the backward pass explains it
         found = {}
     plain = [p for j, p in enumerate(parameters) if j not in found]
@@ -161,8 +165,10 @@ def collect(
     rows: list[Gradient] = []
     deltas: list[Gradient] = []
     with _Inputs([edge.node for edge in edges]) as inputs:
-        for value, row in iterate_gradients(losses, plain, names, edges):
+        for i, (value, row) in enumerate(iterate_gradients(losses, plain, names, edges)):
             values.append(value)
+            if memory is not None and i < len(names) - 1:
+                row[: len(plain)] = memory.hold(i, row[: len(plain)])
             gradients = iter(row)
             rows.append([None if j in found else next(gradients) for j in range(len(parameters))])
             deltas.append(inputs.in_place_of([*gradients]))

@@ -105,7 +105,7 @@ def collect(
     if representation is not None:
         return surrogate.collect(names, tensors, [representation], surrogate.ON_REPRESENTATION)
     if mode == "ghost" and complete and pending is None:
-        return ghost.collect(names, tensors, parameters, shared)
+        return ghost.collect(names, tensors, parameters, shared, memory)
     return materialized.collect(names, losses, parameters, pending, memory=memory)
 
 
