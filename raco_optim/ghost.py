@@ -214,7 +214,7 @@ class _Inputs:
 def _layer(uses: Uses, deltas: Sequence[Gradient], weight: Tensor) -> Layer:
     dtype = next((d.dtype for row in deltas for d in row if d is not None), weight.dtype)
     dtype = torch.float32 if dtype in _LOW_PRECISION else dtype
-    like, (b, a), k = weight.detach().to(dtype), _sizes(uses), len(uses.products)
+    like, (b, a), k = weight.new_empty(0, dtype=dtype), _sizes(uses), len(uses.products)
     products, lookups = uses.products, uses.lookups
 
     def x() -> Tensor:

@@ -140,7 +140,9 @@ def _walk(roots: Sequence[Any]) -> tuple[_Consumers, dict[Any, int]]:
 def _add_uses(uses: Uses, node: Any, consumers: _Consumers, *, transposed: bool) -> bool:  # noqa: ANN401
     """Adds the uses of the weight that `node` passes on; False where one is of another kind."""
     for consumer, position in consumers[node]:
-        name = "" if consumer is None else consumer.name()
+        if consumer is None or _has_hooks(consumer):
+            return False
+        name = consumer.name()
         if name in _PASSES_ON:
             turned = transposed ^ _PASSES_ON[name]
             if not _add_uses(uses, consumer, consumers, transposed=turned):
@@ -148,6 +150,17 @@ def _add_uses(uses: Uses, node: Any, consumers: _Consumers, *, transposed: bool)
         elif _WEIGHT_INPUT.get(name) != position or not _add_use(uses, consumer, name, transposed):
             return False
     return True
+
+
+def _has_hooks(node: Any) -> bool:  # noqa: ANN401
+    """Whether hooks of the node may change gradients, which those of its output don't show."""
+    found = False
+    for register in (node.register_hook, node.register_prehook):
+        handle = register(lambda *_: None)
+        hooks = handle.hooks_dict_ref()  # all of the node's of this kind
+        found |= hooks is None or len(hooks) > 1
+        handle.remove()
+    return found
 
 
 def _add_use(uses: Uses, node: Any, name: str, transposed: bool) -> bool:  # noqa: ANN401
