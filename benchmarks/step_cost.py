@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import concurrent.futures.process
 import multiprocessing
 import os
 import resource
@@ -235,7 +236,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         progress.set_description(f"{name}, m = {m}")
         case = cases[name]
         settings = (case, m, names, options.seed, options.rounds)
-        row = measure(*settings, burst=0.0) if options.quick else measure_elsewhere(*settings)
+        try:
+            row = measure(*settings, burst=0.0) if options.quick else measure_elsewhere(*settings)
+        except concurrent.futures.process.BrokenProcessPool:
+            print(f"{name}, m = {m}: the process was killed, probably for memory; left out.")
+            continue
         rows.append({"case": name, "batch": case.batch, "tokens": case.tokens, **row})
     small = [name for name, case in cases.items() if case.small_batch]
     results = {
