@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
+LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def combination(tensors: Sequence[Tensor], scales: Sequence[Any]) -> Tensor:
 
 
 def _at_least_single(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in _LOW_PRECISION else x
+    return x.float() if x.dtype in LOW_PRECISION else x
 
 
 @torch.no_grad()

@@ -29,13 +29,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from raco_optim.combine import add_gradient, as_scales, combination
+from raco_optim.combine import LOW_PRECISION, add_gradient, as_scales, combination
 from raco_optim.gradients import Gradient, check_losses, iterate_gradients
 from raco_optim.gram import gram_matrix
 from raco_optim.graph import Lookup, Product, Uses, find_uses
 from raco_optim.materialized import Gradients, Memory
 
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
 _SLICE = 2**17
 
 
@@ -213,7 +212,7 @@ class _Inputs:
 
 def _layer(uses: Uses, deltas: Sequence[Gradient], weight: Tensor) -> Layer:
     dtype = next((d.dtype for row in deltas for d in row if d is not None), weight.dtype)
-    dtype = torch.float32 if dtype in _LOW_PRECISION else dtype
+    dtype = torch.float32 if dtype in LOW_PRECISION else dtype
     like, (b, a), k = weight.new_empty(0, dtype=dtype), _sizes(uses), len(uses.products)
     products, lookups = uses.products, uses.lookups
 

@@ -61,9 +61,9 @@ class Lookup:
     def rows(self, delta: Tensor) -> Tensor:
         """Returns the gradient of the output as ``[N, b]``."""
         rows = delta.reshape(self.number, -1)
-        return (
-            rows if self.padding < 0 else rows.masked_fill((self.ids == self.padding)[:, None], 0)
-        )
+        if self.padding < 0:
+            return rows
+        return rows.masked_fill((self.ids == self.padding)[:, None], 0)
 
 
 @dataclass
@@ -200,17 +200,12 @@ def _convolution(node: Any, shape: torch.Size) -> Product | None:  # noqa: ANN40
     image = node._saved_input.detach()
     if image.dim() not in (3, 4) or image.dim() != len(shape):
         return None
-    one = image.dim() == 3  # one dimension is two, the first of length 1
-    stride, padding, dilation = (
-        [0 if name == "padding" else 1, *value] if one else [*value]
-        for name, value in (
-            ("stride", node._saved_stride),
-            ("padding", node._saved_padding),
-            ("dilation", node._saved_dilation),
-        )
-    )
-    kernel = [1, *shape[2:]] if one else [*shape[2:]]
-    size = [1, *image.shape[2:]] if one else [*image.shape[2:]]
+    missing = 4 - image.dim()  # one dimension is two, the first of length 1
+    stride = [1] * missing + [*node._saved_stride]
+    padding = [0] * missing + [*node._saved_padding]
+    dilation = [1] * missing + [*node._saved_dilation]
+    kernel = [1] * missing + [*shape[2:]]
+    size = [1] * missing + [*image.shape[2:]]
     positions = math.prod(
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, p, d, k, s in zip(size, padding, dilation, kernel, stride, strict=True)

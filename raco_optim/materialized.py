@@ -56,16 +56,18 @@ class Gradients:
     named: bool = False
     """Whether the user named the losses, or their positions do."""
 
+    @property
+    def _device(self) -> torch.device | str:
+        return next((g.device for row in self.rows for g in row if g is not None), "cpu")
+
     def gram(self, shared: Sequence[bool]) -> Tensor:
         """Computes the Gram matrix of the shared part, ``[m, m]``, float64."""
         rows = [[g for g, s in zip(row, shared, strict=True) if s] for row in self.rows]
-        device = next((g.device for row in self.rows for g in row if g is not None), "cpu")
-        return gram_matrix(rows).to(device)
+        return gram_matrix(rows).to(self._device)
 
     def finite(self, shared: Sequence[bool]) -> Tensor:
         """Computes what is finite where the other part is, one number per loss, ``[m]``."""
-        device = next((g.device for row in self.rows for g in row if g is not None), "cpu")
-        zero = torch.zeros((), dtype=torch.float64, device=device)
+        zero = torch.zeros((), dtype=torch.float64, device=self._device)
         return torch.stack(
             [
                 sum(

@@ -183,19 +183,18 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         )
         try:
             step = stages.solve(gradients, weights, shared, self.rule, self.nonfinite)
-            written = stages.write(parameters, gradients, step, shared, self.nonfinite)
+            step = stages.write(parameters, gradients, step, shared, self.nonfinite)
         except FloatingPointError as error:
             raise FloatingPointError(
                 f'{error} Or choose nonfinite="skip" to leave out such updates, or '
                 f'nonfinite="propagate" if a GradScaler is to see them and skip.'
             ) from None
         age = 0 if earlier is None else self._schedule.age + 1
-        if written:
-            self._schedule.advance(step.gram, key, age)
-        else:
+        if step.skip:
             self._skip = True
             self._skipped += 1
-            step = stages.skipped(step)
+        else:
+            self._schedule.advance(step.gram, key, age)
         self._last, self._pending = dataclasses.replace(step, age=age), None
 
     def step(  # type: ignore[override]  # the closure returns losses, not a loss
@@ -279,7 +278,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         }
 
     def _check_own_state(self, own: dict[str, Any]) -> None:
-        super()._check_own_state({"schedule": None, **own})  # there was none in version 0.1
+        super()._check_own_state({"schedule": None, **own})  # older states have none
         names = None if self._names is None else list(self._names)
         numbers = [None if w is None else len(w) for w in (self._weights, own["weights"])]
         if own["names"] != names or numbers[0] != numbers[1]:

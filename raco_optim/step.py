@@ -101,9 +101,9 @@ def collect(
     if gram is not None:
         return surrogate.SurrogateGradients(names, tensors, gram)
     if isinstance(mode, list):
-        return surrogate.collect(names, tensors, mode, surrogate.ON_PARAMETERS)
+        return surrogate.collect(names, tensors, mode, "gram")
     if representation is not None:
-        return surrogate.collect(names, tensors, [representation], surrogate.ON_REPRESENTATION)
+        return surrogate.collect(names, tensors, [representation], "representation")
     if mode == "ghost" and complete and pending is None:
         return ghost.collect(names, tensors, parameters, shared, memory)
     return materialized.collect(names, losses, parameters, pending, memory=memory)
@@ -149,15 +149,9 @@ def solve(
         elif nonfinite == "raise":
             raise FloatingPointError(_message(problem))
         else:
-            mixing = MixingCoefficients(gram.new_zeros(m))
             skip = True
+            mixing = MixingCoefficients(gram.new_zeros(m))
     return Step(names, weights, gram, mixing, losses, absent, skip)
-
-
-def skipped(step: Step) -> Step:
-    """Returns the step as one that was left out."""
-    zeros = torch.zeros_like(step.mixing.coefficients)
-    return replace(step, mixing=MixingCoefficients(zeros), skip=True)
 
 
 def write(
@@ -166,23 +160,27 @@ def write(
     step: Step,
     shared: Sequence[bool],
     nonfinite: NonFinite,
-) -> bool:
+) -> Step:
     """Adds the combined gradient to ``.grad``; the heads get the weighted sum.
 
-    The gradients are consumed. False where the update is to be skipped, and nothing was written.
+    The gradients are consumed. Returns the step, marked where the update is to be skipped; nothing
+    was written then.
 
     Raises:
         FloatingPointError: See `MultiObjectiveOptimizer`.
     """
     if step.skip:
-        return False
+        return step
     weights = torch.tensor(step.weights, dtype=torch.float64, device="cpu")
     written = gradients.add_to_grad(
         parameters, step.mixing.coefficients, weights, shared, check=nonfinite != "propagate"
     )
-    if not written and nonfinite == "raise":
+    if written:
+        return step
+    if nonfinite == "raise":
         raise FloatingPointError(_message("the combined gradient"))
-    return written
+    zeros = torch.zeros_like(step.mixing.coefficients)
+    return replace(step, mixing=MixingCoefficients(zeros), skip=True)
 
 
 def report(step: Step, skipped: int = 0) -> StepReport:

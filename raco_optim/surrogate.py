@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,14 +24,13 @@ from raco_optim.combine import add_combined_gradient
 from raco_optim.gradients import Gradient, iterate_gradients
 from raco_optim.gram import gram_matrix
 
-ON_PARAMETERS = (
-    "a parameter of `gram`; it reaches none. Pass parameters that all losses share, or None for a "
-    "loss that is absent from this batch."
-)
-ON_REPRESENTATION = (
-    "`representation`; it does not. Pass the tensor itself that all losses are computed from, or "
-    "None for a loss that is absent from this batch."
-)
+# Argument that holds the inputs -> what a loss must depend on, and the remedy.
+_NEEDED = {
+    "gram": "a parameter of `gram`; it reaches none. Pass parameters that all losses share, or "
+    "None for a loss that is absent from this batch.",
+    "representation": "`representation`; it does not. Pass the tensor itself that all losses are "
+    "computed from, or None for a loss that is absent from this batch.",
+}
 
 
 @dataclass
@@ -113,10 +113,9 @@ def collect(
     names: tuple[str, ...],
     losses: list[Tensor | None],
     inputs: Sequence[Tensor],
-    needed: str,
+    argument: Literal["gram", "representation"],
 ) -> SurrogateGradients:
-    """Computes the Gram matrix of the gradients with respect to `inputs`."""
-    argument = "gram" if needed is ON_PARAMETERS else "representation"
+    """Computes the Gram matrix of the gradients with respect to `inputs`, given as `argument`."""
     if not any(x.requires_grad for x in inputs):
         raise ValueError(
             f"`{argument}` must require gradients; got frozen parameters, or a tensor without a "
@@ -128,5 +127,5 @@ def collect(
     if len(devices) > 1:
         found = ", ".join(sorted(str(device) for device in devices))
         raise ValueError(f"`{argument}` must be on the device of the losses; got {found}.")
-    rows = iterate_gradients(losses, inputs, names, keep_graph=True, needed=needed)
+    rows = iterate_gradients(losses, inputs, names, keep_graph=True, needed=_NEEDED[argument])
     return SurrogateGradients(names, losses, gram_matrix([row for _, row in rows]))

@@ -143,3 +143,15 @@ class Buffered(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return ctx.saved_tensors[0], None
+
+
+class Breaks(torch.autograd.Function):
+    """The identity, without a backward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("no way back")

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from raco_optim import CAGradClip, MultiObjectiveOptimizer
 from tests.problems_nn import (
     NAMES,
+    Breaks,
     as_asked,
     batch,
     everything,
@@ -32,16 +33,6 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.body(x)
-
-
-class Breaks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise RuntimeError("no way back")
 
 
 def good(model):

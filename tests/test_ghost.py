@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from raco_optim import CAGradClip, MultiObjectiveOptimizer, ghost
 from tests.ghost_models import CASES, Heads, Net, Tied, data, heads, matrix, mlp, three
-from tests.problems_nn import Buffered, bits
+from tests.problems_nn import Breaks, Buffered, bits
 from tests.test_no_sync import NO_VALUE
 from tests.tiny_language_models import FAMILIES, tiny_model
 
@@ -1216,16 +1216,6 @@ def changed_weight(model):
 def reentrant(model):
     h = model[0](X).requires_grad_()
     return three(checkpoint(model[2], h, use_reentrant=True))
-
-
-class Breaks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise RuntimeError("no way back")
 
 
 ERRORS = {
