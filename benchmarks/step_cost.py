@@ -58,12 +58,14 @@ ALL = (2, 4, 8, 16, 40)
 # a Gram matrix per parameter wherever both were measured, and its engine with a large batch.
 SLOWER = ("torchjd_autojac",)
 SLOWER_BATCH = ("torchjd_autojac", "torchjd_autogram")
+# Left out where what the candidates hold does not fit into memory together.
+LARGER = (*SLOWER, "solve_every")
 MANY = 8  # losses; above, `SLOWER` is left out
 CASES = {
     "mlp-0.3M": Case("mlp", "MLP", 176, 10, 256, losses=ALL, errors=True),
     "mlp-10M": Case("mlp", "MLP", 1024, 10, 64, losses=ALL, small_batch=True, errors=True),
     "mlp-10M-batch-512": Case("mlp", "MLP", 1024, 10, 512, without=SLOWER_BATCH),
-    "mlp-100M": Case("mlp", "MLP", 3200, 10, 64, small_batch=True, without=SLOWER),
+    "mlp-100M": Case("mlp", "MLP", 3200, 10, 64, small_batch=True, without=LARGER),
     "conv-8M": Case("conv", "ResNet", 512, 2, 16, errors=True),
     "transformer-3M": Case("transformer", "transformer", 256, 4, 1, 512, errors=True),
     "transformer-50M": Case(
@@ -231,18 +233,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for m in case.losses
         if options.losses is None or m in options.losses
     ]
-    rows = []
-    for name, m in (progress := tqdm(todo, leave=False)):
-        progress.set_description(f"{name}, m = {m}")
-        case = cases[name]
-        settings = (case, m, names, options.seed, options.rounds)
-        try:
-            row = measure(*settings, burst=0.0) if options.quick else measure_elsewhere(*settings)
-        except concurrent.futures.process.BrokenProcessPool:
-            print(f"{name}, m = {m}: the process was killed, probably for memory; left out.")
-            continue
-        rows.append({"case": name, "batch": case.batch, "tokens": case.tokens, **row})
+    whole = set(cases) == set(CASES) and names == list(NAMES) and options.losses is None
+    path = image = None
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        path = str(options.output.resolve() / "step_cost")
+        image = options.output.resolve() / IMAGE.name
+    elif whole and not options.quick:
+        path, image = "step_cost", IMAGE
     small = [name for name, case in cases.items() if case.small_batch]
+    rows: list[dict[str, Any]] = []
+    killed: list[dict[str, Any]] = []
     results = {
         "question": __doc__.splitlines()[0],
         "environment": environment(seed=options.seed, packages=("torchjd", "cvxpy", "clarabel")),
@@ -254,24 +255,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "steps_of_errors": STEPS,
         "small_batch": small,
         "targets": TARGETS,
-        "met": [] if options.quick else judge(rows, small),
+        "met": [],
+        "killed": killed,
         "rows": rows,
     }
+    for name, m in (progress := tqdm(todo, leave=False)):
+        progress.set_description(f"{name}, m = {m}")
+        case = cases[name]
+        settings = (case, m, names, options.seed, options.rounds)
+        try:
+            row = measure(*settings, burst=0.0) if options.quick else measure_elsewhere(*settings)
+        except concurrent.futures.process.BrokenProcessPool:
+            print(f"{name}, m = {m}: the process was killed, probably for memory; left out.")
+            killed.append({"case": name, "m": m})
+        else:
+            rows.append({"case": name, "batch": case.batch, "tokens": case.tokens, **row})
+        results["met"] = [] if options.quick else judge(rows, small)
+        if path is not None:  # each time, so that an interruption loses one case at most
+            written = write_results(path, results)
     print(table(rows))
     for verdict in results["met"]:
         print("{met:8} {case}, m = {m}: {target}: {measured:.3f}".format(**verdict))
-    whole = set(cases) == set(CASES) and names == list(NAMES) and options.losses is None
-    if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
-        folder = options.output.resolve()
-        path, image = write_results(str(folder / "step_cost"), results), folder / IMAGE.name
-    elif whole and not options.quick:
-        path, image = write_results("step_cost", results), IMAGE
-    else:
+    if path is None or image is None:
         print("Not written: that takes --output, or all cases at full size.")
         return
     draw(image, results)
-    print(f"Written to {path} and {image}.")
+    print(f"Written to {written} and {image}.")
 
 
 if __name__ == "__main__":
