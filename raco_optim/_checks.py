@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 Choice = TypeVar("Choice", bound=str)
@@ -45,22 +44,6 @@ def checked_weights(weights: Any) -> list[float]:  # noqa: ANN401  # that is wha
         )
     # Left alone where the sum is 1 to rounding, so that checking twice changes nothing.
     return w if abs(total - 1) <= 1e-15 else [x / total for x in w]
-
-
-def checked_new_weights(
-    weights: Any,  # noqa: ANN401  # that is what it checks
-    names: tuple[str, ...] | None,
-    number: int | None,
-) -> list[float]:
-    """Returns the weights in the order of `names`, or raises unless they fit the old ones."""
-    given = set(weights) if isinstance(weights, Mapping) else None
-    if given != (None if names is None else set(names)):
-        expected = "a sequence" if names is None else f"a mapping with {names}"
-        raise ValueError(f"`weights` must stay {expected}; got {weights!r}.")
-    checked = checked_weights([weights[name] for name in names] if names else weights)
-    if number is not None and len(checked) != number:
-        raise ValueError(f"`weights` must keep its {number} entries; got {len(checked)}.")
-    return checked
 
 
 def checked_radius(c: Any, *, below_one: bool) -> float:  # noqa: ANN401  # that is what it checks
@@ -108,11 +91,12 @@ def checked_mode(
 
 def check_mode_fits(
     mode: str | list[Tensor],
-    solve_every: int,
     losses: Sequence[object],
     representation: Any,  # noqa: ANN401  # that is what it checks
     *,
+    exact: bool,
     accumulate: bool,
+    sharded: bool,
 ) -> None:
     """Raises unless what was passed to `backward` is what the mode needs."""
     wanted = mode == "representation"
@@ -126,13 +110,19 @@ def check_mode_fits(
             f'`representation` is used with gram="representation" alone; got one, of type '
             f"{type(representation).__name__}. Leave it out, or choose that mode."
         )
-    exact = mode in ("materialized", "ghost") and solve_every == 1
-    if accumulate and not exact:
+    if exact:
+        return
+    if sharded:
+        raise ValueError(
+            "`gram` and `solve_every` must be exact for DTensor parameters; got an approximation. "
+            'Choose gram="materialized" and solve_every=1.'
+        )
+    if accumulate:
         raise ValueError(
             "`accumulate` must be False with an approximate Gram matrix; got True. Choose "
             'gram="materialized" and solve_every=1.'
         )
-    if not exact and not all(loss is None or isinstance(loss, Tensor) for loss in losses):
+    if not all(loss is None or isinstance(loss, Tensor) for loss in losses):
         raise TypeError(
             "`losses` must hold tensors with an approximate Gram matrix; got a callable or another "
             'object. Choose gram="materialized" and solve_every=1 for callables.'
@@ -218,49 +208,6 @@ def check_any_present(losses: Sequence[object]) -> None:
         raise ValueError(f"`losses` must hold at least one loss; got {got}.")
 
 
-def named_losses(
-    losses: Any,  # noqa: ANN401  # that is what it checks
-    names: tuple[str, ...] | None,
-    number: int | None,
-) -> tuple[tuple[str, ...], list[Any]]:
-    """Returns names and losses in the order of the weights, or raises.
-
-    Losses without names are named by their positions.
-
-    Args:
-        losses: What the user passed.
-        names: The names that the losses must have, if they are known.
-        number: How many there must be, if that is known.
-    """
-    positions = tuple(str(i) for i in range(number or 0))
-    if isinstance(losses, Mapping):
-        if names is None and number is None:
-            names = tuple(losses)
-        if names is None or set(losses) != set(names):
-            expected = (
-                f"a sequence of {number}" if names is None else f"a mapping with {list(names)}"
-            )
-            raise ValueError(
-                f"`losses` must be {expected}, like the weights; got the names {list(losses)}."
-            )
-        return names, [losses[name] for name in names]
-    ordered = as_list(losses)
-    if number is None:
-        number = len(ordered)
-        positions = tuple(str(i) for i in range(number))
-    if names is not None:
-        raise ValueError(
-            f"`losses` must be a mapping with the names {list(names)}; got a "
-            f"{type(losses).__name__}."
-        )
-    if len(ordered) != number:
-        raise ValueError(
-            f"`losses` must hold one loss per weight, {number}; got {len(ordered)}. Pass None for "
-            f"a loss that is absent from this batch."
-        )
-    return positions, ordered
-
-
 def checked_parameters(
     argument: str,
     parameters: Any,  # noqa: ANN401  # that is what it checks
@@ -282,12 +229,3 @@ def checked_parameters(
     if not chosen:
         raise ValueError(f"`{argument}` must hold one at least; got none. {advice}")
     return chosen
-
-
-def check_single_process() -> None:
-    """Raises `RuntimeError` where several processes train one model together."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise RuntimeError(
-            f"`backward` does not average gradients over processes yet, and torch.distributed runs "
-            f"with {dist.get_world_size()}: their parameters would drift apart. Train in one."
-        )

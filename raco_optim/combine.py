@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,3 +82,21 @@ def add_gradient(parameter: Tensor, gradient: Tensor) -> None:
         parameter.grad = gradient
     else:
         parameter.grad.add_(gradient)
+
+
+@contextmanager
+def stashed_gradients(parameters: Sequence[Tensor]) -> Iterator[Callable[[], list[Tensor | None]]]:
+    """Puts ``.grad`` aside and yields what takes, and clears, that which a backward pass leaves."""
+
+    def take() -> list[Tensor | None]:
+        found = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        return found
+
+    kept = take()
+    try:
+        yield take
+    finally:
+        for p, g in zip(parameters, kept, strict=True):
+            p.grad = g

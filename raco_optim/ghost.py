@@ -104,6 +104,11 @@ class GhostGradients:
         """Values of the losses."""
         return self.rest.values
 
+    @property
+    def where(self) -> str:
+        """Which processes have a loss that is NaN or Inf, in words."""
+        return self.rest.where
+
     def gram(self, shared: Sequence[bool]) -> Tensor:
         """Computes the Gram matrix of the shared part, ``[m, m]``, float64."""
         gram = self.rest.gram(shared)

@@ -13,6 +13,8 @@ from raco_optim._checks import as_list, check_any_present
 
 Loss = Tensor | Callable[[], Tensor]
 Gradient = list[Tensor | None]
+Found = tuple[Tensor | None, Gradient]
+"""Value and gradient of a loss; None for the value of an absent one."""
 
 _A_PARAMETER = (
     "a parameter of the optimizer; it reaches none. Was the optimizer built from this model's "
@@ -90,7 +92,7 @@ def iterate_gradients(
     *,
     keep_graph: bool = False,
     needed: str | None = _A_PARAMETER,
-) -> Iterator[tuple[Tensor | None, Gradient]]:
+) -> Iterator[Found]:
     """Yields value and gradient of one loss after the other; see `per_loss_gradients`.
 
     Behind the gradients of the parameters come those of `edges` of the losses' graph. Tensors are
@@ -133,12 +135,20 @@ def check_losses(
     _check_parameters(parameters)
     for name, loss in zip(names, losses, strict=True):
         if isinstance(loss, Tensor):
-            _check_loss(name, loss, parameters)
+            check_loss(name, loss, parameters)
         elif loss is not None and not callable(loss):
             raise TypeError(
                 f"loss {name!r} must be a scalar tensor, a callable that returns one, or None; "
                 f"got {type(loss).__name__}."
             )
+
+
+def failed_pass(name: str, error: Exception) -> RuntimeError:
+    """Returns what to raise where the backward pass of a loss failed."""
+    remedies = [remedy for symptom, remedy in _REMEDIES if symptom in str(error)]
+    return RuntimeError(
+        " ".join([f"the backward pass of loss {name!r} failed: {error}", *remedies])
+    )
 
 
 def _evaluate(
@@ -147,7 +157,7 @@ def _evaluate(
     # In a function of its own, so that nothing of the graph outlives the call.
     with torch.enable_grad():
         value = loss()
-    _check_loss(name, value, trainable)
+    check_loss(name, value, trainable)
     return value.detach().clone(), _gradient(name, value, trainable, (), set(), retain=False)
 
 
@@ -167,10 +177,7 @@ def _gradient(
             torch.autograd.grad(loss, inputs, retain_graph=retain, allow_unused=True)
         )
     except RuntimeError as error:
-        remedies = [remedy for symptom, remedy in _REMEDIES if symptom in str(error)]
-        raise RuntimeError(
-            " ".join([f"the backward pass of loss {name!r} failed: {error}", *remedies])
-        ) from error
+        raise failed_pass(name, error) from error
     if any(g is None for g in gradient):
         _check_no_reentrant_checkpoint(name, loss, walked)
     if needed is not None and all(g is None for g in gradient):
@@ -199,7 +206,8 @@ def _check_parameters(parameters: Sequence[Tensor]) -> None:
         )
 
 
-def _check_loss(name: str, loss: object, parameters: Sequence[Tensor]) -> None:
+def check_loss(name: str, loss: object, parameters: Sequence[Tensor]) -> None:
+    """Raises unless a loss, if it is no callable, is what it must be."""
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"loss {name!r} must be a scalar tensor; its callable returned {type(loss).__name__}."

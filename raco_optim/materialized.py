@@ -5,14 +5,14 @@ r"""Mode "materialized", the default: the gradients of all losses are there at o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from raco_optim.combine import add_combined_gradient
-from raco_optim.gradients import Gradient, Loss, iterate_gradients
+from raco_optim.gradients import Found, Gradient
 from raco_optim.gram import gram_matrix
 
 # Bytes from which on fresh memory costs more, in page faults, than a copy into memory at hand.
@@ -55,6 +55,8 @@ class Gradients:
     rows: list[Gradient]
     named: bool = False
     """Whether the user named the losses, or their positions do."""
+    where: str = ""
+    """Which processes have a loss that is NaN or Inf, in words: " on rank 1"; "" for none."""
 
     @property
     def _device(self) -> torch.device | str:
@@ -108,38 +110,36 @@ class Gradients:
 
 def collect(
     names: tuple[str, ...],
-    losses: list[Loss | None],
-    parameters: list[Tensor],
-    pending: Gradients | None = None,
+    found: Iterable[Found],
     *,
     keep: bool = False,
     memory: Memory | None = None,
 ) -> Gradients:
-    """Computes the gradients of the losses and adds the pending ones, which stay as they are.
+    """Gathers value and gradient of one loss after the other.
 
     With `keep`, the result outlives this call, and what autograd returned is copied: it may be a
     tensor that user code holds too. With `memory` it lives until the next call at most.
     """
-    found = Gradients(names, [], [])
-    for i, (value, row) in enumerate(iterate_gradients(losses, parameters, names)):
+    gathered = Gradients(names, [], [])
+    for i, (value, row) in enumerate(found):
         if keep:
             row = [None if g is None else g.clone() for g in row]
         elif memory is not None and i < len(names) - 1:
             row = memory.hold(i, row)
-        found.values.append(value)
-        found.rows.append(row)
-    return merge(found, pending)
+        gathered.values.append(value)
+        gathered.rows.append(row)
+    return gathered
 
 
-def merge(found: Gradients, pending: Gradients | None) -> Gradients:
-    """Adds the pending gradients, which stay as they are, to those found, and returns these."""
-    if pending is not None:
-        for k, earlier in enumerate(pending.values):
-            found.values[k] = _sum(earlier, found.values[k])
-        for row, earlier_row in zip(found.rows, pending.rows, strict=True):
-            for j, g in enumerate(earlier_row):  # one at a time, so that each is freed at once
-                row[j] = _sum(g, row[j])
-    return found
+def add_pending(found: Iterable[Found], pending: Gradients | None) -> Iterator[Found]:
+    """Adds the pending values and gradients, which stay as they are, to those found."""
+    if pending is None:
+        yield from found
+        return
+    for (value, row), before, earlier in zip(found, pending.values, pending.rows, strict=True):
+        for j, g in enumerate(earlier):  # one at a time, so that each is freed at once
+            row[j] = _sum(g, row[j])
+        yield _sum(before, value), row
 
 
 def _sum(earlier: Tensor | None, later: Tensor | None) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -16,9 +16,13 @@ from raco_optim.coefficients import (
     min_norm_coefficients,
     mixing_coefficients,
 )
-from raco_optim.optimizer import MultiObjectiveOptimizer, Weights
+from raco_optim.optimizer import MultiObjectiveOptimizer
 from raco_optim.simplex import SOLVERS, Solver
 from raco_optim.step import Mode, NonFinite
+from raco_optim.weights import Weights
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class CAGradClip(MultiObjectiveOptimizer):
@@ -81,6 +85,7 @@ class CAGradClip(MultiObjectiveOptimizer):
         nonfinite: NonFinite = "raise",
         gram: Mode | Iterable[Tensor] = "materialized",
         solve_every: int = 1,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         checked_weights(weights)
         self.c = c
@@ -94,6 +99,7 @@ class CAGradClip(MultiObjectiveOptimizer):
             nonfinite=nonfinite,
             gram=gram,
             solve_every=solve_every,
+            process_group=process_group,
         )
 
     @property
@@ -110,8 +116,9 @@ class CAGradClip(MultiObjectiveOptimizer):
         return checked_radius(c, below_one=True)
 
     def _mix(self, gram: Tensor) -> MixingCoefficients:
-        assert self._weights is not None
-        return mixing_coefficients(gram, self._weights, self.c, clip=self.clip, solver=self.solver)
+        return mixing_coefficients(
+            gram, self._weights.of(len(gram)), self.c, clip=self.clip, solver=self.solver
+        )
 
     def _described(self) -> dict[str, Any]:
         return {"weights": self.weights, "c": self.c, "clip": self.clip, "solver": self.solver}
@@ -141,6 +148,7 @@ class CAGrad(CAGradClip):
         nonfinite: See `CAGradClip`.
         gram: See `CAGradClip`.
         solve_every: See `CAGradClip`.
+        process_group: See `CAGradClip`.
 
     Raises:
         TypeError: `inner` is not an optimizer.
@@ -170,6 +178,7 @@ class CAGrad(CAGradClip):
         nonfinite: NonFinite = "raise",
         gram: Mode | Iterable[Tensor] = "materialized",
         solve_every: int = 1,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(
             inner,
@@ -181,6 +190,7 @@ class CAGrad(CAGradClip):
             nonfinite=nonfinite,
             gram=gram,
             solve_every=solve_every,
+            process_group=process_group,
         )
 
     @staticmethod
@@ -199,6 +209,7 @@ class MGDA(MultiObjectiveOptimizer):
         nonfinite: See `CAGradClip`.
         gram: See `CAGradClip`.
         solve_every: See `CAGradClip`.
+        process_group: See `CAGradClip`.
 
     Raises:
         TypeError: `inner` is not an optimizer.
@@ -226,6 +237,7 @@ class MGDA(MultiObjectiveOptimizer):
         nonfinite: NonFinite = "raise",
         gram: Mode | Iterable[Tensor] = "materialized",
         solve_every: int = 1,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(
             inner,
@@ -235,6 +247,7 @@ class MGDA(MultiObjectiveOptimizer):
             nonfinite=nonfinite,
             gram=gram,
             solve_every=solve_every,
+            process_group=process_group,
         )
 
 
@@ -248,6 +261,7 @@ class LinearScalarization(MultiObjectiveOptimizer):
         inner: The optimizer to drive.
         weights: See `CAGradClip`.
         nonfinite: See `CAGradClip`.
+        process_group: See `CAGradClip`.
 
     Raises:
         TypeError: `inner` is not an optimizer.
@@ -264,10 +278,21 @@ class LinearScalarization(MultiObjectiveOptimizer):
     """
 
     def __init__(
-        self, inner: Optimizer, weights: Weights, *, nonfinite: NonFinite = "raise"
+        self,
+        inner: Optimizer,
+        weights: Weights,
+        *,
+        nonfinite: NonFinite = "raise",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         checked_weights(weights)
-        super().__init__(inner, self._mix, weights=weights, nonfinite=nonfinite)
+        super().__init__(
+            inner,
+            self._mix,
+            weights=weights,
+            nonfinite=nonfinite,
+            process_group=process_group,
+        )
 
     def _mix(self, gram: Tensor) -> MixingCoefficients:
-        return MixingCoefficients(gram.new_tensor(self._weights))
+        return MixingCoefficients(gram.new_tensor(self._weights.of(len(gram))))

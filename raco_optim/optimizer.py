@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from raco_optim import materialized
+from raco_optim import _checks as checks
 from raco_optim import step as stages
-from raco_optim._checks import (
-    check_any_present,
-    check_mode_fits,
-    check_single_process,
-    checked_choice,
-    checked_count,
-    checked_mode,
-    checked_new_weights,
-    checked_parameters,
-    checked_weights,
-    named_losses,
-)
-from raco_optim.gradients import Loss
+from raco_optim.gradients import check_losses
 from raco_optim.materialized import Gradients, Memory
+from raco_optim.processes import Processes
 from raco_optim.report import StepReport
 from raco_optim.schedule import Schedule
 from raco_optim.step import MODES, NONFINITE, Mode, NonFinite, Rule, Step
+from raco_optim.weights import Losses, LossWeights, Weights
 from raco_optim.wrapper import OptimizerWrapper
 
-Weights = Sequence[float] | Mapping[str, float]
-Losses = Iterable[Loss | None] | Mapping[str, Loss | None]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class _Skipped(Exception):
@@ -76,6 +67,9 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             their part of the gradients.
         solve_every: H serves this many steps; above 1 an approximation, with one backward pass in
             each step between.
+        process_group: The processes of torch.distributed that train the model together. Default:
+            all of them. Every gradient is the mean over them, an absent loss counting as zero;
+            what `DTensor` parameters (FSDP2) have averaged themselves is taken as it is.
 
     Raises:
         TypeError: `inner` is not an optimizer, `rule` is not callable, or `gram` is neither a mode
@@ -108,6 +102,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         nonfinite: NonFinite = "raise",
         gram: Mode | Iterable[Tensor] = "materialized",
         solve_every: int = 1,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(inner)
         if not callable(rule):
@@ -115,16 +110,16 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
                 f"`rule` must be a callable from the Gram matrix to the coefficients; got {rule!r}."
             )
         self.rule = rule
-        self.nonfinite: NonFinite = checked_choice("nonfinite", nonfinite, NONFINITE)
-        self._names = tuple(weights) if isinstance(weights, Mapping) else None
-        self._weights = None if weights is None else checked_weights(weights)
+        self.nonfinite: NonFinite = checks.checked_choice("nonfinite", nonfinite, NONFINITE)
+        self._weights = LossWeights(weights)
         known = [p for group in inner.param_groups for p in group["params"]]
         self._shared = None
         if shared_parameters is not None:
-            self._shared = checked_parameters("shared_parameters", shared_parameters, known)
-        self._mode: Mode | list[Tensor] = checked_mode(gram, MODES, known)
-        self._schedule = Schedule(checked_count("solve_every", solve_every))
+            self._shared = checks.checked_parameters("shared_parameters", shared_parameters, known)
+        self._mode: Mode | list[Tensor] = checks.checked_mode(gram, MODES, known)
+        self._schedule = Schedule(checks.checked_count("solve_every", solve_every))
         self._memory = Memory()
+        self._processes = Processes(process_group)
         self._pending: Gradients | None = None
         self._last: Step | None = None
         self._skip = False
@@ -152,32 +147,42 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
                 number or names of the losses differ from those of the weights. With an
                 approximation: a loss is a callable, or gradients are to be accumulated.
             FloatingPointError: A loss or its gradient is NaN or Inf and ``nonfinite="raise"``.
-            RuntimeError: A backward pass failed, or several processes train together.
+            RuntimeError: A backward pass failed, here or in another process, or another process is
+                not to be reached.
 
         After an exception, parameters, ``.grad``, state and pending gradients are as before.
         """
-        check_single_process()
-        names, number = self._names, None if self._weights is None else len(self._weights)
-        if self._pending is not None and number is None:
-            names = self._pending.names if self._pending.named else None
-            number = len(self._pending.names)
-        names, ordered = named_losses(losses, names, number)
-        if not accumulate and self._pending is None:
-            check_any_present(ordered)
-        every = self._schedule.every
-        check_mode_fits(self._mode, every, ordered, representation, accumulate=accumulate)
         parameters = [p for group in self.param_groups for p in group["params"]]
-        if accumulate:
-            kept = materialized.collect(names, ordered, parameters, self._pending, keep=True)
-            kept.named = isinstance(losses, Mapping)
-            self._pending = kept
-            return
-        key = [None if x is None else name for name, x in zip(names, ordered, strict=True)]
-        earlier = self._schedule.gram(key)
-        weights = self._weights or [1 / len(names)] * len(names)
         chosen = None if self._shared is None else {id(p) for p in self._shared}
         shared = [chosen is None or id(p) in chosen for p in parameters]
-        stores = self._pending, self._memory
+        processes, pending, every = self._processes, self._pending, self._schedule.every
+        sharded = stages.is_sharded(parameters)
+        exact = self._mode in stages.EXACT and every == 1
+        facts = processes.facts(parameters) | self._settings()
+        with contextlib.nullcontext() if accumulate else processes.agreeing(facts):
+            earlier_names, named = (pending.names, pending.named) if pending else (None, False)
+            names, ordered = self._weights.order(losses, earlier_names, named=named)
+            # Of other processes' losses in exact mode, and of pending ones, more is known later.
+            if not accumulate and pending is None and not (processes.several and exact):
+                checks.check_any_present(ordered)
+            checks.check_mode_fits(
+                self._mode,
+                ordered,
+                representation,
+                exact=exact,
+                accumulate=accumulate,
+                sharded=sharded,
+            )
+            check_losses(ordered, parameters, names)
+            key = [None if x is None else name for name, x in zip(names, ordered, strict=True)]
+            facts["`losses` (None if absent)"] = key if sharded or not exact else names
+        if accumulate:
+            self._pending = stages.accumulate(names, ordered, parameters, pending)
+            self._pending.named = isinstance(losses, Mapping)
+            return
+        earlier = self._schedule.gram(key)
+        weights = self._weights.of(len(names))
+        stores = pending, self._memory, processes
         gradients = stages.collect(
             self._mode, names, ordered, parameters, shared, *stores, representation, earlier
         )
@@ -254,46 +259,35 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
     @property
     def weights(self) -> dict[str, float] | tuple[float, ...] | None:
         """The user's weights, in the form they were given; they may be set between steps."""
-        if self._weights is None:
-            return None
-        if self._names is None:
-            return tuple(self._weights)
-        return dict(zip(self._names, self._weights, strict=True))
+        return self._weights.given
 
     @weights.setter
     def weights(self, weights: Weights) -> None:
-        number = None if self._weights is None else len(self._weights)
-        self._weights = checked_new_weights(weights, self._names, number)
+        self._weights.replace(weights)
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same in all processes."""
+        mode = self._mode if isinstance(self._mode, str) else f"{len(self._mode)} parameters"
+        own = {name: x for name, x in self._described().items() if name != "rule"}
+        own |= {"gram": mode, "solve_every": self._schedule.every, "nonfinite": self.nonfinite}
+        return {f"`{name}`": x for name, x in own.items()}
 
     def _described(self) -> dict[str, Any]:
         return {"rule": self.rule, "weights": self.weights}
 
     def _own_state(self) -> dict[str, Any]:
-        names = None if self._names is None else list(self._names)
-        return {
-            "weights": self._weights,
-            "names": names,
-            "skipped": self._skipped,
-            "schedule": self._schedule.state(),
-        }
+        schedule = self._schedule.state()
+        return {**self._weights.state(), "skipped": self._skipped, "schedule": schedule}
 
     def _check_own_state(self, own: dict[str, Any]) -> None:
         super()._check_own_state({"schedule": None, **own})  # older states have none
-        names = None if self._names is None else list(self._names)
-        numbers = [None if w is None else len(w) for w in (self._weights, own["weights"])]
-        if own["names"] != names or numbers[0] != numbers[1]:
-            raise ValueError(
-                f"`state_dict` must be of the same losses, {names or numbers[0]}; got "
-                f"{own['names'] or numbers[1]}."
-            )
-        if own["weights"] is not None:
-            checked_weights(own["weights"])
+        self._weights.check(own)
 
     def _reset(self) -> None:
         self._schedule = Schedule(self._schedule.every)
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
-        self._weights = own["weights"]
+        self._weights.values = own["weights"]
         self._skipped = own["skipped"]
         if own.get("schedule") is not None:
             self._schedule.load(own["schedule"])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from raco_optim import ghost, materialized, surrogate
+from raco_optim import ghost, materialized, replicated, surrogate
 from raco_optim.coefficients import MixingCoefficients
-from raco_optim.gradients import Loss, check_losses
-from raco_optim.materialized import Gradients, Memory
+from raco_optim.gradients import Found, Loss, iterate_gradients
+from raco_optim.materialized import Gradients, Memory, add_pending
+from raco_optim.processes import Processes
 from raco_optim.report import StepReport, make_report
 
 Rule = Callable[[Tensor], Tensor | MixingCoefficients]
@@ -21,6 +23,7 @@ NonFinite = Literal["raise", "skip", "propagate"]
 NONFINITE = ("raise", "skip", "propagate")
 Mode = Literal["materialized", "ghost", "representation"]
 MODES = ("materialized", "ghost", "representation")
+EXACT = ("materialized", "ghost")
 
 
 class PerLossGradients(Protocol):
@@ -33,6 +36,10 @@ class PerLossGradients(Protocol):
     @property
     def values(self) -> list[Tensor | None]:
         """Values of the losses; None for an absent one."""
+
+    @property
+    def where(self) -> str:
+        """Which processes have a loss that is NaN or Inf, in words: " on rank 1"; "" for none."""
 
     def gram(self, shared: Sequence[bool]) -> Tensor:
         """Computes the Gram matrix of the shared part, ``[m, m]``, float64."""
@@ -70,14 +77,25 @@ class Step:
     age: int = 0
 
 
+def is_sharded(parameters: Sequence[Tensor]) -> bool:
+    """Whether there is a `DTensor` among the parameters (FSDP2, tensor parallelism)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    # Not above: it takes half a second, and needs a torch that was built with it.
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) for p in parameters)
+
+
 def collect(
     mode: Mode | list[Tensor],
     names: tuple[str, ...],
     losses: list[Loss | None],
     parameters: list[Tensor],
     shared: Sequence[bool],
-    pending: Gradients | None = None,
-    memory: Memory | None = None,
+    pending: Gradients | None,
+    memory: Memory,
+    processes: Processes,
     representation: Tensor | None = None,
     gram: Tensor | None = None,
 ) -> PerLossGradients:
@@ -91,22 +109,57 @@ def collect(
         shared: Which of them enter the Gram matrix.
         pending: Gradients of earlier micro-batches.
         memory: Memory for materialized gradients.
+        processes: The processes over which gradients are averaged.
         representation: What the mode of that name takes the gradients with respect to.
         gram: The Gram matrix of an earlier step, if it serves this one too.
     """
-    if gram is not None or isinstance(mode, list) or representation is not None:
-        check_losses(losses, parameters, names)
     tensors = [loss for loss in losses if loss is None or isinstance(loss, Tensor)]
     complete = len(tensors) == len(losses)
     if gram is not None:
-        return surrogate.SurrogateGradients(names, tensors, gram)
+        return surrogate.SurrogateGradients(names, tensors, gram, processes)
     if isinstance(mode, list):
-        return surrogate.collect(names, tensors, mode, "gram")
+        return surrogate.collect(names, tensors, mode, "gram", processes)
     if representation is not None:
-        return surrogate.collect(names, tensors, [representation], "representation")
-    if mode == "ghost" and complete and pending is None:
+        return surrogate.collect(names, tensors, [representation], "representation", processes)
+    if is_sharded(parameters):
+        from raco_optim import sharded
+
+        found = add_pending(sharded.iterate_gradients(losses, parameters, names), pending)
+        return sharded.collect(names, found, parameters, shared, processes)
+    if mode == "ghost" and complete and pending is None and not processes.several:
         return ghost.collect(names, tensors, parameters, shared, memory)
-    return materialized.collect(names, losses, parameters, pending, memory=memory)
+    found = add_pending(iterate_gradients(losses, parameters, names), pending)
+    return average(names, found, parameters, shared, memory, processes)
+
+
+def average(
+    names: tuple[str, ...],
+    found: Iterable[Found],
+    parameters: Sequence[Tensor],
+    shared: Sequence[bool],
+    memory: Memory | None,
+    processes: Processes,
+) -> PerLossGradients:
+    """Gathers the gradients of a model that every process holds as a whole."""
+    if processes.several:
+        return replicated.collect(names, found, parameters, shared, processes)
+    return materialized.collect(names, found, memory=memory)
+
+
+def accumulate(
+    names: tuple[str, ...],
+    losses: list[Loss | None],
+    parameters: list[Tensor],
+    pending: Gradients | None,
+) -> Gradients:
+    """Computes the gradients of a micro-batch, and adds the pending ones."""
+    if is_sharded(parameters):
+        from raco_optim import sharded
+
+        found = sharded.iterate_gradients(losses, parameters, names)
+    else:
+        found = iterate_gradients(losses, parameters, names)
+    return materialized.collect(names, add_pending(found, pending), keep=True)
 
 
 def solve(
@@ -147,7 +200,7 @@ def solve(
         if problem is None:
             mixing = _mix(rule, gram)
         elif nonfinite == "raise":
-            raise FloatingPointError(_message(problem))
+            raise FloatingPointError(_message(problem, gradients.where))
         else:
             skip = True
             mixing = MixingCoefficients(gram.new_zeros(m))
@@ -216,8 +269,8 @@ def _first_nonfinite(names: Sequence[str], host: list[list[float]]) -> str | Non
     return None
 
 
-def _message(problem: str) -> str:
-    return f"{problem} is NaN or Inf. Find its cause (torch.autograd.set_detect_anomaly)."
+def _message(problem: str, where: str = "") -> str:
+    return f"{problem} is NaN or Inf{where}. Find its cause (torch.autograd.set_detect_anomaly)."
 
 
 def _mix(rule: Rule, gram: Tensor) -> MixingCoefficients:

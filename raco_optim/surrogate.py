@@ -20,9 +20,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from raco_optim import replicated
 from raco_optim.combine import add_combined_gradient
 from raco_optim.gradients import Gradient, iterate_gradients
 from raco_optim.gram import gram_matrix
+from raco_optim.processes import Processes
 
 # Argument that holds the inputs -> what a loss must depend on, and the remedy.
 _NEEDED = {
@@ -40,11 +42,11 @@ class SurrogateGradients:
     names: tuple[str, ...]
     losses: list[Tensor | None]
     surrogate_gram: Tensor
+    processes: Processes
 
-    @property
-    def values(self) -> list[Tensor | None]:
-        """Values of the losses."""
-        return [None if loss is None else loss.detach() for loss in self.losses]
+    def __post_init__(self) -> None:
+        values = [None if loss is None else loss.detach() for loss in self.losses]
+        self.values, self.where = self.processes.mean(values)
 
     def gram(self, shared: Sequence[bool]) -> Tensor:  # surrogates have no parts
         """Returns the Gram matrix of the surrogates, ``[m, m]``, float64."""
@@ -67,33 +69,41 @@ class SurrogateGradients:
 
         With `check`, nothing is written and False returned where it is NaN or Inf.
         """
-        trainable = [(p, s) for p, s in zip(parameters, shared, strict=True) if p.requires_grad]
-        both = len({s for _, s in trainable}) == 2
-        parts: list[tuple[list[Tensor], Gradient]] = []
+        with self.processes.agreeing():
+            row = self._row(parameters, alpha, weights, shared)
+        if self.processes.several:
+            one = torch.ones(1, device="cpu")
+            found = replicated.collect(("sum",), [(None, row)], parameters, shared, self.processes)
+            row = found.combine(parameters, one, one)
+        if check:
+            extremes = [torch.stack(g.aminmax()) for g in row if g is not None and g.numel()]
+            if extremes and not bool(torch.cat(extremes).isfinite().all()):
+                return False
+        # Not `row` itself: autograd may return a tensor that user code holds too.
+        add_combined_gradient(parameters, [row], torch.ones(1, device="cpu"))
+        return True
+
+    def _row(
+        self, parameters: Sequence[Tensor], alpha: Tensor, weights: Tensor, shared: Sequence[bool]
+    ) -> Gradient:
+        """Returns the combined gradient of this process, by a pass for each part."""
+        row: Gradient = [None] * len(parameters)
+        trainable = {j: s for j, s in enumerate(shared) if parameters[j].requires_grad}
+        both = len(set(trainable.values())) == 2
         # The shared part last: its pass frees the graph behind the heads too.
         for part, coefficients in ((False, weights), (True, alpha)):
-            chosen = [p for p, s in trainable if s == part]
+            chosen = [j for j, s in trainable.items() if s == part]
             if chosen:
                 keep = both and not part
-                parts.append((chosen, self._combine(chosen, coefficients, keep=keep)))
-        if all(g is None for _, row in parts for g in row):
+                found = self._combine([parameters[j] for j in chosen], coefficients, keep=keep)
+                for j, g in zip(chosen, found, strict=True):
+                    row[j] = g
+        if all(g is None for g in row):
             raise ValueError(
                 "losses must depend on a parameter of the optimizer; together they reach none. Was "
                 "the optimizer built from this model's parameters?"
             )
-        if check:
-            extremes = [
-                torch.stack(g.aminmax())
-                for _, row in parts
-                for g in row
-                if g is not None and g.numel()
-            ]
-            if extremes and not bool(torch.cat(extremes).isfinite().all()):
-                return False
-        for chosen, row in parts:
-            # Not `row` itself: autograd may return a tensor that user code holds too.
-            add_combined_gradient(chosen, [row], torch.ones(1, device="cpu"))
-        return True
+        return row
 
     def _combine(self, parameters: list[Tensor], coefficients: Tensor, *, keep: bool) -> Gradient:
         with torch.enable_grad():
@@ -114,8 +124,26 @@ def collect(
     losses: list[Tensor | None],
     inputs: Sequence[Tensor],
     argument: Literal["gram", "representation"],
+    processes: Processes,
 ) -> SurrogateGradients:
     """Computes the Gram matrix of the gradients with respect to `inputs`, given as `argument`."""
+    with processes.agreeing():
+        _check(losses, inputs, argument)
+        needed = _NEEDED[argument]
+        found = list(iterate_gradients(losses, inputs, names, keep_graph=True, needed=needed))
+    if not processes.several:
+        gram = gram_matrix([row for _, row in found])
+    elif argument == "gram":
+        whole = [True] * len(inputs)
+        gram = replicated.collect(names, found, inputs, whole, processes).gram(whole)
+    else:
+        # The representation of the joint batch is made of those of the processes.
+        gram = gram_matrix([row for _, row in found]) / processes.number**2
+        gram = processes.sum([gram], inputs[0].device)[0].view_as(gram)
+    return SurrogateGradients(names, losses, gram, processes)
+
+
+def _check(losses: list[Tensor | None], inputs: Sequence[Tensor], argument: str) -> None:
     if not any(x.requires_grad for x in inputs):
         raise ValueError(
             f"`{argument}` must require gradients; got frozen parameters, or a tensor without a "
@@ -127,5 +155,3 @@ def collect(
     if len(devices) > 1:
         found = ", ".join(sorted(str(device) for device in devices))
         raise ValueError(f"`{argument}` must be on the device of the losses; got {found}.")
-    rows = iterate_gradients(losses, inputs, names, keep_graph=True, needed=_NEEDED[argument])
-    return SurrogateGradients(names, losses, gram_matrix([row for _, row in rows]))

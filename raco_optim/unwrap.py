@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from raco_optim.optimizer import Losses, MultiObjectiveOptimizer
+from raco_optim.optimizer import MultiObjectiveOptimizer
+from raco_optim.weights import Losses
 
 
 def backward(

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.ranks import Ranks
+
 SEED = 0
 
 # One thread: a reduction split over as many threads as the machine has cores rounds differently
@@ -48,3 +50,17 @@ def _repeatable() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Ranks]:
+    """Two processes of one group, for all tests."""
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[Ranks]:
+    """Four processes of one group, for all tests."""
+    with Ranks(4) as ranks:
+        yield ranks

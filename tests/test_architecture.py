@@ -35,13 +35,18 @@ MAY_IMPORT = {
     "graph": set(),
     "materialized": {"gradients", "gram", "combine"},
     "ghost": {"gradients", "gram", "combine", "graph", "materialized"},
-    "surrogate": {"gradients", "gram", "combine"},
+    "surrogate": {"gradients", "gram", "combine", "processes", "replicated"},
     "schedule": set(),
-    "step": LEAVES | STAGES | MODES,
+    "processes": LEAVES,
+    "replicated": {"_checks", "gradients", "combine", "materialized", "processes"},
+    "sharded": {"gradients", "combine", "materialized", "processes"},
+    "step": LEAVES | STAGES | MODES | {"processes", "replicated", "sharded"},
+    "weights": {"_checks", "gradients"},
     "wrapper": set(),
-    "optimizer": LEAVES | {"wrapper", "gradients", "materialized", "schedule", "step"},
-    "unwrap": {"optimizer"},
-    "methods": LEAVES | {"simplex", "coefficients", "step", "optimizer"},
+    "optimizer": LEAVES
+    | {"wrapper", "gradients", "materialized", "processes", "schedule", "step", "weights"},
+    "unwrap": {"optimizer", "weights"},
+    "methods": LEAVES | {"simplex", "coefficients", "step", "optimizer", "weights"},
     "pareto": LEAVES | {"simplex"},
     "__init__": LEAVES | STAGES | {"optimizer", "methods", "pareto", "unwrap"},
 }
@@ -51,7 +56,8 @@ MAY_IMPORT_SCIPY = {"linear_algebra", "active_set", "slsqp"}
 INNER_MAY_IMPORT = {
     "alignment": {"_checks"},
     "integrations": LEAVES
-    | {"simplex", "coefficients", "per_example", "materialized", "step", "alignment"},
+    | {"simplex", "coefficients", "per_example", "gradients", "materialized", "processes", "step"}
+    | {"alignment"},
     "cli": {"_checks", "pareto", "integrations"},
 }
 INNER_MAY_IMPORT_OPTIONAL = {"alignment": set(), "integrations": {"datasets", "trl"}, "cli": set()}

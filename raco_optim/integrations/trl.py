@@ -31,6 +31,7 @@ if importlib.util.find_spec("trl") is None:
 from trl import DPOTrainer
 
 from raco_optim.alignment import PairLogProbs
+from raco_optim.gradients import iterate_gradients
 from raco_optim.integrations import objectives
 from raco_optim.integrations.forward import completion_log_probs
 from raco_optim.integrations.metrics import Means, objective_means, objective_sums, step_values
@@ -43,9 +44,10 @@ from raco_optim.integrations.preference_data import (
     preference_columns,
 )
 from raco_optim.integrations.trl_config import MultiObjectiveDPOConfig
-from raco_optim.materialized import Gradients, collect, merge
+from raco_optim.materialized import Gradients, add_pending, collect
 from raco_optim.per_example import LinearLayerGradients
-from raco_optim.step import solve, write
+from raco_optim.processes import Processes
+from raco_optim.step import average, solve, write
 
 __all__ = ["MultiObjectiveDPOConfig", "MultiObjectiveDPOTrainer"]
 
@@ -136,6 +138,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         self._sums: dict[bool, Tensor] = {}  # by whether the model is in training
         self._means = Means()
         self._pending: Gradients | None = None
+        self._processes = Processes()
         self._columns = preference_columns(self._names, args.margin_objectives)
         several = isinstance(eval_dataset, Mapping)
         for dataset in eval_dataset.values() if several else [eval_dataset]:
@@ -236,17 +239,20 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
             policy = completion_log_probs(model, inputs)
             losses = self._losses(policy, inputs, num_items_in_batch, training=True)
             rows = layers.gradients(policy, losses)
-            if rows is None:
-                found = collect(self._names, [*losses], parameters, self._pending, keep=not last)
+            found: Any = iterate_gradients(losses, parameters, self._names)
+            if rows is not None:
+                found = zip([None if x is None else x.detach() for x in losses], rows, strict=True)
+            found = add_pending(found, self._pending)
+            if not last:
+                self._pending = collect(self._names, found, keep=True)
             else:
-                values = [None if loss is None else loss.detach() for loss in losses]
-                found = merge(Gradients(self._names, values, rows), self._pending)
-        if last:
-            weights, shared = list(self.args.objective_weights.values()), [True] * len(parameters)
-            step = solve(found, weights, shared, self._rule, "raise")
-            write(parameters, found, step, shared, "raise")
-            self._means.add(step_values(step))
-        self._pending = None if last else found
+                self._pending = None
+                weights = list(self.args.objective_weights.values())
+                shared = [True] * len(parameters)
+                gradients = average(self._names, found, parameters, shared, None, self._processes)
+                step = solve(gradients, weights, shared, self._rule, "raise")
+                write(parameters, gradients, step, shared, "raise")
+                self._means.add(step_values(step))
         loss = objectives.weighted(self.args, losses, training=True)
         return policy.new_zeros(()) if loss is None else loss.detach()
 
