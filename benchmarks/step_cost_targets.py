@@ -14,8 +14,10 @@ TARGETS: dict[str, Any] = {
     },
     "materialized over floor, batch 512": {"cases": ["mlp-10M-batch-512"], "at_most": 1.05},
     "ghost over floor, m = 8, small batch": {"at_most": 0.70},
-    "ghost over materialized": {"at_most": 1.0, "of": "lower quartile"},
-    "memory of ghost over weighted sum": {"at_most": 2.0},
+    # Never slower, to the hundredth that a ratio is good for.
+    "ghost over materialized": {"at_most": 1.01, "of": "lower quartile"},
+    # Where layers are covered: elsewhere it is materialized, and has the memory of that.
+    "memory of ghost over weighted sum, small batch": {"at_most": 2.0},
     "cheapest approximation over weighted sum, m = 40": {"at_most": 1.5},
 }
 
@@ -24,7 +26,7 @@ def judge(rows: Sequence[dict[str, Any]], small_batch: Sequence[str]) -> list[di
     """Compares every row with the targets that apply to it.
 
     A ratio meets its target with its median. That ghost is never slower than materialized is
-    contradicted only by a lower quartile above 1: where both do the same, half the medians are.
+    contradicted only by a lower quartile above: where both do the same, half the medians are.
     """
     return [
         {
@@ -60,8 +62,8 @@ def _applicable(
     ratio = _ratio(found, GHOST, "over_materialized", "lower_quartile")
     if ratio is not None:
         yield target, ratio, TARGETS[target]["at_most"]
-    target = "memory of ghost over weighted sum"
-    if GHOST in found and "over_weighted_sum" in found[GHOST]["memory"]:
+    target = "memory of ghost over weighted sum, small batch"
+    if case in small_batch and GHOST in found and "over_weighted_sum" in found[GHOST]["memory"]:
         yield target, found[GHOST]["memory"]["over_weighted_sum"], TARGETS[target]["at_most"]
     target = "cheapest approximation over weighted sum, m = 40"
     ratios = [_ratio(found, name, "over_weighted_sum") for name in APPROXIMATIONS]

@@ -73,8 +73,9 @@ class SurrogateGradients:
             row = self._row(parameters, alpha, weights, shared)
         if self.processes.several:
             one = torch.ones(1, device="cpu")
-            found = replicated.collect(("sum",), [(None, row)], parameters, shared, self.processes)
-            row = found.combine(parameters, one, one)
+            found = [(one, row)]
+            mean = replicated.collect(("sum",), found, parameters, shared, self.processes)
+            row = mean.combine(parameters, one, one)
         if check:
             extremes = [torch.stack(g.aminmax()) for g in row if g is not None and g.numel()]
             if extremes and not bool(torch.cat(extremes).isfinite().all()):

@@ -320,7 +320,8 @@ def test_random_networks(operations, losses, seed):
     assert_gram(found[0][0], J @ J.T, 1e-10)
 
 
-# The rule for what is cheaper: fewer multiplications than for m gradients
+# The rule for what is cheaper: half the multiplications of m gradients, because in float64 they take
+# twice the time
 
 
 def mixed():
@@ -361,7 +362,7 @@ def test_rule_of_a_linear_layer(a, b, m):
         def losses(layer, n=n):
             return list(layer(torch.ones(n, a)).sin().sum() * torch.ones(m))
 
-        cheaper = n * (a + m * b) < (m - 1) * a * b
+        cheaper = 2 * n * (a + m * b) < (m - 1) * a * b
         assert covered(layer, losses) == ({"weight"} if cheaper else set())
 
 
@@ -378,7 +379,7 @@ def test_rule_of_a_convolution(m):
             def losses(layer, image=image):
                 return list(layer(image).sin().sum() * torch.ones(m))
 
-            cheaper = rows * (a + m * b) < (m - 1) * a * b
+            cheaper = 2 * rows * (a + m * b) < (m - 1) * a * b
             decisions.add(cheaper)
             assert covered(layer, losses) == ({"weight"} if cheaper else set())
     assert decisions == ({False} if m == 1 else {False, True})
@@ -404,10 +405,10 @@ def test_rule_of_a_tied_embedding(m):
         def losses(model, t=t):
             return list(model(torch.arange(t)).sin().sum() * torch.ones(m))
 
-        cheaper = t * (5 + m * 9) + m * t * 5 < (m - 1) * 5 * 9
+        cheaper = 2 * (t * (5 + m * 9) + m * t * 5) < (m - 1) * 5 * 9
         decisions.add(cheaper)
         assert ("embedding.weight" in covered(Tied(), losses)) == cheaper
-    assert decisions == ({False} if m == 1 else {False, True})
+    assert decisions == ({False} if m < 7 else {False, True})
 
 
 def test_losses_that_miss_a_layer_do_not_count():
@@ -424,10 +425,10 @@ def test_losses_that_miss_a_layer_do_not_count():
 def test_uses_of_one_weight_are_added():
     layer = nn.Linear(16, 16)
     for uses, cheaper in ((1, True), (3, True), (4, False)):
-        # n (16 + 3 * 16) < 2 * 16 * 16: n < 8
+        # 2 n (16 + 3 * 16) < 2 * 16 * 16: n < 4
 
         def losses(layer, uses=uses):
-            h = torch.ones(2, 16)
+            h = torch.ones(1, 16)
             for _ in range(uses):
                 h = layer(h).tanh()
             return [h.sum(), h.square().sum(), h.exp().sum()]
