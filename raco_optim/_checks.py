@@ -89,11 +89,10 @@ def checked_mode(
     return list({id(p): p for p in parameters}.values())
 
 
-def check_mode_fits(
+def check_fit(
     mode: str | list[Tensor],
     losses: Sequence[object],
     representation: Any,  # noqa: ANN401  # that is what it checks
-    *,
     exact: bool,
     accumulate: bool,
     sharded: bool,

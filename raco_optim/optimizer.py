@@ -155,34 +155,15 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         parameters = [p for group in self.param_groups for p in group["params"]]
         chosen = None if self._shared is None else {id(p) for p in self._shared}
         shared = [chosen is None or id(p) in chosen for p in parameters]
-        processes, pending, every = self._processes, self._pending, self._schedule.every
-        sharded = stages.is_sharded(parameters)
-        exact = self._mode in stages.EXACT and every == 1
-        facts = processes.facts(parameters) | self._settings()
-        with contextlib.nullcontext() if accumulate else processes.agreeing(facts):
-            earlier_names, named = (pending.names, pending.named) if pending else (None, False)
-            names, ordered = self._weights.order(losses, earlier_names, named=named)
-            # Of other processes' losses in exact mode, and of pending ones, more is known later.
-            if not accumulate and pending is None and not (processes.several and exact):
-                checks.check_any_present(ordered)
-            checks.check_mode_fits(
-                self._mode,
-                ordered,
-                representation,
-                exact=exact,
-                accumulate=accumulate,
-                sharded=sharded,
-            )
-            check_losses(ordered, parameters, names)
-            key = [None if x is None else name for name, x in zip(names, ordered, strict=True)]
-            facts["`losses` (None if absent)"] = key if sharded or not exact else names
+        pending = self._pending
+        names, ordered, key = self._checked(losses, parameters, representation, accumulate)
         if accumulate:
             self._pending = stages.accumulate(names, ordered, parameters, pending)
             self._pending.named = isinstance(losses, Mapping)
             return
         earlier = self._schedule.gram(key)
         weights = self._weights.of(len(names))
-        stores = pending, self._memory, processes
+        stores = pending, self._memory, self._processes
         gradients = stages.collect(
             self._mode, names, ordered, parameters, shared, *stores, representation, earlier
         )
@@ -264,6 +245,30 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
     @weights.setter
     def weights(self, weights: Weights) -> None:
         self._weights.replace(weights)
+
+    def _checked(
+        self,
+        losses: Losses,
+        parameters: list[Tensor],
+        representation: Tensor | None,
+        accumulate: bool,
+    ) -> tuple[tuple[str, ...], list[Any], list[str | None]]:
+        """Returns names, losses in their order, and names with None for the absent ones."""
+        sharded = stages.is_sharded(parameters)
+        exact = self._mode in stages.EXACT and self._schedule.every == 1
+        pending, several = self._pending, self._processes.several
+        facts = self._processes.facts(parameters) | self._settings()
+        # A micro-batch may fail, and be repeated, without the other processes.
+        with contextlib.nullcontext() if accumulate else self._processes.agreeing(facts):
+            names, ordered = self._weights.order(losses, pending)
+            # Whether all are absent from micro-batches and processes, the gradients tell.
+            if not accumulate and pending is None and not (several and exact):
+                checks.check_any_present(ordered)
+            checks.check_fit(self._mode, ordered, representation, exact, accumulate, sharded)
+            check_losses(ordered, parameters, names)
+            key = [None if x is None else name for name, x in zip(names, ordered, strict=True)]
+            facts["`losses` (None if absent)"] = key if sharded or not exact else names
+        return names, ordered, key
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same in all processes."""

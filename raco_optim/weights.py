@@ -7,6 +7,7 @@ from typing import Any
 
 from raco_optim._checks import as_list, checked_weights
 from raco_optim.gradients import Loss
+from raco_optim.materialized import Gradients
 
 Weights = Sequence[float] | Mapping[str, float]
 Losses = Iterable[Loss | None] | Mapping[str, Loss | None]
@@ -54,21 +55,18 @@ class LossWeights:
         """Returns the weights of so many losses, uniform where none are given."""
         return self.values or [1 / number] * number
 
-    def order(
-        self, losses: Losses, earlier: tuple[str, ...] | None = None, *, named: bool = False
-    ) -> tuple[tuple[str, ...], list[Any]]:
+    def order(self, losses: Losses, pending: Gradients | None) -> tuple[tuple[str, ...], list[Any]]:
         """Returns names and losses in the order of the weights, or raises.
 
         Losses without names are named by their positions.
 
         Args:
             losses: What the user passed.
-            earlier: Names in earlier micro-batches, with which they must agree.
-            named: Whether the user gave those.
+            pending: Of earlier micro-batches, with whose names they must agree.
         """
         names, number = self.names, self.number
-        if earlier is not None and number is None:
-            names, number = earlier if named else None, len(earlier)
+        if pending is not None and number is None:
+            names, number = pending.names if pending.named else None, len(pending.names)
         if isinstance(losses, Mapping):
             if names is None and number is None:
                 names = tuple(losses)

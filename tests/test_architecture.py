@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "replicated": {"_checks", "gradients", "combine", "materialized", "processes"},
     "sharded": {"gradients", "combine", "materialized", "processes"},
     "step": LEAVES | STAGES | MODES | {"processes", "replicated", "sharded"},
-    "weights": {"_checks", "gradients"},
+    "weights": {"_checks", "gradients", "materialized"},
     "wrapper": set(),
     "optimizer": LEAVES
     | {"wrapper", "gradients", "materialized", "processes", "schedule", "step", "weights"},
