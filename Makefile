@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 # Nothing but the installation asks the network; a model hub that is asked all the same says so.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint types bench align clean
+.PHONY: demo test lint types docs bench align clean
 
 demo: $(READY)
 	$(BIN)/python -m benchmarks.demo
@@ -22,6 +22,9 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/site
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.solver_speed

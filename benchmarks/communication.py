@@ -85,7 +85,7 @@ def run(rank: int, number: int, m: int, way: str, folder: str) -> None:
         settings["solve_every"] = 4
     opt = CAGradClip(adamw, [1 / m] * m, **settings)
     sent = []
-    for step in range(2 * STEPS):  # the first half warms up
+    for _ in range(2 * STEPS):  # the first half warms up
         x = torch.randn(BATCH, WIDTH)
         dist.barrier()
         time.sleep(0.05)

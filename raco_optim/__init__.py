@@ -18,7 +18,8 @@ module each: `materialized.py` (all m gradients, the default), `ghost.py` (the s
 those of large layers, found by `graph.py`) and `surrogate.py` (approximations).
 `step.py` runs the stages in a row, `optimizer.py` holds the state and is an optimizer like any
 other, `methods.py` names the rules (CAGradClip, CAGrad, MGDA, LinearScalarization), `report.py`
-says what a step did, and `pareto.py` measures what came of it.
+says what a step did, `step_logger.py` keeps it in a file (`step_log.py`), `plot` draws that, and
+`pareto.py` measures what came of it.
 """
 
 from raco_optim.coefficients import (
@@ -33,6 +34,8 @@ from raco_optim.methods import MGDA, CAGrad, CAGradClip, LinearScalarization
 from raco_optim.optimizer import MultiObjectiveOptimizer
 from raco_optim.report import Outcome, StepReport
 from raco_optim.simplex import SubproblemSolution, min_norm_point, solve_subproblem
+from raco_optim.step_log import read_steps
+from raco_optim.step_logger import StepLogger
 from raco_optim.unwrap import backward
 
 __all__ = [
@@ -43,6 +46,7 @@ __all__ = [
     "MixingCoefficients",
     "MultiObjectiveOptimizer",
     "Outcome",
+    "StepLogger",
     "StepReport",
     "SubproblemSolution",
     "add_combined_gradient",
@@ -52,5 +56,6 @@ __all__ = [
     "min_norm_point",
     "mixing_coefficients",
     "per_loss_gradients",
+    "read_steps",
     "solve_subproblem",
 ]

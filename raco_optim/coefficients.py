@@ -86,7 +86,7 @@ def mixing_coefficients(
         tensor([0.2000, 0.6439], dtype=torch.float64)
 
     References:
-        Algorithm 1, lines 4 to 7, of arXiv 2602.02495.
+        Algorithm 1, lines 5 to 8, of arXiv 2602.02495.
     """
     checked_choice("clip", clip, CLIPS)
     H, checked, c = checked_arguments(gram, weights, c, solver)

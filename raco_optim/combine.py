@@ -79,6 +79,9 @@ def add_gradient(parameter: Tensor, gradient: Tensor) -> None:
     """Adds a gradient, which it may keep, to ``.grad`` of the parameter."""
     gradient = gradient.to(parameter.dtype)
     if parameter.grad is None:
+        # As autograd does: fused optimizers walk both in the order of memory.
+        if gradient.stride() != parameter.stride():
+            gradient = torch.empty_like(parameter).copy_(gradient)
         parameter.grad = gradient
     else:
         parameter.grad.add_(gradient)

@@ -20,6 +20,11 @@ _A_PARAMETER = (
     "a parameter of the optimizer; it reaches none. Was the optimizer built from this model's "
     "parameters? Pass None for a loss that is absent from this batch."
 )
+# Selective checkpoints, and those of torch.distributed._composable.
+_ONLY_ONCE = (
+    "This activation checkpoint can be computed again only once: pass the losses as callables, "
+    "each with its own forward pass."
+)
 _REMEDIES = (
     (
         "second time",
@@ -31,6 +36,8 @@ _REMEDIES = (
         "`torch._functorch.config.donated_buffer = False` before its first call, or pass the "
         "losses as callables, each with its own forward pass.",
     ),
+    ("only allowed to backward once", _ONLY_ONCE),
+    ("_GeneratorContextManager", _ONLY_ONCE),
     (
         "use_reentrant",
         "Call `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`.",

@@ -52,6 +52,7 @@ class CAGradClip(MultiObjectiveOptimizer):
         gram: How the Gram matrix is had: ``"materialized"`` or ``"ghost"`` (exact), or
             ``"representation"`` or parameters (approximate); see `MultiObjectiveOptimizer`.
         solve_every: Steps that one Gram matrix serves; above 1 an approximation.
+        process_group: The processes that train the model together; see `MultiObjectiveOptimizer`.
 
     Raises:
         TypeError: `inner` is not an optimizer.

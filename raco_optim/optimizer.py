@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,10 +77,6 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             nor parameters.
         ValueError: Another argument is out of its range.
 
-    Note:
-        Hooks registered on the wrapper are given the wrapper. Hooks registered for all optimizers
-        at once run twice, for the wrapper and for the inner optimizer.
-
     Example:
         >>> import torch
         >>> from raco_optim import MultiObjectiveOptimizer
@@ -112,18 +109,18 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         self.rule = rule
         self.nonfinite: NonFinite = checks.checked_choice("nonfinite", nonfinite, NONFINITE)
         self._weights = LossWeights(weights)
-        known = [p for group in inner.param_groups for p in group["params"]]
+        known = list(self._places().values())
         self._shared = None
         if shared_parameters is not None:
-            self._shared = checks.checked_parameters("shared_parameters", shared_parameters, known)
+            chosen = checks.checked_parameters("shared_parameters", shared_parameters, known)
+            self._shared = self._places_of(chosen)
         self._mode: Mode | list[Tensor] = checks.checked_mode(gram, MODES, known)
         self._schedule = Schedule(checks.checked_count("solve_every", solve_every))
         self._memory = Memory()
         self._processes = Processes(process_group)
         self._pending: Gradients | None = None
         self._last: Step | None = None
-        self._skip = False
-        self._skipped = 0
+        self._skip, self._skipped = False, 0
 
     def backward(
         self, losses: Losses, *, accumulate: bool = False, representation: Tensor | None = None
@@ -152,13 +149,13 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
 
         After an exception, parameters, ``.grad``, state and pending gradients are as before.
         """
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        chosen = None if self._shared is None else {id(p) for p in self._shared}
-        shared = [chosen is None or id(p) in chosen for p in parameters]
+        places, chosen = self._places(), self._shared
+        parameters = list(places.values())
+        shared = [chosen is None or at in chosen for at in places]
         pending = self._pending
-        names, ordered, key = self._checked(losses, parameters, representation, accumulate)
+        names, ordered, key = self._checked(losses, parameters, shared, representation, accumulate)
         if accumulate:
-            self._pending = stages.accumulate(names, ordered, parameters, pending)
+            self._pending = stages.accumulate(names, ordered, parameters, pending, self._processes)
             self._pending.named = isinstance(losses, Mapping)
             return
         earlier = self._schedule.gram(key)
@@ -168,7 +165,9 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             self._mode, names, ordered, parameters, shared, *stores, representation, earlier
         )
         try:
-            step = stages.solve(gradients, weights, shared, self.rule, self.nonfinite)
+            own = "rule" in self._described()
+            rule = partial(self._processes.by_first, self.rule) if own else self.rule
+            step = stages.solve(gradients, weights, shared, rule, self.nonfinite)
             step = stages.write(parameters, gradients, step, shared, self.nonfinite)
         except FloatingPointError as error:
             raise FloatingPointError(
@@ -184,47 +183,51 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         self._last, self._pending = dataclasses.replace(step, age=age), None
 
     def step(  # type: ignore[override]  # the closure returns losses, not a loss
-        self, closure: Callable[[], Losses] | None = None
+        self, closure: Callable[[], Losses | None] | None = None
     ) -> Any:  # noqa: ANN401  # what the inner step returns
         """Performs the step of the inner optimizer.
 
         Args:
             closure: Zeroes the gradients and returns the losses; `backward` runs on them first
                 (several times with LBFGS). The result of the step is then the weighted loss.
+                If it returns None, as Lightning's does, `backward` has run before.
 
         Raises:
             RuntimeError: Gradients were accumulated but not combined.
         """
         if closure is not None:
 
-            def weighted_loss() -> Tensor:
+            def weighted_loss() -> Tensor | None:
                 with torch.enable_grad():
                     losses = closure()
-                self.backward(losses)
-                if self._skip or self._last is None:
+                if losses is not None:
+                    self.backward(losses)
+                if self._last is None:
+                    raise TypeError("`closure` must return the losses; got None.")
+                if self._skipping():
                     raise _Skipped
+                if losses is None:
+                    return None
                 return self._last.losses @ self._last.losses.new_tensor(self._last.weights)
 
-            try:
+            with contextlib.suppress(_Skipped):
                 return self.optimizer.step(weighted_loss)  # type: ignore[arg-type]  # a Tensor
-            except _Skipped:
-                self._skip = False
-                return None
+            return None
+        return None if self._skipping() else self.optimizer.step()
+
+    def _skipping(self) -> bool:
         if self._pending is not None:
             raise RuntimeError(
                 "gradients were accumulated and not combined. Call `backward` without "
                 "`accumulate=True` on the last micro-batch, or `zero_grad` to drop them."
             )
-        if self._skip:
-            self._skip = False
-            return None
-        return self.optimizer.step()
+        skip, self._skip = self._skip, False
+        return skip
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets the gradients of all parameters, and drops accumulated ones."""
         super().zero_grad(set_to_none=set_to_none)
-        self._pending = None
-        self._skip = False
+        self._pending, self._skip = None, False
 
     @property
     def report(self) -> StepReport:
@@ -233,9 +236,9 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         Raises:
             RuntimeError: There was no `backward` yet.
         """
-        if self._last is None:
-            raise RuntimeError("there is nothing to report yet. Call `backward` first.")
-        return stages.report(self._last, self._skipped)
+        if self._last is not None:
+            return stages.report(self._last, self._skipped)
+        raise RuntimeError("there is nothing to report yet. Call `backward` first.")
 
     @property
     def weights(self) -> dict[str, float] | tuple[float, ...] | None:
@@ -250,32 +253,32 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         self,
         losses: Losses,
         parameters: list[Tensor],
+        shared: list[bool],
         representation: Tensor | None,
         accumulate: bool,
     ) -> tuple[tuple[str, ...], list[Any], list[str | None]]:
         """Returns names, losses in their order, and names with None for the absent ones."""
-        sharded = stages.is_sharded(parameters)
+        sharded, pending = stages.is_sharded(parameters), self._pending
         exact = self._mode in stages.EXACT and self._schedule.every == 1
-        pending, several = self._pending, self._processes.several
-        facts = self._processes.facts(parameters) | self._settings()
-        # A micro-batch may fail, and be repeated, without the other processes.
-        with contextlib.nullcontext() if accumulate else self._processes.agreeing(facts):
+        facts = self._processes.facts(parameters, shared, self._mode) | self._settings()
+        # A micro-batch that sends nothing may fail without the other processes.
+        with self._processes.agreeing(facts, alone=accumulate and not sharded):
             names, ordered = self._weights.order(losses, pending)
             # Whether all are absent from micro-batches and processes, the gradients tell.
-            if not accumulate and pending is None and not (several and exact):
+            if not accumulate and pending is None and not (exact and self._processes.several):
                 checks.check_any_present(ordered)
             checks.check_fit(self._mode, ordered, representation, exact, accumulate, sharded)
             check_losses(ordered, parameters, names)
             key = [None if x is None else name for name, x in zip(names, ordered, strict=True)]
-            facts["`losses` (None if absent)"] = key if sharded or not exact else names
+            present = key if sharded or not exact else names
+            facts |= {"`losses` (None if absent)": present, "`accumulate`": accumulate}
+            facts["whether the Gram matrix is due"] = self._schedule.gram(key) is None
         return names, ordered, key
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same in all processes."""
-        mode = self._mode if isinstance(self._mode, str) else f"{len(self._mode)} parameters"
-        own = {name: x for name, x in self._described().items() if name != "rule"}
-        own |= {"gram": mode, "solve_every": self._schedule.every, "nonfinite": self.nonfinite}
-        return {f"`{name}`": x for name, x in own.items()}
+        own = {"solve_every": self._schedule.every, "nonfinite": self.nonfinite}
+        return {f"`{name}`": x for name, x in (self._described() | own).items() if name != "rule"}
 
     def _described(self) -> dict[str, Any]:
         return {"rule": self.rule, "weights": self.weights}
@@ -292,7 +295,6 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         self._schedule = Schedule(self._schedule.every)
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
-        self._weights.values = own["weights"]
-        self._skipped = own["skipped"]
+        self._weights.values, self._skipped = own["weights"], own["skipped"]
         if own.get("schedule") is not None:
             self._schedule.load(own["schedule"])

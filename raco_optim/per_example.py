@@ -55,12 +55,23 @@ class LinearLayerGradients:
         self.covers = all(len(o) == 1 and type(o[0]) is nn.Linear for o in found)
         """Whether every parameter belongs to one linear layer and to nothing else."""
         self._layers = {layer for o in found for layer in o} if self.covers else set()
-        self._number = len(parameters)
+        self._known = [(p, p.requires_grad) for p in parameters]
+        self._handles: list[Any] = []
+        self._forget()
+
+    def _forget(self) -> None:
         self._sensitivities: Tensor | None = None
         self._resolution = 0.0
         self._rows: list[Gradient] = []
         self._shapes: set[torch.Size] = set()
-        self._handles: list[Any] = []
+
+    def serve(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether the same parameters are trained as when this was made."""
+        found = [(p, p.requires_grad) for p in parameters]
+        return len(found) == len(self._known) and all(
+            p is q and trained == was
+            for (p, trained), (q, was) in zip(found, self._known, strict=True)
+        )
 
     def __enter__(self) -> LinearLayerGradients:
         for layer in self._layers:
@@ -77,6 +88,7 @@ class LinearLayerGradients:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._forget()
 
     def gradients(self, scalars: Tensor, losses: Sequence[Tensor | None]) -> list[Gradient] | None:
         r"""Returns one gradient per loss, by one backward pass.
@@ -99,14 +111,14 @@ class LinearLayerGradients:
         grad = torch.autograd.grad
         u = [grad(loss, scalars, retain_graph=True)[0] for loss in present]
         self._sensitivities = torch.stack([torch.ones_like(scalars), *u])
-        self._rows = [[None] * self._number for _ in self._sensitivities]
+        self._rows = [[None] * len(self._known) for _ in self._sensitivities]
         total = grad(scalars.sum(), self._parameters, retain_graph=True, allow_unused=True)
         self._sensitivities = None
         of_total, *rows = self._rows
         if not self._equal([of_total[j] for j in self._positions.values()], total):
             return None
         found = iter(rows)
-        return [[None] * self._number if loss is None else next(found) for loss in losses]
+        return [[None] * len(self._known) if loss is None else next(found) for loss in losses]
 
     def _equal(self, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> bool:
         if any((x is None) != (y is None) for x, y in zip(a, b, strict=True)):

@@ -16,7 +16,7 @@ the processes, and the combined parts are handed round (all-gather). A process s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,12 +40,25 @@ class Bucket:
     shared: bool
     dtype: torch.dtype
     device: torch.device
-    positions: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
+    parameters: dict[int, Tensor] = field(default_factory=dict)
+    """By their position."""
+    length: int = 0
 
-    def pieces(self, whole: Tensor) -> Sequence[Tensor]:
-        """Cuts what travels into one piece per parameter, and one of padding."""
-        return torch.split(whole, [*self.sizes, len(whole) - sum(self.sizes)])
+    def add(self, position: int, parameter: Tensor) -> None:
+        """Adds a parameter."""
+        self.parameters[position] = parameter
+        self.length += parameter.numel()
+
+    def pieces(self, whole: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yields positions of the parameters, and the part of what travels that is of their form.
+
+        It has the parameter's strides too: fused optimizers walk both in the order of memory.
+        """
+        start = 0
+        for j, p in self.parameters.items():
+            dense = p if p.is_contiguous() else torch.empty_like(p, device="meta")
+            yield j, whole.as_strided(p.shape, dense.stride(), start)
+            start += p.numel()
 
 
 @dataclass
@@ -106,16 +119,15 @@ class ReplicatedGradients:
             part = combination(column, scales[bucket.shared]).to(bucket.dtype)
             for row in self._rows:
                 row[b] = None
-            whole = part.new_empty(len(part) * self._processes.number)
+            whole = part.new_empty(self._processes.number, len(part))
             with self._processes.contact():
-                dist.all_gather_into_tensor(whole, part, group=self._processes.group)
+                dist.all_gather(list(whole), part, group=self._processes.group)
             wholes.append(whole)
         gradient: Gradient = [None] * len(parameters)
         for bucket, whole in zip(self._buckets, wholes, strict=True):
-            pieces = bucket.pieces(whole)
-            for j, piece in zip(bucket.positions, pieces, strict=False):
+            for j, piece in bucket.pieces(whole):
                 if self._reached[j]:
-                    gradient[j] = piece.view(parameters[j].shape)
+                    gradient[j] = piece
         return gradient
 
 
@@ -137,12 +149,13 @@ def collect(
         shared: Which of them enter the Gram matrix.
         processes: The processes, more than one.
     """
+    device = parameters[0].device
+    processes.check_device(device)
     buckets = _buckets(parameters, shared)
     source = iter(found)
     failure: Exception | None = None
-    values: list[Tensor | None] = []
+    parts = Gradients(names, [], [])
     reached = [False] * len(parameters)
-    rows: list[Gradient] = []
     transfers: list[_Transfer] = []
     for _ in names:
         value: Tensor | None = None
@@ -152,45 +165,35 @@ def collect(
                 value, row = next(source)
             except Exception as error:  # the others wait for these gradients
                 failure = error
-        values.append(value)
+        parts.values.append(value)
         reached = [r or g is not None for r, g in zip(reached, row, strict=True)]
         if transfers:
-            rows.append([transfer.mean(processes) for transfer in transfers])
+            parts.rows.append([transfer.mean(processes) for transfer in transfers])
         transfers = [_Transfer(row, bucket, processes) for bucket in buckets]
-    rows.append([transfer.mean(processes) for transfer in transfers])
-    return _summarize(names, values, rows, reached, buckets, processes, failure)
-
-
-def _summarize(
-    names: tuple[str, ...],
-    values: list[Tensor | None],
-    rows: list[Gradient],
-    reached: list[bool],
-    buckets: list[Bucket],
-    processes: Processes,
-    failure: Exception | None,
-) -> ReplicatedGradients:
-    """Sums over the processes, in one message, what their parts add up to."""
-    parts, shared = Gradients(names, values, rows), [bucket.shared for bucket in buckets]
+    parts.rows.append([transfer.mean(processes) for transfer in transfers])
+    in_gram = [bucket.shared for bucket in buckets]
     message = [
-        parts.gram(shared),
-        parts.finite(shared),
+        parts.gram(in_gram),
+        parts.finite(in_gram),
         torch.tensor(reached, device="cpu"),
-        processes.here(failure is not None),
-        *processes.pack(values),
+        torch.tensor(failure is not None, device="cpu"),
+        *processes.pack(parts.values),
     ]
-    sums = processes.sum(message, buckets[0].device)
-    gram, finite, anywhere, failed, *losses = sums
-    if failed.any():
-        processes.raise_everywhere(failure)
-    means, where = processes.unpack(losses)
-    check_any_present(means)
+    gram, finite, anywhere, failed, *losses = processes.sum(message, device)
+    if failed:
+        try:
+            processes.raise_everywhere(failure)
+        finally:
+            del failure  # a cycle with its traceback would keep the graph
+    gram = gram.reshape(len(names), -1)
+    values, where = processes.unpack(losses)
+    check_any_present(values)
     return ReplicatedGradients(
         names,
-        means,
+        values,
         where,
-        rows,
-        gram.reshape(len(names), -1),
+        parts.rows,
+        (gram + gram.T) / 2,  # an all-reduce adds each number in another order
         finite,
         [count > 0 for count in anywhere.tolist()],
         buckets,
@@ -203,14 +206,16 @@ class _Transfer:
 
     def __init__(self, row: Gradient, bucket: Bucket, processes: Processes) -> None:
         number = processes.number
-        share = -(-sum(bucket.sizes) // number)
+        share = -(-bucket.length // number)
         self._dtype = torch.float32 if bucket.dtype in LOW_PRECISION else bucket.dtype
-        self._sent = torch.zeros(share * number, dtype=bucket.dtype, device=bucket.device)
-        pieces = bucket.pieces(self._sent)
-        for j, piece in zip(bucket.positions, pieces, strict=False):
+        self._sent = torch.empty(number, share, dtype=bucket.dtype, device=bucket.device)
+        self._sent.view(-1)[bucket.length :] = 0
+        for j, piece in bucket.pieces(self._sent):
             g, row[j] = row[j], None
-            if g is not None:
-                piece.copy_(g.reshape(-1))
+            if g is None:
+                piece.zero_()
+            else:
+                piece.copy_(g)
         self._received = torch.empty_like(self._sent)
         with processes.contact():
             # Not a reduce-scatter: gloo's sends twice as much, and the sum in float32 of what is
@@ -220,10 +225,12 @@ class _Transfer:
             )
 
     def mean(self, processes: Processes) -> Tensor:
-        """Waits, and returns the mean of this process's part."""
+        """Waits, and returns the mean of this process's part; the memory is free then."""
         with processes.contact():
             self._work.wait()
-        return self._received.view(processes.number, -1).mean(0, dtype=self._dtype)
+        mean = self._received.mean(0, dtype=self._dtype)
+        del self._received, self._sent, self._work
+        return mean
 
 
 def _buckets(parameters: Sequence[Tensor], shared: Sequence[bool]) -> list[Bucket]:
@@ -234,8 +241,7 @@ def _buckets(parameters: Sequence[Tensor], shared: Sequence[bool]) -> list[Bucke
             continue
         key = is_shared, p.dtype
         bucket = filling.setdefault(key, Bucket(is_shared, p.dtype, p.device))
-        bucket.positions.append(j)
-        bucket.sizes.append(p.numel())
-        if sum(bucket.sizes) * p.element_size() >= _BUCKET:
+        bucket.add(j, p)
+        if bucket.length * p.element_size() >= _BUCKET:
             full.append(filling.pop(key))
     return [*full, *filling.values()]

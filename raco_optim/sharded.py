@@ -7,25 +7,41 @@ gradients, multiplies them with each other, and combines them without any messag
 .. math:: H_{ij} = \sum_s \langle g_{i,s}, g_{j,s} \rangle
 
 where s runs over the shards, each of which counts once, however many processes hold it.
+
+The losses may share one forward pass: under `fully_shard` (on a mesh of one dimension, HSDP, with
+tensor parallelism, with mixed precision, resharded after the forward pass or not), tensor and
+sequence parallelism, ``loss_parallel`` (`backward` inside of it, as ever), and activation
+checkpoints. Each needs a forward pass of its own, as a callable, where a checkpoint can be computed
+again only once (``torch.distributed._composable.checkpoint``, selective checkpoints), and in a
+compiled model that donates its buffers.
+
+FSDP2 gathers the parameters for every backward pass and sends each gradient once:
+(m + 1) n (R - 1) / R numbers to gather, m n (R - 1) / R to reduce. ``reshard_after_forward=False``
+saves one gathering in both cases; ``model.set_reshard_after_backward(False)`` saves m - 1 of them
+and holds the whole model meanwhile, but then every FSDP module must be told to ``reshard()`` before
+the next forward pass, which would else see the parameters of before the step.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from torch.distributed.tensor import DTensor
 
 from raco_optim.combine import stashed_gradients
 from raco_optim.gradients import Found, Loss, check_loss, check_losses, failed_pass
 from raco_optim.materialized import Gradients
 from raco_optim.processes import Processes
 
-Layout = tuple[DeviceMesh, tuple[Placement, ...]] | None
+_BROKEN = (
+    "A model under fully_shard does not recover from a backward pass that failed: start again from "
+    "the last checkpoint."
+)
 
 
 @dataclass
@@ -47,10 +63,14 @@ class ShardedGradients(Gradients):
 
 
 def iterate_gradients(
-    losses: Sequence[Loss | None], parameters: Sequence[Tensor], names: Sequence[str]
+    losses: Sequence[Loss | None],
+    parameters: Sequence[Tensor],
+    names: Sequence[str],
+    processes: Processes,
 ) -> Iterator[Found]:
     """Yields value and gradient of one loss after the other, each from a ``backward()``.
 
+    A callable that fails in one of the processes fails in all, if its forward pass is complete.
     Other tensors that the losses depend on gather the sum of the gradients in their ``.grad``.
     """
     check_losses(losses, parameters, names)
@@ -60,22 +80,24 @@ def iterate_gradients(
             if loss is None:
                 yield None, [None] * len(parameters)
                 continue
+            retain = isinstance(loss, Tensor) and i < last
             if not isinstance(loss, Tensor):
-                with torch.enable_grad():
+                with processes.agreeing(), torch.enable_grad():
                     loss = loss()
-                check_loss(name, loss, parameters)
+                    check_loss(name, loss, parameters)
             try:
-                torch.autograd.backward(loss, retain_graph=i < last)
-            except RuntimeError as error:
-                raise failed_pass(name, error) from error
-            value = loss.detach().clone()
+                torch.autograd.backward(loss, retain_graph=retain)
+            except Exception as error:
+                raise RuntimeError(f"{failed_pass(name, error)} {_BROKEN}") from error
+            value = _whole(loss.detach()).clone()
             row = take()
             if all(g is None for g in row):
                 raise ValueError(
-                    f"loss {name!r} must depend on a parameter of the optimizer; it reaches none. "
-                    f"Build the optimizer after fully_shard or parallelize_module."
+                    f"loss {name!r} must depend on a parameter of the optimizer; none has a "
+                    f"gradient of it. Build the optimizer after fully_shard or parallelize_module, "
+                    f"and leave FSDP2's set_requires_gradient_sync at True."
                 )
-            yield _whole(value), [_placed(g, p) for g, p in zip(row, parameters, strict=True)]
+            yield value, [_placed(g, p) for g, p in zip(row, parameters, strict=True)]
             del loss, row
 
 
@@ -86,7 +108,7 @@ def collect(
     shared: Sequence[bool],
     processes: Processes,
 ) -> ShardedGradients:
-    """Gathers the gradients, and sums over the processes what their shards add up to.
+    """Gathers the gradients, and sums over the processes, in one message, what they add up to.
 
     Args:
         names: Names of the losses.
@@ -96,56 +118,85 @@ def collect(
         processes: The processes over which the losses are averaged.
 
     Raises:
-        ValueError: A parameter that is no `DTensor` has other gradients in other processes.
+        ValueError: Processes that hold the same part of a parameter have other gradients of it, or
+            `processes` lacks some that hold a part.
     """
+    layouts = _layouts(parameters, processes)
     gathered = ShardedGradients(names, [], [])
     for value, row in found:
         gathered.values.append(value)
         gathered.rows.append(row)
     shards = Gradients(names, gathered.values, [[_local(g) for g in row] for row in gathered.rows])
-    device, m = parameters[0].device, len(names)
+    device, m, number = parameters[0].device, len(names), processes.number
     gram = torch.zeros(m, m, dtype=torch.float64, device=device)
-    for layout, positions in _layouts(parameters, shared).items():
-        chosen = set(positions)
-        part = shards.gram([j in chosen for j in range(len(parameters))]).to(device)
-        gram += _check_equal(part, processes) if layout is None else _sum(part, *layout)
-    message = [shards.finite(shared), *processes.pack(gathered.values)]
-    gathered.others, *losses = processes.sum(message, device)
+    norms: dict[_Layout, Tensor] = {}
+    for layout, positions in layouts.items():
+        here = [j in positions for j in range(len(parameters))]
+        part = shards.gram([h and s for h, s in zip(here, shared, strict=True)]).to(device)
+        gram += part * (layout.parts / number)
+        if len(layout.ranks) < number:
+            norms[layout] = shards.finite([not h for h in here]).to(device)
+    if norms:
+        _check_equal(norms, names, processes)
+    message = [gram, shards.finite(shared), *processes.pack(gathered.values)]
+    gram, gathered.others, *losses = processes.sum(message, device)
     gathered.values, gathered.where = processes.unpack(losses)
-    gathered.products = gram.cpu()
+    gathered.products = gram.reshape(m, m)
     return gathered
 
 
-def _layouts(parameters: Sequence[Tensor], shared: Sequence[bool]) -> dict[Layout, list[int]]:
-    """Returns the positions of the shared parameters of each layout."""
-    found: dict[Layout, list[int]] = {}
-    for j, (p, is_shared) in enumerate(zip(parameters, shared, strict=True)):
-        if p.requires_grad and is_shared:
-            layout = (p.device_mesh, tuple(p.placements)) if isinstance(p, DTensor) else None
-            found.setdefault(layout, []).append(j)
+@dataclass(frozen=True)
+class _Layout:
+    """How a parameter is cut into parts, and the processes that hold all of them together."""
+
+    parts: int
+    ranks: tuple[int, ...]
+
+
+def _layouts(parameters: Sequence[Tensor], processes: Processes) -> dict[_Layout, set[int]]:
+    """Returns the positions of the parameters of each layout."""
+    members, own = processes.ranks, dist.get_rank(processes.group)
+    found: dict[_Layout, set[int]] = {}
+    for j, p in enumerate(parameters):
+        if not p.requires_grad:
+            continue
+        layout = _Layout(1, (own,))
+        if isinstance(p, DTensor):
+            mesh, sizes = p.device_mesh.mesh, p.device_mesh.mesh.shape
+            cut = [n for n, q in zip(sizes, p.placements, strict=True) if not q.is_replicate()]
+            holders = mesh.reshape(-1).tolist()
+            if not set(holders) <= set(members):
+                raise ValueError(
+                    f"`process_group` must hold all processes of the mesh of a DTensor parameter, "
+                    f"{holders}; got the processes {members}."
+                )
+            layout = _Layout(math.prod(cut), tuple(members.index(rank) for rank in holders))
+        found.setdefault(layout, set()).add(j)
     return found
 
 
-def _sum(part: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Tensor:
-    """Sums over the dimensions of the mesh along which the parameters are cut."""
-    summed = [Replicate() if p.is_replicate() else Partial("sum") for p in placements]
-    return DTensor.from_local(part, mesh, summed, run_check=False).full_tensor()
-
-
-def _check_equal(part: Tensor, processes: Processes) -> Tensor:
-    """Returns the mean of what is equal in all processes but for rounding, or raises."""
-    total = part / processes.number
-    extremes = torch.stack([part.diagonal(), -part.diagonal()])
+def _check_equal(norms: dict[_Layout, Tensor], names: Sequence[str], processes: Processes) -> None:
+    """Raises where processes that hold the same parts have gradients of other norms."""
+    rows = torch.stack(
+        [norm.new_zeros(processes.number, len(names) + 1) for norm in norms.values()]
+    )
+    for row, (layout, norm) in zip(rows, norms.items(), strict=True):
+        # What all of a layout's processes put into the row of the first of them adds up there.
+        share = torch.cat([norm * layout.parts, norm.new_ones(1)])
+        row[min(layout.ranks)] = share / len(layout.ranks)
     with processes.contact():
-        dist.all_reduce(total, group=processes.group)
-        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=processes.group)
-    largest, least = extremes[0], -extremes[1]
-    if bool((largest - least > 1e-3 * largest).any()):
-        raise ValueError(
-            "parameters that are no DTensor must have the same gradients in all processes; got "
-            "others. Shard them too (fully_shard of the whole model), or average their gradients."
-        )
-    return total
+        dist.all_reduce(rows, group=processes.group)
+    for row in rows.cpu():
+        used = row[row[:, -1] > 0, :-1]
+        for name, least, largest in zip(names, used.amin(0), used.amax(0), strict=True):
+            if bool(largest - least > 1e-3 * largest):
+                raise ValueError(
+                    f"gradients must be the same in all processes that hold the same part of a "
+                    f"parameter; those of loss {name!r} have norms from {least:.3g} to "
+                    f"{largest:.3g}. Apply fully_shard to the whole model, with a mesh of all "
+                    f"processes that get other data (and SequenceParallel to a norm whose "
+                    f"activations are cut)."
+                )
 
 
 def _placed(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:

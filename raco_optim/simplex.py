@@ -97,7 +97,7 @@ def solve_subproblem(
         tensor([0.3561, 0.6439], dtype=torch.float64)
 
     References:
-        Liu et al., Conflict-Averse Gradient Descent, 2021, equation 5; Algorithm 1, line 4, of
+        Liu et al., Conflict-Averse Gradient Descent, 2021, equation 5; Algorithm 1, line 5, of
         arXiv 2602.02495.
     """
     arguments = checked_arguments(gram, weights, c, solver, batched=solver == "pgd")

@@ -124,7 +124,8 @@ def collect(
     if is_sharded(parameters):
         from raco_optim import sharded
 
-        found = add_pending(sharded.iterate_gradients(losses, parameters, names), pending)
+        rows = sharded.iterate_gradients(losses, parameters, names, processes)
+        found = add_pending(rows, pending)
         return sharded.collect(names, found, parameters, shared, processes)
     if mode == "ghost" and complete and pending is None and not processes.several:
         return ghost.collect(names, tensors, parameters, shared, memory)
@@ -151,12 +152,13 @@ def accumulate(
     losses: list[Loss | None],
     parameters: list[Tensor],
     pending: Gradients | None,
+    processes: Processes,
 ) -> Gradients:
     """Computes the gradients of a micro-batch, and adds the pending ones."""
     if is_sharded(parameters):
         from raco_optim import sharded
 
-        found = sharded.iterate_gradients(losses, parameters, names)
+        found = sharded.iterate_gradients(losses, parameters, names, processes)
     else:
         found = iterate_gradients(losses, parameters, names)
     return materialized.collect(names, add_pending(found, pending), keep=True)

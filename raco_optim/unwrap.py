@@ -38,13 +38,21 @@ def backward(
         >>> x.grad
         tensor([0.5000, 0.5000])
     """
-    inside = optimizer
-    while not isinstance(inside, MultiObjectiveOptimizer):
+    inside(optimizer).backward(losses, accumulate=accumulate, representation=representation)
+
+
+def inside(optimizer: Any) -> MultiObjectiveOptimizer:  # noqa: ANN401  # as above
+    """Returns the `MultiObjectiveOptimizer` inside other wrappers, or raises `TypeError`."""
+    found = optimizer
+    # Lightning's wrapper is an instance too, with a state of its own: the innermost one is meant.
+    while not isinstance(found, MultiObjectiveOptimizer) or isinstance(
+        found.optimizer, MultiObjectiveOptimizer
+    ):
         try:
-            inside = inside.optimizer
+            found = found.optimizer
         except AttributeError:
             raise TypeError(
                 f"`optimizer` must be a MultiObjectiveOptimizer such as CAGradClip, or a wrapper "
                 f"of one; got {type(optimizer).__name__}."
             ) from None
-    inside.backward(losses, accumulate=accumulate, representation=representation)
+    return found

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 _STATE_KEY = "raco_optim"
@@ -17,6 +19,10 @@ class OptimizerWrapper(Optimizer):
     `Optimizer.__init__` is not called: it would make parameter groups of its own, which drift
     apart from those of the inner optimizer as soon as a checkpoint is loaded. Its hooks are all
     that is needed of it.
+
+    Note:
+        Hooks registered on the wrapper are given the wrapper. Hooks registered for all optimizers
+        at once run twice, for the wrapper and for the inner optimizer.
     """
 
     def __init__(self, inner: Optimizer) -> None:
@@ -96,6 +102,16 @@ class OptimizerWrapper(Optimizer):
             self._load_own_state(own)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _places(self) -> dict[tuple[int, int], Tensor]:
+        """Returns the parameters by the numbers of their group and of their place in it."""
+        groups = enumerate(self.param_groups)
+        return {(i, j): p for i, group in groups for j, p in enumerate(group["params"])}
+
+    def _places_of(self, parameters: Sequence[Tensor]) -> set[tuple[int, int]]:
+        """Returns where parameters are: Accelerate puts other tensors in their places (FSDP2)."""
+        chosen = {id(p) for p in parameters}
+        return {place for place, p in self._places().items() if id(p) in chosen}
 
     def _own_state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the wrapper itself."""

@@ -1,12 +1,14 @@
 """Processes for tests: ranks of torch.distributed (gloo, on this machine) that wait for work.
 
-Starting one takes seconds, mostly for importing torch, so that all tests of a run share them.
+They are forked from a process that has imported torch, which takes seconds, and nothing else.
 """
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
-import signal
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,9 +19,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 SECONDS = 60.0  # that a rank may take for a piece of work, and wait for the others
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["pytest", "torch.distributed.fsdp", "torch.distributed.tensor", "raco_optim"]
+)
 
 
 @dataclass
@@ -39,13 +45,12 @@ class Ranks:
     """
 
     def __init__(self, number: int, seconds: float = SECONDS) -> None:
-        context = mp.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         self.processes, self._pipes = [], []
         for rank in range(number):
-            here, there = context.Pipe()
+            here, there = _CONTEXT.Pipe()
             settings = rank, number, os.path.join(self._folder.name, "store"), seconds, there
-            process = context.Process(target=_serve, args=settings, daemon=True)
+            process = _CONTEXT.Process(target=_serve, args=settings, daemon=True)
             process.start()
             there.close()
             self.processes.append(process)
@@ -61,24 +66,25 @@ class Ranks:
 
     def outcomes(self, work: Callable[..., Any], *args: Any) -> list[Any]:
         """As `run`, with a `Failure` where one raised, and None where one was killed."""
+        self.start(work, *args)
+        return [self.result(rank) for rank in range(len(self.processes))]
+
+    def start(self, work: Callable[..., Any], *args: Any) -> None:
+        """Calls ``work(rank, *args)`` in each of them that is alive, and does not wait."""
+        task = pickle.dumps((work, args))
         for pipe in self._pipes:
-            pipe.send((work, args))
-        return self.results()
+            with contextlib.suppress(BrokenPipeError):  # that of a process that was killed
+                pipe.send_bytes(task)
 
-    def results(self, seconds: float = 2 * SECONDS) -> list[Any]:
-        """Waits for the results of all."""
-        return [self._result(rank, seconds) for rank in range(len(self._pipes))]
-
-    def _result(self, rank: int, seconds: float) -> Any:
+    def result(self, rank: int, seconds: float = 2 * SECONDS) -> Any:
+        """Waits for what one of them returned; see `outcomes`."""
         pipe, process = self._pipes[rank], self.processes[rank]
         ready = wait([pipe, process.sentinel], seconds)
         if pipe in ready:
-            try:
-                return pipe.recv()
-            except EOFError:
-                return None
+            with contextlib.suppress(EOFError):
+                return pickle.loads(pipe.recv_bytes())
         if not ready:
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             raise AssertionError(f"rank {rank} gave no result within {seconds} seconds.")
         return None
 
@@ -110,7 +116,7 @@ def _serve(rank: int, number: int, store: str, seconds: float, pipe: Connection)
     )
     while True:
         try:
-            work, args = pipe.recv()
+            work, args = pickle.loads(pipe.recv_bytes())
         except EOFError:
             # Not through the interpreter's end: gloo's threads abort there now and then.
             os._exit(0)
@@ -119,10 +125,12 @@ def _serve(rank: int, number: int, store: str, seconds: float, pipe: Connection)
         except Exception as error:
             result = Failure(error, traceback.format_exc())
         try:
-            pipe.send(result)
+            # By value: Connection.send would pass tensors as files that stay open.
+            found = pickle.dumps(result)
         except Exception as error:  # it can't be pickled
             shown = result.error if isinstance(result, Failure) else result
-            pipe.send(Failure(f"{type(shown).__name__}: {shown}", f"{error}"))
+            found = pickle.dumps(Failure(f"{type(shown).__name__}: {shown}", f"{error}"))
+        pipe.send_bytes(found)
 
 
 def slices(batch: Sequence[torch.Tensor], rank: int, number: int) -> list[torch.Tensor]:

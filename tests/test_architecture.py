@@ -47,8 +47,12 @@ MAY_IMPORT = {
     | {"wrapper", "gradients", "materialized", "processes", "schedule", "step", "weights"},
     "unwrap": {"optimizer", "weights"},
     "methods": LEAVES | {"simplex", "coefficients", "step", "optimizer", "weights"},
+    "step_log": LEAVES,
+    "step_logger": {"coefficients", "step", "step_log", "unwrap"},
     "pareto": LEAVES | {"simplex"},
-    "__init__": LEAVES | STAGES | {"optimizer", "methods", "pareto", "unwrap"},
+    "__init__": LEAVES
+    | STAGES
+    | {"optimizer", "methods", "pareto", "step_log", "step_logger", "unwrap"},
 }
 MAY_IMPORT_SCIPY = {"linear_algebra", "active_set", "slsqp"}
 # Package inside the package -> what its modules may import, beside each other, from the rest of
@@ -59,8 +63,9 @@ INNER_MAY_IMPORT = {
     | {"simplex", "coefficients", "per_example", "gradients", "materialized", "processes", "step"}
     | {"alignment"},
     "cli": {"_checks", "pareto", "integrations"},
+    "plot": LEAVES | {"pareto", "step_log"},
 }
-INNER_MAY_IMPORT_OPTIONAL = {"alignment": set(), "integrations": {"datasets", "trl"}, "cli": set()}
+INNER_MAY_IMPORT_OPTIONAL = {"integrations": {"datasets", "trl"}}
 
 
 def name_of(path: Path) -> str:

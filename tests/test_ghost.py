@@ -320,8 +320,8 @@ def test_random_networks(operations, losses, seed):
     assert_gram(found[0][0], J @ J.T, 1e-10)
 
 
-# The rule for what is cheaper: half the multiplications of m gradients, because in float64 they take
-# twice the time
+# The rule for what is cheaper: half the multiplications of m gradients, which in float64 take twice
+# the time
 
 
 def mixed():

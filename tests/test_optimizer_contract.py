@@ -213,3 +213,32 @@ def test_compiled_step(backend):
             step()
         runs.append(nn.utils.parameters_to_vector(model.parameters()).detach())
     torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-6)
+
+
+def test_closure_without_losses_takes_the_step_of_the_backward_before() -> None:
+    """Lightning's, in manual optimization: it runs hooks, which clip, and returns nothing."""
+    x = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+    opt = CAGradClip(torch.optim.SGD([x], lr=1.0), [0.5, 0.5], c=0.0, nonfinite="skip")
+
+    def closure() -> None:
+        if x.grad is not None:
+            x.grad.mul_(0.5)
+
+    opt.backward([x[0], x[1]])
+    assert opt.step(closure) is None
+    assert x.tolist() == [0.75, 0.75]
+    opt.zero_grad()
+    opt.backward([x[0] * torch.inf, x[1]])
+    x.grad = torch.ones(2)
+    opt.step(closure)
+    assert x.tolist() == [0.75, 0.75]
+    opt.backward([x[0], x[1]], accumulate=True)
+    with pytest.raises(RuntimeError, match="accumulated and not combined"):
+        opt.step(closure)
+
+
+def test_closure_that_forgets_to_return_the_losses() -> None:
+    x = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+    opt = CAGradClip(torch.optim.SGD([x], lr=1.0), [0.5, 0.5])
+    with pytest.raises(TypeError, match="`closure` must return the losses; got None"):
+        opt.step(lambda: None)

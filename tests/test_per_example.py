@@ -150,6 +150,26 @@ def test_all_absent(net: Net) -> None:
         assert layers.gradients(net(X), [None, None]) is None
 
 
+def test_serves_one_batch_after_the_other(net: Net) -> None:
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    layers = LinearLayerGradients(net, parameters)
+    for x in (X, X.flip(0)[:4], X):
+        expected = per_loss_gradients([(net(x) ** 2).sum(), net(x).mean()], parameters)
+        with layers:
+            z = net(x)
+            assert_equal(layers.gradients(z, [(z**2).sum(), z.mean()]), expected)
+    with pytest.raises(RuntimeError, match="stopped"), layers:
+        net(X[:, None])  # of a shape that it can't serve
+        raise RuntimeError("stopped")
+    with layers:
+        z = net(X)
+        assert layers.gradients(z, some_losses(z)) is not None
+    assert layers.serve(list(parameters))
+    assert not layers.serve(parameters[1:])
+    parameters[0].requires_grad_(False)
+    assert not layers.serve(parameters)
+
+
 def test_leaves_the_model_as_it_was(net: Net) -> None:
     before = net(X)
     with LinearLayerGradients(net, [net.first.weight]) as layers:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import pickle
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raco_optim import MGDA, CAGradClip
+from raco_optim import MGDA, CAGradClip, LinearScalarization, replicated
 from tests.ranks import Ranks, slices
 
 STEPS = 20
@@ -24,15 +29,45 @@ class Model(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(9, 2) for name in WEIGHTS})
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        z = self.trunk(x)
+        return self.read(self.trunk(x))
+
+    def read(self, z: Tensor) -> dict[str, Tensor]:
         return {name: head(z) for name, head in self.heads.items()}
+
+
+class Uneven(Model):
+    """With a part for each process, and one for none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.ModuleList(nn.Linear(6, 2) for _ in range(4))
+        self.unused = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, rank: int = 0) -> dict[str, Tensor]:
+        own = self.own[rank](x)
+        return {name: out + own for name, out in super().forward(x).items()}
+
+
+class Odd(nn.Module):
+    """Two dtypes, strides that are not the usual ones, no dimension, no element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Conv2d(2, 4, (2, 1)).to(memory_format=torch.channels_last)
+        self.transposed = nn.Parameter(torch.randn(5, 4).T)
+        self.scalar = nn.Parameter(torch.tensor(1.5))
+        self.empty = nn.Parameter(torch.empty(0, 3))
+        self.head = nn.Linear(5, 2, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        z = self.trunk(x.view(-1, 2, 3, 1)).mean((2, 3)) @ self.transposed
+        out = self.head(z.double()) + self.empty.sum()
+        return {"a": out, "b": out * self.scalar, "c": z[:, :2]}
 
 
 def losses_of(outputs: dict[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
     scales = {"a": 1.0, "b": 3.0, "c": -2.0}
-    return {
-        name: (out - scales[name] * targets).square().mean() for name, out in outputs.items()
-    }
+    return {name: (out - scales[name] * targets).square().mean() for name, out in outputs.items()}
 
 
 def batches(number: int = STEPS, size: int = 8) -> list[list[Tensor]]:
@@ -43,21 +78,135 @@ def batches(number: int = STEPS, size: int = 8) -> list[list[Tensor]]:
     ]
 
 
-def train(rank: int | None, number: int, settings: dict, ddp: bool = True, heads: bool = False):
+# --- What a process does in step t: its micro-batches, each a mapping from names to losses -------
+
+
+def whole(model, t, rank, number):
+    x, y = slices(batches()[t], rank, number)
+    return [losses_of(model(x), y)]
+
+
+def in_no_sync(model, t, rank, number):
+    with contextlib.nullcontext() if isinstance(model, Model) else model.no_sync():
+        return whole(model, t, rank, number)
+
+
+def callables(model, t, rank, number):
+    x, y = slices(batches()[t], rank, number)
+    return [{name: lambda name=name: losses_of(model(x), y)[name] for name in WEIGHTS}]
+
+
+def micro_batches(model, t, rank, number, k=2):
+    for x, y in zip(*(z.chunk(k) for z in slices(batches()[t], rank, number)), strict=True):
+        yield {name: loss / k for name, loss in losses_of(model(x), y).items()}
+
+
+def uneven_micro_batches(model, t, rank, number):
+    return micro_batches(model, t, rank, number, 1 + rank % 2)
+
+
+def reordered(model, t, rank, number):
+    (losses,) = whole(model, t, rank, number)
+    return [dict(sorted(losses.items(), reverse=(rank + t) % 2 == 0))]
+
+
+def absent_here(model, t, rank, number):
+    (losses,) = whole(model, t, rank, number)
+    return [losses | {"b": None}] if rank == 1 else [losses]
+
+
+def absent_in_turn(model, t, rank, number):
+    (losses,) = whole(model, t, rank, number)
+    return [losses | {"abc"[(t + rank) % 3]: None}]
+
+
+def absent_everywhere(model, t, rank, number):
+    (losses,) = whole(model, t, rank, number)
+    return [losses | {"c": None}] if t % 2 else [losses]
+
+
+def idle_in_turn(model, t, rank, number):
+    (losses,) = whole(model, t, rank, number)
+    return [dict.fromkeys(losses) if rank == t % number else losses]
+
+
+def own_part(model, t, rank, number):
+    x, y = slices(batches()[t], rank, number)
+    return [losses_of(model(x, rank), y)]
+
+
+def joint(feed, model, t, number):
+    """The losses of one process that has the batches of all; an absent one counts as zero."""
+    found: dict[str, list[Tensor]] = {name: [] for name in WEIGHTS}
+    for rank in range(number):
+        for losses in feed(model, t, rank, number):
+            for name, loss in losses.items():
+                if loss is not None:
+                    found[name].append(loss if isinstance(loss, Tensor) else loss())
+    return {name: sum(losses) / number if losses else None for name, losses in found.items()}
+
+
+# --- Training ------------------------------------------------------------------------------------
+
+ddp = DistributedDataParallel
+ddp_with_unused = partial(ddp, find_unused_parameters=True)
+ddp_static = partial(ddp, static_graph=True)
+ddp_views = partial(ddp, gradient_as_bucket_view=True)
+
+
+def unwrapped(model):
+    return model
+
+
+def clipped(model, **settings):
+    return CAGradClip(torch.optim.AdamW(model.parameters(), lr=1e-2), WEIGHTS, c=0.4, **settings)
+
+
+def with_heads(model, **settings):
+    return clipped(model, shared_parameters=model.trunk.parameters(), **settings)
+
+
+def min_norm(model):
+    return MGDA(torch.optim.AdamW(model.parameters(), lr=1e-2))
+
+
+def every_third(model):
+    return clipped(model, solve_every=3)
+
+
+def of_a_layer(model):
+    return clipped(model, gram=model.trunk[2].parameters())
+
+
+def ghost(model):
+    return clipped(model, gram="ghost")
+
+
+def run(rank, number, feed, wrap=unwrapped, method=clipped, kind=Model):
+    """Trains and returns parameters, reports, and for which parameters .grad is None."""
     torch.manual_seed(0)
-    model = Model()
-    wrapped = model if rank is None or not ddp else DistributedDataParallel(model)
-    adamw = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    shared = model.trunk.parameters() if heads else None
-    opt = CAGradClip(adamw, WEIGHTS, c=0.4, shared_parameters=shared, **settings)
+    model = kind()
+    opt = method(model)
+    seen = model if rank is None else wrap(model)
     reports = []
-    for batch in batches():
-        x, y = batch if rank is None else slices(batch, rank, number)
+    for t in range(STEPS):
         opt.zero_grad()
-        opt.backward(losses_of(wrapped(x), y))
+        mine = [joint(feed, model, t, number)] if rank is None else feed(seen, t, rank, number)
+        *earlier, last = mine
+        for losses in earlier:
+            opt.backward(losses, accumulate=True)
+        opt.backward(last)
         opt.step()
         reports.append(opt.report)
-    return [p.detach().clone() for p in model.parameters()], reports
+    found = [p.detach().clone() for p in model.parameters()]
+    return found, reports, [p.grad is None for p in model.parameters()]
+
+
+def train(rank, number, settings, ddp=True, heads=False):
+    """For the tests of other modules: `run` in its most usual form."""
+    wrap = DistributedDataParallel if ddp else unwrapped
+    method = partial(with_heads if heads else clipped, **settings)
+    return run(rank, 1 if rank is None else number, whole, wrap, method)[:2]
 
 
 def relative(a, b) -> float:
@@ -65,14 +214,340 @@ def relative(a, b) -> float:
     return (difference / sum(float(y.square().sum()) for y in b)) ** 0.5
 
 
-@pytest.mark.parametrize("heads", [False, True])
-@pytest.mark.parametrize("ddp", [True, False])
-def test_equals_one_process_on_the_joint_batch(two_ranks: Ranks, ddp: bool, heads: bool) -> None:
-    expected, reports = train(None, 1, {}, heads=heads)
-    results = two_ranks.run(train, 2, {}, ddp, heads)
-    for found, _ in results:
+def equal(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def same_bits(a, b) -> bool:
+    return (a is None and b is None) or torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
+def check(results, expected) -> None:
+    """All processes have every bit in common, and what one process has to rounding."""
+    (truth, witnesses, unreached), (first, reports, _) = expected, results[0]
+    for found, mine, missing in results:
+        assert equal(found, first)
+        assert missing == unreached
+        for report, theirs in zip(mine, reports, strict=True):
+            for name in ("gram", "p", "p_clipped", "coefficients", "losses"):
+                assert same_bits(getattr(report, name), getattr(theirs, name)), name
+            assert report.absent == theirs.absent
+    assert relative(first, truth) < 1e-5
+    for report, witness in zip(reports, witnesses, strict=True):
+        assert torch.allclose(report.gram, witness.gram, rtol=1e-3)
+        assert torch.equal(report.gram, report.gram.T)
+        assert torch.allclose(report.losses, witness.losses, rtol=1e-3, equal_nan=True)
+        assert report.absent == witness.absent
+
+
+CASES = {
+    "a plain module": (whole, unwrapped, clipped),
+    "a plain module with heads": (whole, unwrapped, with_heads),
+    "DDP": (whole, ddp, clipped),
+    "DDP with heads": (whole, ddp, with_heads),
+    "find_unused_parameters": (whole, ddp_with_unused, with_heads),
+    "static_graph": (whole, ddp_static, clipped),
+    "gradient_as_bucket_view": (whole, ddp_views, clipped),
+    "no_sync": (in_no_sync, ddp, clipped),
+    "callables": (callables, ddp, clipped),
+    "callables, static_graph": (callables, ddp_static, with_heads),
+    "callables, find_unused_parameters": (callables, ddp_with_unused, with_heads),
+    "micro-batches": (micro_batches, ddp, with_heads),
+    "micro-batches, static_graph": (micro_batches, ddp_static, clipped),
+    "micro-batches, another number in each process": (uneven_micro_batches, ddp, clipped),
+    "names in another order": (reordered, ddp, clipped),
+    "an objective absent here": (absent_here, ddp, with_heads),
+    "another one absent in each step": (absent_in_turn, ddp, clipped),
+    "an objective absent everywhere": (absent_everywhere, ddp, clipped),
+    "a process without any": (idle_in_turn, ddp, with_heads),
+    "MGDA without weights": (whole, ddp, min_norm),
+    "ghost": (whole, ddp, ghost),
+    "the Gram matrix of a layer": (whole, ddp, of_a_layer),
+    "the Gram matrix of an earlier step": (whole, ddp, every_third),
+    "the same, an objective absent everywhere": (absent_everywhere, ddp, every_third),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_one_process_on_the_joint_batch(two_ranks: Ranks, case: str) -> None:
+    feed, wrap, method = CASES[case]
+    check(two_ranks.run(run, 2, feed, wrap, method), run(None, 2, feed, method=method))
+
+
+@pytest.mark.parametrize(
+    "case", ["DDP with heads", "another one absent in each step", "the Gram matrix of a layer"]
+)
+def test_so_do_four(four_ranks: Ranks, case: str) -> None:
+    feed, wrap, method = CASES[case]
+    check(four_ranks.run(run, 4, feed, wrap, method), run(None, 4, feed, method=method))
+
+
+# --- Parameters ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [unwrapped, ddp, ddp_with_unused])
+@pytest.mark.parametrize("method", [clipped, with_heads])
+def test_parameters_that_one_process_or_none_reaches(four_ranks: Ranks, wrap, method) -> None:
+    expected = run(None, 4, own_part, method=method, kind=Uneven)
+    results = four_ranks.run(run, 4, own_part, wrap, method, Uneven)
+    check(results, expected)
+    torch.manual_seed(0)
+    unused, missing = list(Uneven().unused.parameters()), results[0][2]
+    assert equal(results[0][0][-2:], unused), "weight decay did not move them"
+    assert missing == [False] * (len(missing) - 2) + [True] * 2
+
+
+def in_small_buckets(rank, number, method, kind):
+    replicated._BUCKET, before = 64, replicated._BUCKET
+    try:
+        return run(rank, number, whole, unwrapped, method, kind)
+    finally:
+        replicated._BUCKET = before
+
+
+def fused(model):
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    return CAGradClip(adamw, WEIGHTS, shared_parameters=model.trunk.parameters())
+
+
+@pytest.mark.parametrize("kind", [Model, Odd])
+@pytest.mark.parametrize("buckets", ["small", "large"])
+def test_parameters_of_any_form_in_buckets_of_any_size(two_ranks: Ranks, kind, buckets) -> None:
+    expected = run(None, 2, whole, method=with_heads, kind=kind)
+    if buckets == "small":
+        results = two_ranks.run(in_small_buckets, 2, fused, kind)
+    else:
+        results = two_ranks.run(run, 2, whole, unwrapped, fused, kind)
+    check(results, expected)
+
+
+def large(rank):
+    """A model that fills several buckets of the usual size; .grad after a backward, and H."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1500, 5000), nn.Linear(5000, 3))
+    opt = CAGradClip(torch.optim.SGD(model.parameters(), lr=0.1), [0.5, 0.3, 0.2])
+    x = torch.randn(4, 1500)
+    opt.backward(list(model(x if rank is None else x.chunk(2)[rank]).square().mean(0)))
+    return [p.grad for p in model.parameters()], opt.report.gram
+
+
+def test_several_buckets_of_the_usual_size(two_ranks: Ranks) -> None:
+    gradients, gram = large(None)
+    for found, found_gram in two_ranks.run(large):
+        assert relative(found, gradients) < 1e-6
+        norms = gram.diagonal().sqrt()
+        assert float(((found_gram - gram) / norms / norms[:, None]).abs().max()) < 1e-5
+
+
+# --- What it must equal without several gradients ------------------------------------------------
+
+
+def weighted_sum(rank, number, method):
+    """Trains with DDP's own backward pass of the weighted loss, or with a method that is that."""
+    torch.manual_seed(0)
+    model = Model()
+    wrapped = DistributedDataParallel(model)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    if method == "LinearScalarization":
+        opt = LinearScalarization(opt, WEIGHTS)
+    elif method == "no radius":
+        opt = CAGradClip(opt, WEIGHTS, c=0.0)
+    for batch in batches():
+        x, y = slices(batch, rank, number)
+        losses = losses_of(wrapped(x), y)
+        opt.zero_grad()
+        if method == "DDP":
+            sum(WEIGHTS[name] * loss for name, loss in losses.items()).backward()
+        else:
+            opt.backward(losses)
+        opt.step()
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("method", ["LinearScalarization", "no radius"])
+def test_weighted_sum_is_that_of_ddp(two_ranks: Ranks, method: str) -> None:
+    expected = two_ranks.run(weighted_sum, 2, "DDP")
+    found = two_ranks.run(weighted_sum, 2, method)
+    assert relative(found[0], expected[0]) < 1e-5
+    assert equal(found[0], found[1])
+
+
+def beside_ddp(rank, set_to_none):
+    """Adds to what DDP's own backward pass left, and back again; in one bucket view or not."""
+    torch.manual_seed(0)
+    model = Model()
+    wrapped = model if rank is None else ddp_views(model)
+    opt = clipped(model)
+    for t in range(6):
+        x, y = batches()[t] if rank is None else slices(batches()[t], rank, 2)
+        opt.zero_grad(set_to_none=set_to_none)
+        sum(losses_of(wrapped(x), y).values()).backward()
+        opt.backward(losses_of(wrapped(x), y))
+        opt.step()
+    return [p.grad for p in model.parameters()], [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_adds_to_the_gradient_that_ddp_averaged(two_ranks: Ranks, set_to_none: bool) -> None:
+    gradients, parameters = beside_ddp(None, set_to_none)
+    results = two_ranks.run(beside_ddp, set_to_none)
+    for grad, found in results:
+        assert relative(grad, gradients) < 1e-5
+        assert relative(found, parameters) < 1e-5
+        assert equal(found, results[0][1])
+
+
+def with_representation(rank, number):
+    torch.manual_seed(0)
+    model = Model()
+    opt = with_heads(model, gram="representation")
+    reports = []
+    for batch in batches():
+        x, y = batch if rank is None else slices(batch, rank, number)
+        z = model.trunk(x)
+        opt.zero_grad()
+        opt.backward(losses_of(model.read(z), y), representation=z)
+        opt.step()
+        reports.append(opt.report)
+    return [p.detach() for p in model.parameters()], reports, [False] * len(opt.state)
+
+
+def test_representation_of_the_joint_batch(two_ranks: Ranks) -> None:
+    check(two_ranks.run(with_representation, 2), with_representation(None, 1))
+
+
+def test_ghost_is_materialized(two_ranks: Ranks) -> None:
+    exact, ghosts = (two_ranks.run(run, 2, whole, ddp, method) for method in (clipped, ghost))
+    assert equal(exact[0][0], ghosts[0][0])
+
+
+# --- Who averages with whom ----------------------------------------------------------------------
+
+
+def in_groups(rank, size):
+    """Each group trains a model of its own, on batches of its own."""
+    group = dist.new_subgroups(group_size=size)[0]
+    first = rank - rank % size
+    torch.manual_seed(first)
+    model = Model()
+    opt = clipped(model, process_group=group)
+    for t in range(STEPS):
+        x, y = slices(batches()[(t + first) % STEPS], rank - first, size)
+        opt.zero_grad()
+        opt.backward(losses_of(model(x), y))
+        opt.step()
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_groups_train_models_of_their_own(four_ranks: Ranks, size: int) -> None:
+    results = four_ranks.run(in_groups, size)
+    for first in range(0, 4, size):
+        torch.manual_seed(first)
+        model = Model()
+        opt = clipped(model)
+        for t in range(STEPS):
+            x, y = batches()[(t + first) % STEPS]
+            opt.zero_grad()
+            opt.backward(losses_of(model(x), y))
+            opt.step()
+        for found in results[first : first + size]:
+            assert equal(found, results[first])
+            assert relative(found, [p.detach() for p in model.parameters()]) < 1e-5
+
+
+# --- The rest of a training loop -----------------------------------------------------------------
+
+
+def with_lbfgs(rank, number):
+    torch.manual_seed(0)
+    model = Model().double()
+    opt = CAGradClip(torch.optim.LBFGS(model.parameters(), lr=0.05, max_iter=5), WEIGHTS)
+    for batch in batches(8):
+        x, y = (z.double() for z in (batch if rank is None else slices(batch, rank, number)))
+
+        def closure(x=x, y=y):
+            opt.zero_grad()
+            return losses_of(model(x), y)
+
+        opt.step(closure)
+    return [p.detach() for p in model.parameters()]
+
+
+def test_lbfgs_evaluates_the_joint_losses(two_ranks: Ranks) -> None:
+    expected = with_lbfgs(None, 1)
+    results = two_ranks.run(with_lbfgs, 2)
+    for found in results:
+        assert equal(found, results[0])
+        assert relative(found, expected) < 1e-7
+
+
+def renewed(rank, number, kind):
+    """Trains with a schedule; model and optimizer are replaced by copies in the middle."""
+    torch.manual_seed(0)
+    model = Model()
+    opt = clipped(model, solve_every=2)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.9)
+    wrapped = model if rank is None else ddp(model)
+    for t in range(8):
+        x, y = batches()[t] if rank is None else slices(batches()[t], rank, number)
+        opt.zero_grad()
+        opt.backward(losses_of(wrapped(x), y))
+        opt.step()
+        scheduler.step()
+        if t == 3 and kind is not None:
+            if kind == "copied":
+                model, opt = copy.deepcopy((model, opt))
+            elif kind == "pickled":
+                model, opt = pickle.loads(pickle.dumps((model, opt)))
+            else:
+                state, model = copy.deepcopy(opt.state_dict()), copy.deepcopy(model)
+                opt = clipped(model, solve_every=2)
+                opt.load_state_dict(state)
+            wrapped = model if rank is None else ddp(model)
+            schedule = scheduler.state_dict()
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.9, last_epoch=4)
+            scheduler.load_state_dict(schedule)
+            opt.param_groups[0]["lr"] = scheduler.get_last_lr()[0]
+    return [p.detach() for p in model.parameters()], opt.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("kind", ["copied", "pickled", "resumed"])
+def test_schedules_and_copies_go_on_as_if_uninterrupted(two_ranks: Ranks, kind: str) -> None:
+    expected, rate = renewed(None, 1, None)
+    uninterrupted = two_ranks.run(renewed, 2, None)
+    for found, found_rate in two_ranks.run(renewed, 2, kind):
+        assert found_rate == rate
+        assert equal(found, uninterrupted[0][0])
         assert relative(found, expected) < 1e-5
-        assert all(torch.equal(x, y) for x, y in zip(found, results[0][0], strict=True))
-    for mine, theirs in zip(results[0][1], reports, strict=True):
-        assert torch.allclose(mine.gram, theirs.gram, rtol=1e-3)
-        assert torch.allclose(mine.losses, theirs.losses, rtol=1e-3)
+
+
+def copies(rank):
+    opt = clipped(Model(), process_group=dist.new_subgroups(group_size=1)[0])
+    assert copy.deepcopy(opt)._processes.group is opt._processes.group
+    return pickle.dumps(opt)
+
+
+def test_a_group_is_copied_along_but_not_pickled(two_ranks: Ranks) -> None:
+    for found in two_ranks.outcomes(copies):
+        assert isinstance(found.error, TypeError)
+        assert "Save its state_dict() instead" in str(found.error)
+
+
+def compiled(rank, number):
+    torch.manual_seed(0)
+    model = Model()
+    seen = model if rank is None else torch.compile(ddp(model), backend="aot_eager")
+    opt = clipped(model)
+    for t in range(5):
+        x, y = batches()[t] if rank is None else slices(batches()[t], rank, number)
+        opt.zero_grad()
+        opt.backward(losses_of(seen(x), y))
+        opt.step()
+    return [p.detach() for p in model.parameters()]
+
+
+def test_compiled_model(two_ranks: Ranks) -> None:
+    expected = compiled(None, 1)
+    for found in two_ranks.run(compiled, 2):
+        assert relative(found, expected) < 1e-5

@@ -1,6 +1,6 @@
 """The command line `raco`; each command is a module, imported when it is called.
 
-raco align    align.py    one training run: arguments.py, data.py, models.py, runs.py
+raco align    align.py    one training run: arguments.py, data.py, models.py, processes.py, runs.py
 raco sweep    sweep.py    a grid of them: grid.py, records.py
 raco report   report.py   what came of it: statistics.py, tables.py, figures.py, page.py
 """
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from raco_optim.cli.environment import version_of
 from raco_optim.cli.errors import OneLineErrors, UsageError
+from raco_optim.cli.processes import is_first, number_of_processes
 
 COMMANDS = {
     "align": "train a language model on several preferences at once",
@@ -39,10 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         options = _parser().parse_args(arguments)
+        if options.command != "align" and number_of_processes() > 1:
+            raise UsageError(f"`raco {options.command}` must be started without torchrun.")
         command = importlib.import_module(f"raco_optim.cli.{options.command}")
         code: int = command.main(options.arguments)
     except UsageError as error:
-        sys.stderr.write(f"raco: {error}\n")
+        if is_first(on_this_machine=True):
+            sys.stderr.write(f"raco: {error}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("\nraco: stopped. The same command goes on from there.\n")

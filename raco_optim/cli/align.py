@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from raco_optim.cli.environment import environment
 from raco_optim.cli.errors import refusals
 from raco_optim.cli.files import held, make_folder, sha256
 from raco_optim.cli.models import loadable_model
+from raco_optim.cli.processes import by_first, is_first, tell
 from raco_optim.cli.records import plain
 from raco_optim.cli.runs import RUN_FILE, last_checkpoint, open_run, save_run
 from raco_optim.cli.tables import NOTHING, Table
@@ -40,6 +42,8 @@ def main(arguments: Sequence[str]) -> int:
     parsed = parse(arguments, "raco align")
     folder = Path(parsed.config.output_dir)
     result = align(parsed, folder, save_model=True)
+    if not is_first():
+        return 0
     if result["evaluation"]:
         sys.stdout.write(f"\n{score_table(result['evaluation']).text()}\n")
     what = "adapters" if parsed.model.use_peft else "model"
@@ -67,23 +71,29 @@ def align(parsed: Parsed, unpack_to: Path, *, save_model: bool) -> dict[str, Any
     """
     train, held_out = load_data(parsed)
     folder = Path(parsed.config.output_dir)
-    make_folder(folder, "--output_dir")
-    with held(folder, "--output_dir"):
-        about = {
-            "data": parsed.align.data,
-            "eval_data": parsed.align.eval_data,
-            "environment": environment(),
-        }
-        run = open_run(folder, plain(parsed.settings(data_hashes(parsed))), about)
+    about = {
+        "data": parsed.align.data,
+        "eval_data": parsed.align.eval_data,
+        "environment": environment(),
+    }
+    with contextlib.ExitStack() as stack:
+
+        def opened() -> dict[str, Any]:
+            make_folder(folder, "--output_dir")
+            stack.enter_context(held(folder, "--output_dir"))
+            return open_run(folder, plain(parsed.settings(data_hashes(parsed))), about)
+
+        run = by_first(opened)
         if run["status"] == "finished":
-            sys.stderr.write(f"{folder}: this run is finished; nothing to do.\n")
+            tell(f"{folder}: this run is finished; nothing to do.")
             result: dict[str, Any] = run["result"]
             return result
-        checkpoint = last_checkpoint(folder)
-        trainer = _trainer(parsed, loadable_model(parsed.align.model, unpack_to), train, held_out)
-        run = save_run(folder, run, status="training")
+        checkpoint = by_first(lambda: last_checkpoint(folder))
+        model = by_first(lambda: loadable_model(parsed.align.model, unpack_to))
+        trainer = _trainer(parsed, model, train, held_out)
+        run = by_first(lambda: save_run(folder, run, status="training"))
         if checkpoint:
-            sys.stderr.write(f"{folder}: going on from {checkpoint.name}.\n")
+            tell(f"{folder}: going on from {checkpoint.name}.")
         with refusals("the training stopped", FloatingPointError):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         result = {
@@ -92,7 +102,7 @@ def align(parsed: Parsed, unpack_to: Path, *, save_model: bool) -> dict[str, Any
         }
         if save_model:
             trainer.save_model()
-        save_run(folder, run, status="finished", result=plain(result))
+        by_first(lambda: save_run(folder, run, status="finished", result=plain(result)))
     return result
 
 

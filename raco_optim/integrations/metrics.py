@@ -1,4 +1,4 @@
-"""Sums over batches, kept on their device, and the means that a log shows."""
+"""Sums over the batches of all processes, and the means that a log shows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from raco_optim.processes import Processes
 from raco_optim.step import Step, report
 
 
@@ -44,6 +45,81 @@ def objective_sums(
     return torch.stack(rows)
 
 
+class Log:
+    """What is logged of the objectives, over the pairs of all processes, and of the steps.
+
+    Pairs of training and of evaluation are kept apart.
+
+    Args:
+        weights: Weights of the objectives.
+        processes: The processes.
+        device: Where sums are kept, and sent to other processes.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, float], processes: Processes, device: torch.device
+    ) -> None:
+        self._weights = dict(weights)
+        self._processes = processes
+        self._zero = torch.zeros(len(weights), 4, dtype=torch.float64, device=device)
+        self._here = {True: self._zero, False: self._zero}
+        self._everywhere: dict[bool, Tensor] = {}
+        self._steps: dict[str, list[float]] = {}
+
+    def begin(self, *, training: bool) -> None:
+        """Begins a step or an evaluation; what is left of one that was stopped is dropped."""
+        self._here[training] = self._zero
+
+    def add(
+        self,
+        losses: Sequence[Tensor | None],
+        margins: Sequence[Tensor],
+        divisors: Tensor,
+        *,
+        training: bool,
+    ) -> None:
+        """Takes a batch of this process; see `objective_sums`."""
+        sums = objective_sums(losses, margins, divisors)
+        self._here[training] = self._here[training] + sums.to(self._zero.device)
+
+    def end(self, *, training: bool) -> None:
+        """Ends a step or an evaluation; all processes must call it."""
+        sums = self._here[training]
+        if self._processes.several:
+            sums = self._processes.sum([sums], sums.device)[0].view_as(sums)
+        earlier = self._everywhere.get(training)
+        self._everywhere[training] = sums if earlier is None else earlier + sums
+        self._here[training] = self._zero
+
+    def add_step(self, step: Step) -> None:
+        """Takes what a step of the training computed."""
+        for key, value in step_values(step).items():
+            if not math.isnan(value):
+                self._steps.setdefault(key, []).append(value)
+
+    def clear(self) -> None:
+        """Forgets what was not logged of the training."""
+        self._everywhere.pop(True, None)
+        self._steps.clear()
+
+    def write(self, logs: dict[str, float], *, training: bool) -> None:
+        """Adds the means since the last call."""
+        # "eval_", or "eval_<name>_" where there are several data sets.
+        prefix = "" if training else next((k[:-4] for k in logs if k.endswith("_loss")), "eval_")
+        if training in self._everywhere:
+            means = objective_means(list(self._weights), self._everywhere.pop(training))
+            logs.update({prefix + key: value for key, value in means.items()})
+            if not training:  # over all pairs; the Trainer's is a mean over batches
+                logs[f"{prefix}loss"] = math.fsum(
+                    w * means.get(f"loss/{name}", math.nan)
+                    for name, w in self._weights.items()
+                    if w
+                )
+        if training:
+            logs.update({key: math.fsum(x) / len(x) for key, x in self._steps.items()})
+            self._steps.clear()
+
+
 def objective_means(names: Sequence[str], sums: Tensor) -> dict[str, float]:
     """Means over the labelled pairs, and their number; nothing for an objective without any."""
     means = {}
@@ -55,26 +131,6 @@ def objective_means(names: Sequence[str], sums: Tensor) -> dict[str, float]:
             means[f"accuracy/{name}"] = right / pairs
         means[f"labelled/{name}"] = pairs
     return means
-
-
-class Means:
-    """Running means of named values, without what is undefined."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, int]] = {}
-
-    def add(self, values: Mapping[str, float]) -> None:
-        """Takes the values of one step."""
-        for key, value in values.items():
-            if not math.isnan(value):
-                total, number = self._sums.get(key, (0.0, 0))
-                self._sums[key] = total + value, number + 1
-
-    def pop(self) -> dict[str, float]:
-        """Returns the means since the last call."""
-        means = {key: total / number for key, (total, number) in self._sums.items()}
-        self._sums.clear()
-        return means
 
 
 def step_values(step: Step) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -129,10 +129,12 @@ def check_dataset(dataset: Any, columns: Sequence[str], argument: str) -> None: 
 
     Args:
         dataset: A `datasets.Dataset`, or a stream, whose columns alone are checked, from its first
-            example: the values come later. What is neither is left to TRL.
+            example: the values come later; or a mapping to several. What is neither is left to TRL.
         columns: Those that are needed, ``pref_*`` and ``margin_*``.
         argument: What it was passed as.
     """
+    for one in dataset.values() if isinstance(dataset, Mapping) else []:
+        check_dataset(one, columns, argument)
     if not isinstance(dataset, Dataset | IterableDataset):
         return
     stored = isinstance(dataset, Dataset)
@@ -161,3 +163,18 @@ def check_dataset(dataset: Any, columns: Sequence[str], argument: str) -> None: 
 def labelled(signs: Tensor) -> Tensor:
     """Counts the labelled pairs per objective, ``[m]``."""
     return (signs != 0).sum(0)
+
+
+def without_repeats(signs: Tensor, rank: int, real: int) -> Tensor:
+    """Takes the labels off those pairs that only fill the last batch of a data set up.
+
+    Accelerate takes them from its beginning, so that all processes get as many.
+
+    Args:
+        signs: Those of the pairs of this process, ``[B, m]``.
+        rank: The number of this process.
+        real: How many pairs of the last batch, that of all processes, are no repeats.
+    """
+    signs = signs.clone()
+    signs[max(0, real - rank * len(signs)) :] = 0
+    return signs

@@ -5,7 +5,7 @@ A training step; what is TRL's is left to TRL:
     batch with signs [B, m]        preference_data.py   columns pref_<objective> -> a tensor
       |  one forward pass          forward.py           log-probabilities of the completions
       |  m losses                  objectives.py        each a mean over the pairs it labels
-      |  m gradients -> .grad      raco_optim.step      Gram matrix, coefficients, combination
+      |  m gradients -> .grad      surgery.py           Gram matrix, coefficients, combination
       v
     Trainer: clipping of the gradient norm, optimizer, scheduler, checkpoints, logs (metrics.py)
 
@@ -15,13 +15,11 @@ They are combined in `training_step`: in ``optimizer.step()`` it would come afte
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if importlib.util.find_spec("trl") is None:
     raise ImportError(
@@ -31,23 +29,13 @@ if importlib.util.find_spec("trl") is None:
 from trl import DPOTrainer
 
 from raco_optim.alignment import PairLogProbs
-from raco_optim.gradients import iterate_gradients
-from raco_optim.integrations import objectives
+from raco_optim.integrations import launch, objectives, preference_data
 from raco_optim.integrations.forward import completion_log_probs
-from raco_optim.integrations.metrics import Means, objective_means, objective_sums, step_values
-from raco_optim.integrations.preference_data import (
-    MARGINS,
-    SIGNS,
-    PreferenceCollator,
-    check_dataset,
-    labelled,
-    preference_columns,
-)
+from raco_optim.integrations.metrics import Log
+from raco_optim.integrations.preference_data import MARGINS, SIGNS, labelled
+from raco_optim.integrations.surgery import Surgery
 from raco_optim.integrations.trl_config import MultiObjectiveDPOConfig
-from raco_optim.materialized import Gradients, add_pending, collect
-from raco_optim.per_example import LinearLayerGradients
 from raco_optim.processes import Processes
-from raco_optim.step import average, solve, write
 
 __all__ = ["MultiObjectiveDPOConfig", "MultiObjectiveDPOTrainer"]
 
@@ -62,10 +50,11 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
     .. math:: L_i = -\operatorname{mean}_{s_i \ne 0} \log \sigma(\beta s_i \Delta).
 
     The mean runs over the pairs that the objective labels in the whole accumulated batch, so that
-    micro-batches change nothing. With the method ``"raco"`` each loss has its own gradient, summed
-    over the micro-batches, and CAGrad-Clip combines them; what follows, from the clipping of the
-    norm on, is the Trainer's. `MultiObjectiveDPOConfig` has the other methods, docs/alignment.md
-    the keys of what is logged.
+    micro-batches change nothing, nor do several processes (torchrun), each with the whole model.
+    With the method ``"raco"`` each loss has its own gradient, summed over the micro-batches and
+    averaged over the processes, and CAGrad-Clip combines them; what follows, from the clipping of
+    the norm on, is the Trainer's. `MultiObjectiveDPOConfig` has the other methods,
+    docs/alignment.md the keys of what is logged.
 
     Args:
         model: As in TRL: a model or its path.
@@ -134,16 +123,13 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         if others.get("compute_metrics") is not None:
             raise ValueError("`compute_metrics` must be None; predictions are not computed.")
         self._names = tuple(args.objective_weights)
-        self._rule = objectives.rule(args)
-        self._sums: dict[bool, Tensor] = {}  # by whether the model is in training
-        self._means = Means()
-        self._pending: Gradients | None = None
         self._processes = Processes()
-        self._columns = preference_columns(self._names, args.margin_objectives)
-        several = isinstance(eval_dataset, Mapping)
-        for dataset in eval_dataset.values() if several else [eval_dataset]:
-            check_dataset(dataset, self._columns, "eval_dataset")
-        check_dataset(train_dataset, self._columns, "train_dataset")
+        rule, weights = objectives.rule(args), args.objective_weights
+        self._surgery = rule and Surgery(weights, rule, self._processes)
+        self._told = Log(weights, self._processes, args.device)
+        self._columns = preference_data.preference_columns(self._names, args.margin_objectives)
+        preference_data.check_dataset(eval_dataset, self._columns, "eval_dataset")
+        preference_data.check_dataset(train_dataset, self._columns, "train_dataset")
         super().__init__(
             model,
             ref_model,
@@ -154,15 +140,16 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
             processing_class,
             **others,
         )
+        launch.check_whole(self)
         if self.aux_loss_enabled:
             raise ValueError(
                 f"`router_aux_loss_coef` must be 0.0 for a mixture of experts, because its "
                 f"auxiliary loss belongs to no objective; got {self.router_aux_loss_coef}."
             )
         # TRL has dropped prompts longer than `max_length`.
-        check_dataset(self.train_dataset, self._columns, "train_dataset")
+        preference_data.check_dataset(self.train_dataset, self._columns, "train_dataset")
         # Wrapped, not replaced: padding, truncation and a user's own collator stay as they are.
-        self.data_collator = PreferenceCollator(
+        self.data_collator = preference_data.PreferenceCollator(
             self.data_collator, self._names, args.margin_objectives
         )
 
@@ -173,24 +160,31 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **others: Any) -> Any:  # noqa: ANN401
         """As the Trainer's; raises ValueError rather than write over another run's checkpoints."""
-        found = sorted(Path(self.args.output_dir).glob("checkpoint-*"))
-        if found and not resume_from_checkpoint:
-            raise ValueError(
-                f"`output_dir` must not hold another run; got {self.args.output_dir} with "
-                f"{found[0].name}. Pass resume_from_checkpoint=True to go on with that run, or "
-                f"choose another folder."
-            )
-        self._sums.clear()  # as of an earlier call that was stopped
-        self._means.pop()
+        launch.check_start(self, self._processes, resume_from_checkpoint)
+        self._told.clear()  # as of an earlier call that was stopped
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **others)
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Tensor]:  # noqa: ANN401
         """As the Trainer's, but counts the labelled pairs per objective, ``[m]``."""
-        self._pending = None  # of a step that was stopped in the middle, as is what is in .grad
-        self.model.zero_grad()
-        batches, _ = super().get_batch_samples(*args)
-        zero = torch.zeros(len(self._names), dtype=torch.int64, device=self.args.device)
-        return batches, sum((labelled(b[SIGNS]).to(zero.device) for b in batches), start=zero)
+        self.model.zero_grad()  # of a step that was stopped in the middle
+        self._told.begin(training=True)
+        if self._surgery:
+            self._surgery.begin()
+        alike: dict[str, Any] = {}
+        with self._processes.agreeing(alike):
+            batches, _ = super().get_batch_samples(*args)
+            alike["the number of micro-batches"] = len(batches)
+            zero = torch.zeros(len(self._names), dtype=torch.int64, device=self.args.device)
+            counts = sum((labelled(b[SIGNS]).to(zero.device) for b in batches), start=zero)
+        if self._processes.several:
+            [counts] = self._processes.sum([counts], counts.device)
+            # The mean over R processes of sums divided by n / R is the mean over n pairs.
+            counts = counts / self._processes.number
+        return batches, counts
+
+    def _precompute_ref_logps(self, dataset: Any, *others: Any) -> Any:  # noqa: ANN401
+        launch.check_stored(dataset, self._processes)
+        return super()._precompute_ref_logps(dataset, *others)
 
     def compute_ref_log_probs(self, model: Any, inputs: Mapping[str, Any]) -> Any:  # noqa: ANN401
         """As TRL's, which would pass the preferences on to the model."""
@@ -205,16 +199,18 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         """The weighted loss: what is minimised in training, the yardstick in evaluation."""
-        policy = completion_log_probs(model, inputs)
-        losses = self._losses(policy, inputs, num_items_in_batch, training=model.training)
-        loss = objectives.weighted(self.args, losses, training=model.training)
-        if loss is None:  # no pair is labelled: nothing to learn, but a graph to go back through
-            return 0 * policy.sum()
-        if model.training and not loss.isfinite():
-            raise FloatingPointError(
-                "the weighted loss is NaN or Inf; torch.autograd.set_detect_anomaly finds the cause"
-            )
-        return loss
+        with self._processes.agreeing():
+            policy = completion_log_probs(model, inputs)
+            losses = self._of_objectives(policy, inputs, num_items_in_batch, model.training)
+            loss = objectives.weighted(self.args, losses, training=model.training)
+            if loss is None:  # no pair is labelled: nothing to learn, but a graph to go back
+                return 0 * policy.sum()
+            if model.training and not loss.isfinite():
+                raise FloatingPointError(
+                    "the weighted loss is NaN or Inf; torch.autograd.set_detect_anomaly finds the "
+                    "cause"
+                )
+            return loss
 
     def predict(self, *_: Any, **__: Any) -> Any:  # noqa: ANN401
         """Not supported: raises ValueError."""
@@ -227,63 +223,57 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         """Forward and backward passes of one micro-batch; the last one of a step combines."""
-        if self._rule is None:
-            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
+        if self._surgery is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            loss = self._combined_step(self._surgery, model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._told.end(training=True)
+        return self.accelerator.reduce(loss, "mean")  # type: ignore[no-any-return]
+
+    def _combined_step(
+        self, surgery: Surgery, model: nn.Module, inputs: Mapping[str, Any], counts: Tensor | None
+    ) -> Tensor:
         model.train()
         self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        last = self.accelerator.sync_gradients
-        # The losses see one number per completion: for adapters, one backward pass serves them all.
-        with LinearLayerGradients(model, parameters) as layers, self.compute_loss_context_manager():
+
+        def forward() -> tuple[Tensor, list[Tensor | None]]:
             policy = completion_log_probs(model, inputs)
-            losses = self._losses(policy, inputs, num_items_in_batch, training=True)
-            rows = layers.gradients(policy, losses)
-            found: Any = iterate_gradients(losses, parameters, self._names)
-            if rows is not None:
-                found = zip([None if x is None else x.detach() for x in losses], rows, strict=True)
-            found = add_pending(found, self._pending)
-            if not last:
-                self._pending = collect(self._names, found, keep=True)
-            else:
-                self._pending = None
-                weights = list(self.args.objective_weights.values())
-                shared = [True] * len(parameters)
-                gradients = average(self._names, found, parameters, shared, None, self._processes)
-                step = solve(gradients, weights, shared, self._rule, "raise")
-                write(parameters, gradients, step, shared, "raise")
-                self._means.add(step_values(step))
+            return policy, self._of_objectives(policy, inputs, counts, training=True)
+
+        last = self.accelerator.sync_gradients
+        anywhere = not self._processes.several or counts is None or bool(counts.any())
+        # Each loss has a gradient of its own to be averaged over the processes.
+        with self.compute_loss_context_manager(), self.accelerator.no_sync(model):
+            losses, step = surgery.micro_batch(model, self.optimizer, forward, last, anywhere)
+        if step is not None:
+            self._told.add_step(step)
         loss = objectives.weighted(self.args, losses, training=True)
-        return policy.new_zeros(()) if loss is None else loss.detach()
+        return torch.zeros((), device=self.args.device) if loss is None else loss.detach()
+
+    def evaluation_loop(self, *args: Any, **others: Any) -> Any:  # noqa: ANN401
+        """As the Trainer's."""
+        self._told.begin(training=False)
+        output = super().evaluation_loop(*args, **others)
+        self._told.end(training=False)
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what was gathered since the last call."""
-        training = self.model.training
-        # "eval_", or "eval_<name>_" where there are several data sets.
-        prefix = "" if training else next((k[:-4] for k in logs if k.endswith("_loss")), "eval_")
-        if training in self._sums:
-            means = objective_means(self._names, self._sums.pop(training))
-            logs.update({prefix + key: value for key, value in means.items()})
-            if not training:  # over all pairs; the Trainer's is a mean over batches
-                logs[f"{prefix}loss"] = math.fsum(
-                    w * means.get(f"loss/{name}", math.nan)
-                    for name, w in self.args.objective_weights.items()
-                    if w
-                )
-        if training:
-            logs.update(self._means.pop())
+        self._told.write(logs, training=self.model.training)
         super().log(logs, start_time)
 
-    def _losses(
-        self,
-        policy: Tensor,
-        inputs: Mapping[str, Tensor],
-        counts: Tensor | None,
-        *,
-        training: bool,
+    def _of_objectives(
+        self, policy: Tensor, inputs: Mapping[str, Tensor], counts: Tensor | None, training: bool
     ) -> list[Tensor | None]:
         """One loss per objective, None where it labels no pair."""
         signs = inputs[SIGNS].cpu()  # once: the losses ask which pairs are labelled
+        batches = self.accelerator.gradient_state
+        if not training and batches.end_of_dataloader and batches.remainder > 0:
+            signs = preference_data.without_repeats(
+                signs, self.args.process_index, batches.remainder
+            )
         reference: tuple[Tensor | None, Tensor | None] = (None, None)
         if objectives.needs_reference(self.args, training=training):
             if self.precompute_ref_logps:
@@ -297,10 +287,10 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         losses = objectives.losses(
             self.args, log_probs, signs, inputs.get(MARGINS), counts, training=training
         )
-        sums = objective_sums(
+        self._told.add(
             losses,
             objectives.margins_of_labelled(self.args, log_probs, signs, training=training),
             labelled(signs) if counts is None else counts,
+            training=training,
         )
-        self._sums[training] = self._sums[training] + sums if training in self._sums else sums
         return losses

@@ -11,6 +11,7 @@ from trl import DPOConfig
 
 from raco_optim._checks import checked_choice, checked_radius, checked_weights
 from raco_optim.alignment._checks import checked_number
+from raco_optim.integrations.launch import check_processes, sharded
 from raco_optim.simplex import SOLVERS, Solver
 
 # Those with a rule from Gram matrix to coefficients, and those with one loss and one backward pass.
@@ -36,7 +37,6 @@ _NOT_HONOURED = {
     "activation_offloading": False,
     "use_liger_kernel": False,
     "fp16": False,
-    "deepspeed": None,
     "torch_empty_cache_steps": None,
     "label_smoothing_factor": 0.0,  # the Trainer's, for other losses
 }
@@ -167,15 +167,19 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
                     f"`{name}` must be {default!r}; got {value!r}. MultiObjectiveDPOTrainer does "
                     f"not support it." + (" Train with bf16=True." if name == "fp16" else "")
                 )
-        if self.fsdp or self.world_size > 1:
-            raise ValueError(
-                f"MultiObjectiveDPOTrainer trains in one process, because it does not average "
-                f"gradients over processes yet; got {self.world_size} and fsdp={self.fsdp!r}."
-            )
+        check_processes(self)
+        for name in ("fsdp", "deepspeed", "parallelism_config"):
+            if vars(self)[name]:
+                raise ValueError(sharded(f"`{name}`"))
         if self.method in SURGERY and re.search("layerwise|lomo", str(self.optim), re.IGNORECASE):
             raise ValueError(
                 f"`optim` must step after the backward pass, when gradients are combined; got "
                 f"{self.optim}."
+            )
+        if self.method in SURGERY and self.ddp_static_graph:
+            raise ValueError(
+                f"`ddp_static_graph` must be False with the method {self.method!r}, whose "
+                f"gradients do not pass through DistributedDataParallel; got True."
             )
         reentrant = (self.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
         if self.gradient_checkpointing and reentrant and self.method in SURGERY:

@@ -1,0 +1,79 @@
+"""`raco align` in several processes, started by torchrun: the first keeps the run's folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from raco_optim.cli.errors import UsageError
+
+T = TypeVar("T")
+
+
+def number_of_processes() -> int:
+    """Returns how many processes torchrun started, 1 without it.
+
+    Example:
+        >>> from raco_optim.cli.processes import number_of_processes
+        >>> number_of_processes()
+        1
+    """
+    return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+
+
+def is_first(*, on_this_machine: bool = False) -> bool:
+    """Returns whether this is the first process, which speaks and writes for all.
+
+    Args:
+        on_this_machine: Whether the first one on this machine is meant.
+
+    Example:
+        >>> from raco_optim.cli.processes import is_first
+        >>> is_first()
+        True
+    """
+    rank = os.environ.get("LOCAL_RANK" if on_this_machine else "RANK", "0")
+    return number_of_processes() == 1 or rank == "0"
+
+
+def tell(text: str) -> None:
+    """Writes a line to stderr, once.
+
+    Args:
+        text: The line.
+    """
+    if is_first():
+        sys.stderr.write(f"{text}\n")
+
+
+def by_first(action: Callable[[], T]) -> T:
+    """Lets the first process do something, and returns in all of them what it returned.
+
+    Args:
+        action: What to do.
+
+    Raises:
+        UsageError: It was raised there; all raise it.
+
+    Example:
+        >>> from raco_optim.cli.processes import by_first
+        >>> by_first(lambda: 3)
+        3
+    """
+    if number_of_processes() == 1:
+        return action()
+    import torch.distributed as dist
+
+    message: list[Any] = [None, None]
+    if is_first():
+        try:
+            message[0] = action()
+        except UsageError as error:
+            message[1] = str(error)
+    dist.broadcast_object_list(message)
+    found, refusal = message
+    if refusal is not None:
+        raise UsageError(refusal)
+    return found  # type: ignore[no-any-return]

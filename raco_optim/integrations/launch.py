@@ -1,0 +1,112 @@
+"""How a training may be launched: one process, or several that hold the whole model each."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from datasets import Dataset
+
+from raco_optim.processes import Processes
+from raco_optim.step import is_sharded
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+# What all processes must be told alike: what is minimised, on which pairs, and when they meet.
+_ALIKE = (
+    *("weights", "method", "c", "solver", "modpo_objective", "loss_type", "beta"),
+    *("label_smoothing", "simpo_gamma", "seed", "data_seed", "train_sampling_strategy"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"),
+    *("num_train_epochs", "logging_strategy", "logging_steps", "eval_strategy", "eval_steps"),
+    *("save_strategy", "save_steps"),
+)
+
+
+def check_processes(args: TrainingArguments) -> None:
+    """Raises `ValueError` if the Trainer does not see the processes, or would not keep them equal.
+
+    Args:
+        args: Its settings; with several processes, batches are set to be made by each on its own.
+    """
+    processes = Processes()
+    launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    number = max(launched, processes.number if processes.several else 1)
+    if number != args.world_size:
+        raise ValueError(
+            f"the Trainer must see all processes, {number}; it sees {args.world_size}. Launch the "
+            f"script with `torchrun` or `accelerate launch`; without accelerators, pass "
+            f"use_cpu=True too."
+        )
+    if number == 1:
+        return
+    batches = args.accelerator_config
+    if not batches.even_batches:
+        raise ValueError(
+            "`accelerator_config` must leave `even_batches` at True with several processes, which "
+            "need as many batches each; got False."
+        )
+    if batches.dispatch_batches:
+        raise ValueError(
+            "`accelerator_config` must leave `dispatch_batches` off, because the batches of the "
+            "processes differ in their length and can't be joined; got True."
+        )
+    batches.dispatch_batches = False  # None is True for a stream
+
+
+def check_stored(dataset: object, processes: Processes) -> None:
+    """Raises `ValueError` if other processes can't read what TRL stores beside a data set."""
+    if processes.several and isinstance(dataset, Dataset) and not dataset.cache_files:
+        raise ValueError(
+            "`precompute_ref_log_probs` must be False for a data set in memory, with several "
+            "processes: each computes some, and TRL hands them round in a file beside that of the "
+            "data set. Load the data set from a file (datasets.load_dataset)."
+        )
+
+
+def check_whole(trainer: Trainer) -> None:
+    """Raises `ValueError` if a process is to hold a part of the model only."""
+    found = {
+        "FSDP": trainer.is_fsdp_enabled,
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        "tensor or context parallelism": trainer.accelerator.parallelism_config is not None,
+        "sharding of the model": is_sharded(list(trainer.model.parameters())),
+    }
+    for name, on in found.items():
+        if on:
+            raise ValueError(sharded(name))
+
+
+def sharded(what: str) -> str:
+    """Says that the trainer does not work with something, and what does."""
+    return (
+        f"{what} must be off, because MultiObjectiveDPOTrainer trains models that every process "
+        f"holds as a whole. Launch it with `torchrun` or `accelerate launch --multi_gpu`, with "
+        f"adapters (`peft_config`) if memory is short. For a model that FSDP2 shards, use "
+        f"raco_optim.CAGradClip in a loop of your own."
+    )
+
+
+def check_start(trainer: Trainer, processes: Processes, resume: str | bool | None) -> None:
+    """Raises `ValueError`, in all processes, if the training is not to start.
+
+    Args:
+        trainer: The trainer.
+        processes: The processes.
+        resume: Whether to go on from a checkpoint, or from which.
+    """
+    args = trainer.args
+    models = [trainer.model] if trainer.ref_model is None else [trainer.model, trainer.ref_model]
+    facts = processes.facts([p for model in models for p in model.parameters()])
+    facts |= {f"`{name}`": vars(args)[name] for name in _ALIKE}
+    with processes.agreeing(facts):
+        found = sorted(path.name for path in Path(args.output_dir).glob("checkpoint-*"))
+        steps = [int(n) for name in found if (n := name.rpartition("-")[2]).isdigit()]
+        facts["the last checkpoint in `output_dir`"] = max(steps, default=None)
+        if found and not resume:
+            raise ValueError(
+                f"`output_dir` must not hold another run; got {args.output_dir} with {found[0]}. "
+                f"Pass resume_from_checkpoint=True to go on with that run, or choose another "
+                f"folder."
+            )

@@ -1,0 +1,201 @@
+"""What all pictures share: axes, colours, legends, and files."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    from raco_optim.plot.moving import Curve
+
+# Okabe and Ito's colours, which differ for any colour vision; markers and dashes differ in print
+# without colour.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#000000")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+INK, GREY, PALE = "#222222", "#767676", "#e5e5e5"
+# Names are the user's: a dollar sign in one is a dollar sign, not the start of a formula.
+_TEXT = {"text.parse_math": False}
+_OWN = {
+    **_TEXT,
+    "font.size": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "lines.linewidth": 1.4,
+}
+SIZE = (5.2, 3.3)  # inches
+_LONGEST = 24  # name, in characters
+
+
+@contextlib.contextmanager
+def style(*, own: bool = True) -> Iterator[None]:
+    """Sets matplotlib up for a picture, and sets it back.
+
+    Args:
+        own: Whether the figure is ours: the look of another's is left alone.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            "`raco_optim.plot` must have matplotlib installed; got none. Run `pip install "
+            '"raco_optim[plot]"`.'
+        ) from error
+    with matplotlib.rc_context(_OWN if own else _TEXT):  # type: ignore[arg-type]
+        yield
+
+
+@contextlib.contextmanager
+def axes_or_new(ax: Axes | None) -> Iterator[Axes]:
+    """Gives the axes to draw into, those of a new figure if there are none.
+
+    The figure is not one of pyplot: it opens no window, and is freed when nobody holds it.
+    """
+    with style(own=ax is None):
+        if ax is None:
+            ax = new_figure(SIZE).subplots()
+        yield ax
+
+
+def new_figure(size: tuple[float, float]) -> Figure:
+    """Makes a figure whose parts find their room themselves."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained")
+
+
+def look(i: int) -> dict[str, Any]:
+    """Returns colour and marker of the i-th series; 56 of them differ."""
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + i // 8) % len(MARKERS)]}
+
+
+def draw_curve(
+    ax: Axes,
+    curve: Curve,
+    i: int,
+    *,
+    band: bool = False,
+    **looks: Any,  # noqa: ANN401  # matplotlib's
+) -> Line2D:
+    """Draws the i-th curve, and the band around it if wanted; returns the curve."""
+    # Markers at other places than those of the curve before.
+    every = max(1, len(curve.x) // 7)
+    drawn = {**look(i), "markersize": 4.5, "markevery": (i * every // 3 % every, every), **looks}
+    if band:
+        ax.fill_between(curve.x, curve.low, curve.high, color=drawn["color"], alpha=0.18, lw=0)
+    return ax.plot(curve.x, curve.mean, **drawn)[0]
+
+
+def finish(ax: Axes, *, x: str, y: str) -> None:
+    """Labels the axes, and puts a quiet grid behind the data."""
+    for axis, text in ((ax.xaxis, x), (ax.yaxis, y)):
+        axis.label.set_parse_math(False)
+        axis.set_label_text(text)
+    ax.grid(axis="y", color=PALE, lw=0.7)
+    ax.set_axisbelow(True)
+
+
+def legend(ax: Axes, entries: Sequence[tuple[str, Artist]]) -> None:
+    """Puts a legend above the axes, where it covers no data."""
+    labels = [label for label, _ in entries]
+    ax.legend(
+        [handle for _, handle in entries],
+        labels,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        borderaxespad=0.2,
+        ncols=_columns(labels, 1.12 * size_of(ax)[0]),  # the layout will make them wider
+        frameon=False,
+        handlelength=2.4,
+        columnspacing=1.4,
+    )
+
+
+def _columns(labels: Sequence[str], width: float) -> int:
+    """Returns how many columns fit; a legend is filled column by column."""
+    widths = [5.2 * len(label) + 42 for label in labels]  # with a handle, about, in points
+    for n in range(len(labels), 1, -1):
+        rows, longer = divmod(len(labels), n)
+        ends = list(itertools.accumulate([rows + 1] * longer + [rows] * (n - longer), initial=0))
+        if sum(max(widths[i:j]) for i, j in itertools.pairwise(ends)) <= width:
+            return n
+    return 1
+
+
+def size_of(ax: Axes) -> tuple[float, float]:
+    """Returns width and height of the axes in points, before they make room for their labels."""
+    box = ax.get_window_extent()
+    points = 72 / ax.figure.dpi
+    return box.width * points, box.height * points
+
+
+def shortened(name: str) -> str:
+    """Returns what there is room for of a name."""
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
+
+
+def save(picture: Axes | Figure, path: str | os.PathLike[str]) -> None:
+    """Writes a picture; whoever reads the file finds a whole one.
+
+    Args:
+        picture: What a function of this module returned.
+        path: The file. Its suffix says the format: ``.pdf`` and ``.svg`` for papers, ``.png``, and
+            what else matplotlib knows.
+
+    Raises:
+        OSError: The file can't be written.
+        ValueError: The suffix is of no format that matplotlib can write.
+
+    Example:
+        >>> import os, tempfile
+        >>> from matplotlib.figure import Figure
+        >>> from raco_optim import plot
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot.save(Figure(), f"{folder}/empty.pdf")
+        ...     os.listdir(folder)
+        ['empty.pdf']
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    # The figure of a figure is the outermost one.
+    figure = picture if isinstance(picture, Figure) else picture.figure.figure
+    formats = figure.canvas.get_supported_filetypes()
+    kind = path.suffix[1:].lower()
+    if kind not in formats:
+        raise ValueError(
+            f"`path` must end in one of {', '.join(f'.{name}' for name in sorted(formats))}; got "
+            f"{str(path)!r}."
+        )
+    picture_file = io.BytesIO()
+    # 42: fonts that journals take, and that a reader can select text of.
+    with matplotlib.rc_context({"pdf.fonttype": 42, "ps.fonttype": 42}):
+        figure.savefig(picture_file, format=kind, dpi=200, bbox_inches="tight", pad_inches=0.03)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            whole = Path(folder, path.name)
+            whole.write_bytes(picture_file.getvalue())
+            os.replace(whole, path)
+    except OSError as error:
+        raise OSError(
+            f"`path` must be a file that can be written; got {str(path)!r} ({error.strerror}). "
+            f"Choose another."
+        ) from error

@@ -1,0 +1,143 @@
+"""A log -> arrays over the steps."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from raco_optim.report import Outcome, StepReport
+from raco_optim.step_log import StepLog, read_steps
+
+Log = str | os.PathLike[str] | StepLog | Sequence[StepReport]
+Array = npt.NDArray[np.float64]
+
+_WITHOUT_UPDATE = (Outcome.SKIPPED, Outcome.NONFINITE)
+
+
+@dataclass(frozen=True)
+class Series:
+    """The n steps of a run with m losses.
+
+    Attributes:
+        names: Names of the losses.
+        steps: Numbers of the steps, ``[n]``.
+        reports: What they did.
+    """
+
+    names: tuple[str, ...]
+    steps: Array
+    reports: tuple[StepReport, ...]
+
+    def losses(self) -> Array:
+        """Values of the losses, ``[n, m]``; NaN for an absent one."""
+        return self._stack(lambda report: report.losses)
+
+    def weights(self) -> Array:
+        """The user's weights, ``[n, m]``."""
+        return self._stack(lambda report: report.weights)
+
+    def cosines(self) -> Array:
+        """Cosines of the gradients, ``[n, m, m]``; NaN where a gradient is zero or its loss absent.
+
+        A report has 0 there, which would look like orthogonal gradients.
+        """
+
+        def defined(report: StepReport) -> Tensor:
+            nonzero = report.gram.diagonal() > 0
+            return torch.where(nonzero[:, None] & nonzero, report.cosines, math.nan)
+
+        return self._stack(defined)
+
+    def solution(self) -> Array:
+        """p, ``[n, m]``; NaN where there is none."""
+        return self._stack(lambda report: self._or_nan(report.p))
+
+    def clipped(self) -> Array:
+        """The clipped p, ``[n, m]``; NaN where there is none."""
+        return self._stack(lambda report: self._or_nan(report.p_clipped))
+
+    @property
+    def clips(self) -> bool:
+        """Whether p was ever clipped."""
+        clipped = self.clipped()
+        known = np.isfinite(clipped)
+        return bool((clipped[known] != self.solution()[known]).any())
+
+    def clip_angle(self) -> Array:
+        """By how many degrees clipping turned the correction, ``[n]``; NaN where undefined."""
+        # Of x = 1 - cos, the arc cosine of 1 - x would lose the digits of a small angle.
+        turned = np.array([report.clip_angle for report in self.reports])
+        angle: Array = np.degrees(2 * np.arcsin(np.sqrt(turned.clip(0, 2) / 2)))
+        return angle
+
+    def conflicting(self) -> Array:
+        """1 for a step whose losses conflict, else 0, ``[n]``; NaN where a value was not finite."""
+        return self._shares(lambda report: report.conflicting)
+
+    def hurting(self) -> Array:
+        """1 for a step whose update raises a loss to first order, else 0, as `conflicting`."""
+        return self._shares(lambda report: report.hurting)
+
+    def _stack(self, of: Callable[[StepReport], Tensor]) -> Array:
+        return torch.stack([of(report) for report in self.reports]).numpy()
+
+    def _or_nan(self, x: Tensor | None) -> Tensor:
+        return torch.full([len(self.names)], math.nan, dtype=torch.float64) if x is None else x
+
+    def _shares(self, of: Callable[[StepReport], bool]) -> Array:
+        found = [math.nan if r.outcome in _WITHOUT_UPDATE else of(r) for r in self.reports]
+        return np.array(found, dtype=np.float64)
+
+
+def gather(log: Log, argument: str = "log") -> Series:
+    """Checks that a log is one run with at least one step.
+
+    Args:
+        log: A file that a `StepLogger` wrote, what `read_steps` made of it, or reports.
+        argument: What to call it in a message.
+
+    Raises:
+        OSError: The file can't be read.
+        TypeError: It is none of these.
+        ValueError: There are no steps, or those of several runs.
+    """
+    if isinstance(log, str | os.PathLike):
+        log = read_steps(log)
+    if isinstance(log, StepLog):
+        steps, reports = log.steps, log.reports
+    else:
+        reports = _reports(log, argument)
+        steps = tuple(range(len(reports)))
+    if not reports:
+        raise ValueError(
+            f"`{argument}` must hold at least one step; got none. Keep `report` after each step, "
+            f"or let a StepLogger do it."
+        )
+    names = reports[0].names
+    for step, report in zip(steps, reports, strict=True):
+        if report.names != names:
+            raise ValueError(
+                f"`{argument}` must be one run; got the losses {list(names)} and, in step {step}, "
+                f"{list(report.names)}. Draw each run by itself."
+            )
+    return Series(names, np.array(steps, dtype=np.float64), reports)
+
+
+def _reports(log: object, argument: str) -> tuple[StepReport, ...]:
+    rule = (
+        f"`{argument}` must be the path of a StepLogger's file, what `read_steps` returns, or a "
+        f"sequence of StepReports"
+    )
+    if not isinstance(log, Sequence):
+        raise TypeError(f"{rule}; got {type(log).__name__}.")
+    for report in log:
+        if not isinstance(report, StepReport):
+            raise TypeError(f"{rule}; got one with {type(report).__name__} in it.")
+    return tuple(log)

@@ -1,0 +1,606 @@
+"""What stands in a picture is what the reports say: data on the axes, not pixels."""
+
+import dataclasses
+import math
+import re
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from raco_optim import (
+    MGDA,
+    CAGrad,
+    CAGradClip,
+    LinearScalarization,
+    MultiObjectiveOptimizer,
+    Outcome,
+    StepLogger,
+    StepReport,
+    plot,
+    read_steps,
+)
+from raco_optim.plot.moving import moving
+
+PICTURES = [plot.cosines, plot.solution, plot.clip_angle, plot.conflict_rate]
+
+
+def report_of(rows, weights, method=CAGradClip, **kwargs) -> StepReport:
+    """Reports a step on losses whose gradients are the rows, and whose values are their sums."""
+    rows = torch.tensor(rows, dtype=torch.float64)
+    x = nn.Parameter(torch.ones(rows.shape[1], dtype=torch.float64))
+    opt = method(torch.optim.SGD([x], 0.1), weights, **kwargs)
+    losses = [None if row.isnan().all() else row @ x for row in rows]
+    opt.backward(dict(zip(weights, losses, strict=True)) if isinstance(weights, dict) else losses)
+    return opt.report
+
+
+def run_of(m=2, n=4, method=CAGradClip, weights=None, seed=0) -> list[StepReport]:
+    rng = np.random.default_rng(seed)
+    weights = weights or {f"loss {i}": w for i, w in enumerate(np.ones(m) / m)}
+    return [
+        report_of(rng.normal(size=(len(weights), 5)).tolist(), weights, method) for _ in range(n)
+    ]
+
+
+def lines(ax, dashes: str = "-") -> list[np.ndarray]:
+    """y of the lines with data: not the one at zero, nor the legend's."""
+    found = [line for line in ax.get_lines() if line.get_linestyle() == dashes]
+    return [np.asarray(line.get_ydata()) for line in found if len(line.get_xdata()) != 2]
+
+
+def legend_of(ax) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def heat_map(ax) -> tuple[np.ma.MaskedArray, list[str]]:
+    (mesh,) = ax.collections
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first row is on top
+    return mesh.get_array(), [text.get_text() for text in ax.get_yticklabels()]
+
+
+# Curves
+
+
+def test_cosines_are_those_of_the_gradients():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(5, 3, 4))
+    names = {"a": 0.5, "b": 0.3, "c": 0.2}
+    ax = plot.cosines([report_of(row.tolist(), names) for row in rows], window=1)
+    unit = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+    expected = [np.einsum("nk,nk->n", unit[:, i], unit[:, j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    np.testing.assert_allclose(lines(ax), expected, atol=1e-12)
+    assert legend_of(ax) == ["a, b", "a, c", "b, c"]
+    assert ax.get_xlabel() == "step"
+    assert np.array_equal(ax.get_lines()[1].get_xdata(), range(5))
+
+
+def test_cosines_of_absent_losses_and_zero_gradients_are_left_out():
+    full, nothing = [[1.0, 0.0], [1.0, 1.0]], math.nan
+    reports = [report_of(full, [0.5, 0.5])]
+    reports += [report_of([[1.0, 0.0], [nothing] * 2], [0.5, 0.5])]
+    reports += [report_of([[1.0, 0.0], [0.0, 0.0]], [0.5, 0.5])]
+    cosine = math.sqrt(0.5)
+    np.testing.assert_allclose(lines(plot.cosines(reports, window=1))[0], [cosine] + [nothing] * 2)
+    np.testing.assert_allclose(plot.cosines(reports, window=3).get_lines()[1].get_ydata(), cosine)
+
+
+def test_solution_has_p_the_clipped_p_and_the_weights():
+    reports = run_of(m=3, n=6, weights={"a": 0.5, "b": 0.3, "c": 0.2})
+    ax = plot.solution(reports, window=1)
+    for dashes, expected in (
+        ("-", torch.stack([r.p_clipped for r in reports])),
+        ("--", torch.stack([r.p for r in reports])),
+        (":", torch.stack([r.weights for r in reports])),
+    ):
+        np.testing.assert_allclose(lines(ax, dashes), expected.T.numpy())
+    assert legend_of(ax) == ["a", "b", "c", "clipped p", "p", "weight w"]
+    assert len(ax.collections) == 3  # between p and the clipped p
+    assert ax.get_ylabel() == "p, clipped p and weight"
+
+
+@pytest.mark.parametrize("method", [CAGrad, MGDA])
+def test_solution_of_a_rule_that_does_not_clip_has_p_alone(method):
+    reports = run_of(n=6, method=method)
+    ax = plot.solution(reports, window=1)
+    np.testing.assert_allclose(lines(ax), torch.stack([r.p for r in reports]).T.numpy())
+    assert legend_of(ax)[2:] == ["p", "weight w"]
+    assert not ax.collections
+    assert ax.get_ylabel() == "p and weight"
+
+
+def test_clip_angle_is_in_degrees():
+    # Theorem 3.2's strict witness; see tests/test_report.py, whose angle is another's.
+    rows, weights = [[1.0, -4.0], [-1.0, 1.0]], [0.2, 0.8]
+    report = report_of(rows, weights, c=0.5)
+    turned = [p.numpy() @ np.array(rows) for p in (report.p, report.p_clipped)]
+    expected = math.degrees(abs(np.subtract(*[math.atan2(y, x) for x, y in turned])))
+    tiny = dataclasses.replace(report, clip_angle=math.radians(1e-6) ** 2 / 2)
+    opposite = dataclasses.replace(report, clip_angle=2.0)
+    ax = plot.clip_angle([report, tiny, opposite], window=1)
+    np.testing.assert_allclose(lines(ax)[0], [expected, 1e-6, 180])
+    assert ax.get_ylabel().endswith("[°]")
+
+
+def test_conflict_rate_is_the_share_of_the_steps_with_an_update():
+    agree, conflict = [[1.0, 0.0], [1.0, 1.0]], [[1.0, 0.0], [-1.0, 0.1]]
+    hurt = [[1.0, 0.0], [-4.0, 0.1]]
+    reports = [report_of(row, [0.5, 0.5]) for row in (agree, agree, conflict, hurt)]
+    assert [r.hurting for r in reports] == [False, False, False, True]
+    bad = report_of([[math.inf, 0.0], [1.0, 0.0]], [0.5, 0.5], nonfinite="skip")
+    assert bad.outcome is Outcome.SKIPPED
+    ax = plot.conflict_rate([*reports, bad])
+    np.testing.assert_allclose(np.ravel(lines(ax)), [50, 25])
+    assert ax.get_xlabel() == "step (means of 5)"
+
+
+@pytest.mark.parametrize("window", [1, 7, 40])
+def test_means_and_quartiles_are_those_of_the_finite_values(window):
+    rng = np.random.default_rng(0)
+    steps, values = np.cumsum(rng.integers(1, 5, size=40)).astype(float), rng.normal(size=40)
+    values[rng.random(40) < 0.3] = math.nan
+    values[3:13] = math.nan  # a window without a value
+    values[20] = math.inf
+    curve = moving(steps, values, window)
+    values[20] = math.nan
+    for k in range(41 - window):
+        part = values[k : k + window]
+        part = part[~np.isnan(part)]
+        found = [c[k] for c in (curve.mean, curve.low, curve.high)]
+        if len(part):
+            quartiles = np.quantile(part, [0.25, 0.75], method="nearest")
+            np.testing.assert_allclose(found, [part.mean(), *quartiles])
+        else:
+            assert np.isnan(found).all()
+        assert curve.x[k] == pytest.approx(steps[k : k + window].mean())
+
+
+def test_ten_thousand_steps_are_a_few_points(tmp_path):
+    rng = np.random.default_rng(0)
+    template = run_of(m=2, n=1)[0]
+    reports = [
+        dataclasses.replace(template, clip_angle=x, gram=torch.eye(2, dtype=torch.float64) - y)
+        for x, y in zip(rng.random(10_000).tolist(), rng.random(10_000).round(), strict=True)
+    ]
+    figure = plot.overview(reports)
+    for ax in figure.axes:
+        assert all(len(line.get_xdata()) <= 120 for line in ax.get_lines())
+        assert re.search(r"step \(means of 334", ax.get_xlabel())
+    angle = np.degrees(np.arccos(1 - np.array([r.clip_angle for r in reports])))
+    drawn = np.asarray(figure.axes[2].get_lines()[0].get_ydata())
+    assert drawn[0] == pytest.approx(angle[:334].mean())
+    assert drawn[-1] == pytest.approx(angle[-334:].mean())
+    plot.save(figure, tmp_path / "long.svg")
+    assert (tmp_path / "long.svg").stat().st_size < 300_000
+
+
+# Heat maps
+
+
+def test_more_losses_are_a_heat_map_with_the_worst_conflicts_on_top():
+    reports = run_of(m=5, n=6)
+    cells, names = heat_map(plot.cosines(reports, window=1))
+    pairs = [(i, j) for i in range(5) for j in range(i + 1, 5)]
+    expected = {
+        f"loss {i}, loss {j}": torch.stack([r.cosines[i, j] for r in reports]).numpy()
+        for i, j in pairs
+    }
+    assert names == sorted(expected, key=lambda name: expected[name].mean())
+    np.testing.assert_allclose(cells, [expected[name] for name in names])
+
+
+def test_a_heat_map_of_p_has_both_and_the_largest_on_top():
+    reports = run_of(m=4, n=6)
+    cells, names = heat_map(plot.solution(reports, window=1))
+    order = torch.stack([r.p for r in reports]).mean(0).argsort(descending=True, stable=True)
+    assert names == [f"loss {i}{end}" for i in order for end in ("", ", clipped")]
+    for k, i in enumerate(order):
+        np.testing.assert_allclose(cells[2 * k], [r.p[i] for r in reports])
+        np.testing.assert_allclose(cells[2 * k + 1], [r.p_clipped[i] for r in reports])
+    assert len(heat_map(plot.solution(run_of(m=4, method=MGDA)))[1]) == 4
+
+
+def test_a_heat_map_says_what_does_not_fit():
+    reports = run_of(m=12, n=2)
+    low, high = (Figure(figsize=(5, inches)).subplots() for inches in (2, 10))
+    plot.cosines(reports, ax=low)
+    rows = len(heat_map(low)[1])
+    assert 10 < rows < 66
+    assert f"({66 - rows} more do not fit)" in low.figure.axes[1].get_ylabel()
+    plot.cosines(reports, ax=high)
+    assert len(heat_map(high)[1]) == 66
+    assert high.figure.axes[1].get_ylabel() == "cosine of the gradients"
+
+
+def test_cells_without_a_value_are_empty():
+    missing = [[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [math.nan] * 2]
+    present = [*missing[:3], [1.0, 2.0]]
+    cells, names = heat_map(
+        plot.cosines([report_of(row, [0.25] * 4) for row in (missing, present)], window=1)
+    )
+    empty = {name: row.mask.tolist() for name, row in zip(names, cells, strict=True)}
+    assert empty["0, 1"] == [False, False]
+    assert empty["2, 3"] == [True, False]
+
+
+# Overview
+
+
+@pytest.mark.parametrize(
+    ("method", "labels"),
+    [
+        (CAGradClip, ["cosine", "p, clipped p and weight", "angle", "share"]),
+        (CAGrad, ["cosine", "p and weight", "share"]),
+        (LinearScalarization, ["cosine", "share"]),
+        (
+            lambda inner, w: MultiObjectiveOptimizer(inner, torch.diag, weights=w),
+            ["cosine", "share"],
+        ),
+    ],
+    ids=["CAGradClip", "CAGrad", "LinearScalarization", "rule"],
+)
+def test_overview_has_what_the_rule_has(method, labels):
+    figure = plot.overview(run_of(method=method))
+    found = [ax.get_ylabel() for ax in figure.axes]
+    assert len(found) == len(labels)
+    assert all(text.startswith(label) for text, label in zip(found, labels, strict=True))
+
+
+def test_overview_of_a_single_loss_or_step_draws():
+    assert len(plot.overview(run_of(m=1)).axes) == 2
+    plot.overview(run_of(n=1)).canvas.draw()
+
+
+def test_a_file_a_log_and_reports_give_one_picture(tmp_path):
+    x = nn.Parameter(torch.tensor([2.0, 3.0]))
+    opt = CAGradClip(torch.optim.SGD([x], 0.01), [0.2, 0.8])
+    reports = []
+    with StepLogger(tmp_path / "steps.jsonl") as logger:
+        for t in range(4):
+            opt.zero_grad()
+            opt.backward([(x[0] - 2 * x[1] + t).square(), (x[0] * x[1] - t).square()])
+            opt.step()
+            logger.log(opt, step=10 * t)
+            reports.append(opt.report)
+    path = tmp_path / "steps.jsonl"
+    for picture in PICTURES:
+        drawn = [
+            lines(picture(log, window=1)) for log in (path, str(path), read_steps(path), reports)
+        ]
+        assert all(np.array_equal(drawn[0], other, equal_nan=True) for other in drawn[1:])
+    ax = plot.cosines(path, window=2)
+    assert ax.get_lines()[1].get_xdata().tolist() == [5, 15, 25]
+
+
+# Front
+
+
+def ended(weights: dict[str, float], losses: list[float], steps: int = 20) -> list[StepReport]:
+    """A run with the losses 9 until its last tenth, whose means are the losses."""
+    m = len(weights)
+    template = report_of(np.eye(m).tolist(), weights)
+    last = torch.tensor(losses, dtype=torch.float64)
+    tenth = steps // 10
+    wobble = [0.1 * (2 * k - tenth + 1) for k in range(tenth)]
+    before = [dataclasses.replace(template, losses=torch.full_like(last, 9.0))] * (steps - tenth)
+    return [*before, *(dataclasses.replace(template, losses=last + x) for x in wobble)]
+
+
+def two(w: float) -> dict[str, float]:
+    return {"a": w, "b": 1 - w}
+
+
+ENDS = {0.2: [4.0, 1.0], 0.5: [2.0, 2.0], 0.6: [2.5, 3.0], 0.8: [1.0, 4.0]}
+
+
+def points_of(ax, face: str | None = None) -> list[list[float]]:
+    """The markers that are filled, or hollow."""
+    found = [line for line in ax.get_lines() if line.get_marker() == "o"]
+    filled = [
+        line for line in found if (line.get_markerfacecolor() == "white") == (face == "white")
+    ]
+    return sorted(map(list, np.concatenate([line.get_xydata() for line in filled]).tolist()))
+
+
+def test_front_has_the_ends_of_the_runs_and_their_weights():
+    ax = plot.front([ended(two(w), losses) for w, losses in ENDS.items()])
+    np.testing.assert_allclose(points_of(ax), [[1, 4], [2, 2], [4, 1]])
+    np.testing.assert_allclose(points_of(ax, "white"), [[2.5, 3]])
+    found = {text.get_text(): text.xy for text in ax.texts}
+    expected = {f"{w:g} / {1 - w:.1g}": losses for w, losses in ENDS.items()}
+    assert found.keys() == expected.keys()
+    for text, losses in expected.items():
+        np.testing.assert_allclose(found[text], losses)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("loss a", "loss b")
+    assert legend_of(ax) == ["runs", "dominated", "equal weighted loss"]
+
+
+def test_the_line_through_a_point_has_the_same_weighted_loss_everywhere():
+    ax = plot.front([ended(two(w), losses) for w, losses in ENDS.items()])
+    short = [line.get_xydata() for line in ax.get_lines() if line.get_marker() == "None"]
+    assert len(short) == len(ENDS)
+    for ends, (w, losses) in zip(short, ENDS.items(), strict=True):
+        np.testing.assert_allclose(ends.mean(axis=0), losses)
+        np.testing.assert_allclose(ends @ [w, 1 - w], np.array(losses) @ [w, 1 - w])
+        assert np.abs(ends[1] - ends[0]).sum() > 0.1
+
+
+def test_runs_with_the_same_weights_are_one_point():
+    ax = plot.front([ended(two(0.5), [x, 4 - x]) for x in (1.0, 2.0, 3.0)])
+    np.testing.assert_allclose(points_of(ax), [[2, 2]])
+    (dots,) = [line for line in ax.get_lines() if line.get_marker() == "."]
+    np.testing.assert_allclose(dots.get_xydata(), [[1, 3], [2, 2], [3, 1]])
+
+
+def test_methods_share_axes():
+    ax = plot.front([ended(two(w), losses) for w, losses in ENDS.items()], label="one")
+    again = plot.front([ended(two(0.5), [1.9, 2.1])], label="other", ax=ax)
+    assert again is ax
+    assert legend_of(ax) == ["one", "dominated", "equal weighted loss", "other"]
+    markers = {line.get_marker() for line in ax.get_lines()} - {"None"}
+    assert markers == {"o", "s"}
+    # The name stands there already.
+    assert sum(text.get_text() == "0.5 / 0.5" for text in ax.texts) == 1
+
+
+def test_names_of_points_in_one_place_stand_below_each_other():
+    ax = plot.front([ended(two(w), [1.0, 1.0]) for w in (0.2, 0.5, 0.8)])
+    assert len({text.xyann for text in ax.texts}) == 3
+
+
+def test_points_may_be_given():
+    runs = [ended(two(w), losses) for w, losses in ENDS.items()]
+    points = torch.tensor(list(ENDS.values())) / 10
+    ax = plot.front(runs, points=points)
+    np.testing.assert_allclose(points_of(ax), [[0.1, 0.4], [0.2, 0.2], [0.4, 0.1]])
+    assert ax.get_xlabel() == "a"
+
+
+def test_of_three_objectives_domination_counts_all():
+    weights = [{"a": 0.2, "b": 0.3, "c": 0.5}, {"a": 0.3, "b": 0.2, "c": 0.5}]
+    runs = [ended(w, losses) for w, losses in zip(weights, [[1, 1, 2], [2, 2, 1]], strict=True)]
+    ax = plot.front(runs, objectives=("b", "a"))
+    np.testing.assert_allclose(points_of(ax), [[1, 1], [2, 2]])
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("loss b", "loss a")
+    assert legend_of(ax) == ["runs"]  # a projection has no lines of equal weighted loss
+    assert {text.get_text() for text in ax.texts} == {"0.2 / 0.3 / 0.5", "0.3 / 0.2 / 0.5"}
+
+
+def test_weights_are_those_at_the_end():
+    early, late = (torch.tensor(w, dtype=torch.float64) for w in ([0.9, 0.1], [0.3, 0.7]))
+    run = ended(two(0.5), [1.0, 2.0])
+    run = [dataclasses.replace(r, weights=late if k > 15 else early) for k, r in enumerate(run)]
+    assert [text.get_text() for text in plot.front([run]).texts] == ["0.3 / 0.7"]
+
+
+def test_absent_losses_do_not_count_at_the_end():
+    run = ended(two(0.5), [1.0, 2.0], steps=40)
+    gap = dataclasses.replace(run[-1], losses=torch.tensor([math.nan, 2.0], dtype=torch.float64))
+    run[-1] = gap
+    expected = np.mean([r.losses[0] for r in run[-4:-1]])
+    np.testing.assert_allclose(points_of(plot.front([run]))[0][0], expected)
+    for bad in (math.inf, -math.inf):
+        losses = torch.full([2], bad, dtype=torch.float64)
+        run[-2 if bad > 0 else -3] = dataclasses.replace(run[-2], losses=losses)
+        with pytest.raises(ValueError, match="`runs` must have finite losses"):
+            plot.front([run])
+
+
+# Errors
+
+
+def one_run() -> list[StepReport]:
+    return run_of(n=2)
+
+
+@pytest.mark.parametrize(
+    ("draw", "error", "message"),
+    [
+        (
+            lambda: plot.cosines([]),
+            ValueError,
+            "`log` must hold at least one step; got none. Keep `report` after each step, or let a "
+            "StepLogger do it.",
+        ),
+        (
+            lambda: plot.cosines([*run_of(m=2), *run_of(m=3)]),
+            ValueError,
+            "`log` must be one run; got the losses ['loss 0', 'loss 1'] and, in step 4, "
+            "['loss 0', 'loss 1', 'loss 2']. Draw each run by itself.",
+        ),
+        (
+            lambda: plot.overview(3),
+            TypeError,
+            "`log` must be the path of a StepLogger's file, what `read_steps` returns, or a "
+            "sequence of StepReports; got int.",
+        ),
+        (
+            lambda: plot.overview([0.5]),
+            TypeError,
+            "`log` must be the path of a StepLogger's file, what `read_steps` returns, or a "
+            "sequence of StepReports; got one with float in it.",
+        ),
+        (
+            lambda: plot.overview(one_run()[0]),
+            TypeError,
+            "`log` must be the path of a StepLogger's file, what `read_steps` returns, or a "
+            "sequence of StepReports; got StepReport.",
+        ),
+        (
+            lambda: plot.cosines(run_of(m=1)),
+            ValueError,
+            "`log` must hold two losses for a cosine; got ['loss 0']. Draw another picture.",
+        ),
+        (
+            lambda: plot.solution(run_of(method=LinearScalarization)),
+            ValueError,
+            "`log` must have p in at least one step; got none. The rule has no subproblem, or no "
+            "step was finite: draw `cosines` or `conflict_rate`.",
+        ),
+        (
+            lambda: plot.clip_angle(run_of(method=MGDA)),
+            ValueError,
+            "`log` must have a clip angle in at least one step; got none. CAGradClip alone clips: "
+            "draw `cosines` or `conflict_rate`.",
+        ),
+        (
+            lambda: plot.conflict_rate(
+                [report_of([[math.inf], [1.0]], [0.5, 0.5], nonfinite="skip")]
+            ),
+            ValueError,
+            "`log` must have an update in at least one step; got NaN or Inf in all of them. Look "
+            "for its cause in the losses.",
+        ),
+        (
+            lambda: plot.cosines(one_run(), window=0),
+            ValueError,
+            "`window` must be an integer of at least 1; got 0.",
+        ),
+        (
+            lambda: plot.front("steps.jsonl"),
+            TypeError,
+            "`runs` must be a sequence of logs, one for each run; got str. Put a single one into "
+            "a list.",
+        ),
+        (
+            lambda: plot.front([]),
+            ValueError,
+            "`runs` must hold at least one log; got none. Pass one for each run.",
+        ),
+        (
+            lambda: plot.front([one_run(), []]),
+            ValueError,
+            "`runs[1]` must hold at least one step; got none. Keep `report` after each step, or "
+            "let a StepLogger do it.",
+        ),
+        (
+            lambda: plot.front(one_run()),
+            TypeError,
+            "`runs[0]` must be the path of a StepLogger's file, what `read_steps` returns, or a "
+            "sequence of StepReports; got StepReport.",
+        ),
+        (
+            lambda: plot.front([run_of(m=2), run_of(m=3)]),
+            ValueError,
+            "`runs` must have the same losses; got ['loss 0', 'loss 1'] and, in runs[1], "
+            "['loss 0', 'loss 1', 'loss 2']. Draw them apart.",
+        ),
+        (
+            lambda: plot.front([run_of(m=1)]),
+            ValueError,
+            "`runs` must have two losses or more; got ['loss 0']. One has no trade-off.",
+        ),
+        (
+            lambda: plot.front([ended(two(0.5), [math.nan, 2.0])]),
+            ValueError,
+            "`runs` must have finite losses in the last tenth of their steps; got {'a': nan, "
+            "'b': 2.0} in runs[0]. Leave it out, or pass `points`.",
+        ),
+        (
+            lambda: plot.front([one_run()], points=[[1.0, 2.0, 3.0]]),
+            ValueError,
+            "`points` must be finite and of shape [1, 2], a row for each run and a column for each "
+            "loss; got [[1.0, 2.0, 3.0]].",
+        ),
+        (
+            lambda: plot.front([one_run()], objectives=("loss 0", "loss 0")),
+            ValueError,
+            "`objectives` must be two of ['loss 0', 'loss 1']; got ('loss 0', 'loss 0').",
+        ),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(draw, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        draw()
+
+
+def test_without_matplotlib_the_remedy_is_named(monkeypatch):
+    reports = one_run()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for draw in (*PICTURES, plot.overview, lambda log: plot.front([log])):
+        with pytest.raises(ImportError, match=r'Run `pip install "raco_optim\[plot\]"`\.$'):
+            draw(reports)
+
+
+# Axes and files
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+def test_own_axes_are_drawn_into_and_settings_left_alone(picture):
+    before = dict(matplotlib.rcParams)
+    left, right = Figure().subplots(1, 2)
+    assert picture(one_run(), ax=right) is right
+    assert right.lines and not left.lines
+    assert dict(matplotlib.rcParams) == before
+    assert (
+        "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+    )
+
+
+def test_legends_cover_no_data():
+    figure = plot.overview(run_of(m=3, n=8))
+    figure.canvas.draw()
+    for ax in figure.axes:
+        if ax.get_legend() is not None:
+            legend, box = ax.get_legend().get_window_extent(), ax.get_window_extent()
+            assert legend.y0 >= box.y1 - 1
+
+
+def test_names_are_text_whatever_is_in_them(tmp_path):
+    names = {"$x_1$": 0.5, "_hidden": 0.25, "long " * 20: 0.25}
+    reports = run_of(n=3, weights=names)
+    figure = plot.overview(reports)
+    assert legend_of(figure.axes[1])[:3] == ["$x_1$", "_hidden", "long long long long lon…"]
+    plot.save(figure, tmp_path / "names.svg")
+    ax = plot.front([reports], ax=Figure().subplots())
+    assert ax.get_xlabel() == "loss $x_1$"
+    texts = [ax.xaxis.label, *figure.axes[1].get_legend().get_texts()]
+    assert not any(text.get_parse_math() for text in texts)
+    plot.save(ax, tmp_path / "front.png")
+    names = {**{f"${i}": 0.2 for i in range(4)}, "_": 0.2}
+    figure = plot.overview(run_of(n=3, weights=names))
+    assert not any(text.get_parse_math() for text in figure.axes[0].get_yticklabels())
+    plot.save(figure, tmp_path / "rows.png")
+
+
+def test_pictures_are_saved_in_the_format_of_the_suffix(tmp_path):
+    ax = plot.cosines(one_run())
+    for name in ("a.png", "a.pdf", "a.svg", "new/a.PDF"):
+        plot.save(ax, tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"
+    for name in ("a.pdf", "new/a.PDF"):
+        data = (tmp_path / name).read_bytes()
+        assert data.startswith(b"%PDF") and b"/Type3" not in data
+    assert xml.etree.ElementTree.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
+    plot.save(Figure().subfigures(1, 2)[0].subplots(), str(tmp_path / "sub.png"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("a.pdf", "a.png", "a.svg", "new", "sub.png")
+    ]
+
+
+def test_pictures_that_cannot_be_written_are_refused(tmp_path):
+    ax = plot.cosines(one_run())
+    for name in ("a.xyz", "a", ".png"):
+        with pytest.raises(ValueError, match=r"^`path` must end in one of .*\.pdf.*; got '.*'\.$"):
+            plot.save(ax, tmp_path / name)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    for path, why in [
+        (tmp_path / "file" / "a.png", "File exists"),
+        (tmp_path / "folder.png", "Is a directory"),
+        (Path("/proc/a.png"), ""),
+    ]:
+        with pytest.raises(OSError) as raised:
+            plot.save(ax, path)
+        assert re.fullmatch(
+            rf"`path` must be a file that can be written; got '{path}' \({why}.*\)\. Choose "
+            rf"another\.",
+            str(raised.value),
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]

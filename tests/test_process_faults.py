@@ -1,0 +1,471 @@
+"""What goes wrong in one process: an error in all of them that names it, and nothing is changed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import os
+import signal
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from raco_optim import MGDA, CAGradClip, MultiObjectiveOptimizer
+from tests.ranks import Ranks, slices
+from tests.test_replicated import WEIGHTS, Model, batches, equal, losses_of, relative
+
+BAD = 1  # the process in which it goes wrong
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Ranks]:
+    """Not those of other tests, which a group that a failure left out of step would take along."""
+    with Ranks(2, seconds=20) as ranks:
+        yield ranks
+
+
+class InfiniteGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * float("inf")
+
+
+# --- Faults: each is given what a training loop has at hand, and calls `backward` ----------------
+
+
+def nan_loss(opt, model, losses, rank):
+    opt.backward(losses | {"b": losses["b"] * float("nan")} if rank == BAD else losses)
+
+
+def two_losses(opt, model, losses, rank):
+    """Here the one, there the other."""
+    name = "cb"[rank]
+    opt.backward(losses | {name: losses[name] / 0})
+
+
+def infinite_gradient(opt, model, losses, rank):
+    opt.backward(losses | {"b": InfiniteGradient.apply(losses["b"])} if rank == BAD else losses)
+
+
+def raises_in_a_callable(opt, model, losses, rank):
+    x, y = batches()[1]
+
+    def b():
+        return losses_of(model(x), y)["b"] if rank != BAD else 1 / 0
+
+    opt.backward({"a": lambda: losses_of(model(x), y)["a"], "b": b, "c": losses["c"]})
+
+
+def raises_in_the_pass(opt, model, losses, rank):
+    if rank == BAD:
+        torch.autograd.grad(losses["b"], model.heads["b"].weight)  # frees the graph
+    opt.backward(losses)
+
+
+def reaches_nothing(opt, model, losses, rank):
+    other = nn.Parameter(torch.ones(()))
+    opt.backward(losses | {"c": other * 2} if rank == BAD else losses)
+
+
+def too_few(opt, model, losses, rank):
+    if rank == BAD:
+        losses.pop("c")
+    opt.backward(losses)
+
+
+def all_absent(opt, model, losses, rank):
+    opt.backward(dict.fromkeys(losses))
+
+
+def other_weights(opt, model, losses, rank):
+    before = opt.weights
+    if rank == BAD:
+        opt.weights = {"a": 0.25, "b": 0.25, "c": 0.5}
+    try:
+        opt.backward(losses)
+    finally:
+        opt.weights = before
+
+
+def other_radius(opt, model, losses, rank):
+    opt.c = 0.4 + 0.1 * rank
+    try:
+        opt.backward(losses)
+    finally:
+        opt.c = 0.4
+
+
+def again(opt, losses, **settings):
+    CAGradClip(opt.optimizer, WEIGHTS, **settings).backward(losses)
+
+
+def other_mode(opt, model, losses, rank):
+    again(opt, losses, gram="ghost" if rank == BAD else "materialized")
+
+
+def other_schedule(opt, model, losses, rank):
+    again(opt, losses, solve_every=1 + rank)
+
+
+def other_shared(opt, model, losses, rank):
+    again(opt, losses, shared_parameters=model.trunk.parameters() if rank == BAD else None)
+
+
+def other_layer(opt, model, losses, rank):
+    again(opt, losses, gram=model.trunk[2 * rank].parameters())
+
+
+def resumed_here_alone(opt, model, losses, rank):
+    mine, other = (CAGradClip(opt.optimizer, WEIGHTS, solve_every=3) for _ in range(2))
+    gradients = [p.grad.clone() for p in model.parameters()]
+    mine.backward(losses_of(model(batches()[1][0]), batches()[1][1]))
+    for p, g in zip(model.parameters(), gradients, strict=True):
+        p.grad.copy_(g)
+    if rank == BAD:
+        other.load_state_dict(mine.state_dict())
+    other.backward(losses)
+
+
+def fails_in_the_rule(opt, model, losses, rank):
+    def rule(gram):
+        return gram.diagonal() / (1 / 0 if rank == BAD else 1.0)
+
+    MultiObjectiveOptimizer(opt.optimizer, rule).backward(losses)
+
+
+def other_handling(opt, model, losses, rank):
+    again(opt, losses, nonfinite="skip" if rank == BAD else "raise")
+
+
+def other_absent(opt, model, losses, rank):
+    again(opt, losses | {"c": None} if rank == BAD else losses, solve_every=2)
+
+
+def other_number(opt, model, losses, rank):
+    MGDA(opt.optimizer).backward(list(losses.values())[rank:])
+
+
+def frozen(opt, model, losses, rank):
+    model.trunk[0].bias.requires_grad_(rank != BAD)
+    try:
+        opt.backward(losses)
+    finally:
+        model.trunk[0].bias.requires_grad_(True)
+
+
+def other_values(opt, model, losses, rank):
+    """In a new optimizer: the values are compared by its first backward, also if that fails."""
+    theirs = CAGradClip(opt.optimizer, WEIGHTS)
+    with torch.no_grad():
+        kept = model.trunk[0].bias.clone()
+        model.trunk[0].bias[0] += 1e-7 * rank
+    try:
+        with pytest.raises((ValueError, RuntimeError)):
+            too_few(theirs, model, dict(losses), rank)
+        theirs.backward(losses)
+    finally:
+        with torch.no_grad():
+            model.trunk[0].bias.copy_(kept)
+
+
+def other_values_after_micro_batches(opt, model, losses, rank):
+    theirs = CAGradClip(torch.optim.SGD([x := nn.Parameter(torch.ones(3) * rank)], 0.1), [1.0])
+    for _ in range(rank):
+        theirs.backward([x.sum()], accumulate=True)
+    theirs.backward([x.sum()])
+
+
+def other_device(opt, model, losses, rank):
+    x = nn.Parameter(torch.ones(3, device="meta" if rank == BAD else "cpu"))
+    CAGradClip(torch.optim.SGD([x], 0.1), [0.5, 0.5]).backward([x.sum(), x.prod()])
+
+
+def other_dtype(opt, model, losses, rank):
+    x = nn.Parameter(torch.ones(3, dtype=torch.float64 if rank == BAD else torch.float32))
+    CAGradClip(torch.optim.SGD([x], 0.1), [0.5, 0.5]).backward([x.sum(), x.prod()])
+
+
+def other_form(opt, model, losses, rank):
+    x = nn.Parameter(torch.ones(3, 2) if rank == BAD else torch.ones(2, 3))
+    CAGradClip(torch.optim.SGD([x], 0.1), [0.5, 0.5]).backward([x.sum(), x.prod()])
+
+
+def not_sent_from_here(opt, model, losses, rank):
+    group = dist.new_group(backend="cuda:gloo")
+    again(opt, losses, process_group=group)
+
+
+def outside_of_the_group(opt, model, losses, rank):
+    group = dist.new_group([1 - BAD])
+    if rank == BAD:
+        again(opt, losses, process_group=group)
+    raise TypeError("holds this process; got one that does not")  # there is nothing wrong here
+
+
+# Fault -> the error everywhere, or here and elsewhere, and what it says.
+FAULTS = {
+    nan_loss: (FloatingPointError, "loss 'b' is NaN or Inf on rank 1. "),
+    two_losses: (FloatingPointError, "loss 'b' is NaN or Inf on rank 1. "),
+    infinite_gradient: (FloatingPointError, "the gradient of loss 'b' is NaN or Inf"),
+    raises_in_a_callable: (ZeroDivisionError, "rank 1: ZeroDivisionError: division by zero"),
+    raises_in_the_pass: (RuntimeError, "the backward pass of loss 'b' failed"),
+    reaches_nothing: (ValueError, "loss 'c' must depend on a parameter of the optimizer"),
+    too_few: (ValueError, "got the names ['a', 'b']"),
+    all_absent: (ValueError, "`losses` must hold at least one loss; got None for all of them."),
+    other_weights: (ValueError, "`weights` must be the same in all processes; got {'a': 0.5,"),
+    other_radius: (ValueError, "`c` must be the same in all processes; got 0.4 on rank 0, 0.5 on"),
+    other_mode: (ValueError, "`gram` must be the same in all processes; got 'materialized' on"),
+    other_schedule: (ValueError, "`solve_every` must be the same in all processes; got 1 on"),
+    other_shared: (ValueError, "`shared_parameters` must be the same in all processes; got 'all'"),
+    other_layer: (ValueError, "`gram` must be the same in all processes; got [0, 1] on rank 0"),
+    resumed_here_alone: (ValueError, "whether the Gram matrix is due must be the same in all"),
+    fails_in_the_rule: (ZeroDivisionError, "rank 1: ZeroDivisionError: division by zero"),
+    other_handling: (ValueError, "`nonfinite` must be the same in all processes; got 'raise' on"),
+    other_absent: (ValueError, "`losses` (None if absent) must be the same in all processes"),
+    other_number: (ValueError, "`losses` (None if absent) must be the same in all processes"),
+    frozen: (ValueError, "the parameters must be the same in all processes; got '10 with 341"),
+    other_values: (ValueError, "wrap it in DistributedDataParallel before the optimizer is built"),
+    other_values_after_micro_batches: (ValueError, "pass as `process_group` the group of those"),
+    other_device: (ValueError, "torch.float32 on cpu' on rank 0, '1 with 3 numbers, torch.float32"),
+    other_dtype: (ValueError, "torch.float32 on cpu' on rank 0, '1 with 3 numbers, torch.float64"),
+    other_form: (ValueError, "the values of the parameters must be the same in all processes"),
+    not_sent_from_here: (ValueError, "got parameters on cpu and a group of cuda:gloo. "),
+    outside_of_the_group: (TypeError, "holds this process; got one that does not"),
+}
+
+
+def state_of(opt, model):
+    """Copies of everything that a failed backward must leave alone."""
+    parameters = [p.detach().clone() for p in model.parameters()]
+    gradients = [p.grad.clone() for p in model.parameters()]
+    inner = [x for p in model.parameters() for x in opt.state[p].values()]
+    return parameters + gradients + copy.deepcopy(inner), opt.report.skipped
+
+
+def interrupted(rank, number, fault):
+    """A step, a fault, a step; returns what was raised, whether nothing changed, and the end."""
+    torch.manual_seed(0)
+    model = Model()
+    opt = CAGradClip(torch.optim.AdamW(model.parameters(), lr=1e-2), WEIGHTS, c=0.4)
+    raised, kept = None, True
+    for t in range(3):
+        x, y = batches()[t] if rank is None else slices(batches()[t], rank, number)
+        losses = losses_of(model(x), y)
+        if t == 1 and rank is not None:
+            before, skipped = state_of(opt, model)
+            try:
+                fault(opt, model, dict(losses), rank)
+            except Exception as error:
+                raised = type(error), str(error)
+            after, skipped_now = state_of(opt, model)
+            kept = equal(before, after) and skipped == skipped_now
+        elif t != 1:
+            opt.zero_grad()
+            opt.backward(losses)
+            opt.step()
+    return raised, kept, [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_error_in_one_process_is_one_in_all(two_ranks: Ranks, fault) -> None:
+    kind, text = FAULTS[fault]
+    results = two_ranks.run(interrupted, 2, fault)
+    expected = interrupted(None, 1, None)[2]
+    kinds = [raised[0] for raised, _, _ in results]
+    assert kinds[BAD] is kind
+    assert kinds[1 - BAD] in (kind, RuntimeError)
+    for rank, (raised, kept, found) in enumerate(results):
+        assert kept
+        assert equal(found, results[0][2])
+        assert relative(found, expected) < 1e-5
+        if rank == BAD and kind is ZeroDivisionError:
+            assert "division by zero" in raised[1]
+        else:
+            assert text in raised[1]
+    if kinds[1 - BAD] is RuntimeError and kind is not RuntimeError:
+        assert "another process failed, and nothing was changed here. rank 1: " in results[0][0][1]
+
+
+def in_the_second_pair(rank):
+    """What the processes 2 and 3 raise, a group of their own; the others train on."""
+    model = Model()
+    for p in model.parameters():
+        nn.init.ones_(p)
+    group = dist.new_subgroups(group_size=2)[0]
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    opt = CAGradClip(adamw, WEIGHTS, c=0.4, process_group=group)
+    raised = []
+    for fault in (nan_loss, raises_in_a_callable, other_radius, too_few):
+        losses = losses_of(model(batches()[0][0]), batches()[0][1])
+        try:
+            if rank < 2:
+                opt.backward(losses)
+            else:
+                fault(opt, model, losses, rank - 2)
+        except Exception as error:
+            raised.append(str(error))
+    return raised
+
+
+def test_processes_are_called_as_the_launcher_calls_them(four_ranks: Ranks) -> None:
+    first, second, third, _ = four_ranks.run(in_the_second_pair)
+    assert first == second == []
+    nan, in_callable, radius, few = third
+    assert "loss 'b' is NaN or Inf on rank 3. " in nan
+    assert "rank 3: ZeroDivisionError: division by zero" in in_callable
+    assert "got 0.4 on rank 2, 0.5 on rank 3. " in radius
+    assert "rank 3: ValueError: `losses` must be" in few
+
+
+def drawn_at_random(rank):
+    torch.manual_seed(rank)
+    x = nn.Parameter(torch.zeros(4))
+
+    def rule(gram):
+        return torch.rand(len(gram), dtype=torch.float64)
+
+    opt = MultiObjectiveOptimizer(torch.optim.SGD([x], lr=1.0), rule)
+    opt.backward([x.sum(), 2 * x.sum()])
+    return x.grad, opt.report.coefficients
+
+
+def test_a_rule_that_draws_at_random_draws_once_for_all(two_ranks: Ranks) -> None:
+    (grad, alpha), (other, theirs) = two_ranks.run(drawn_at_random)
+    assert torch.equal(alpha, theirs)
+    assert torch.equal(grad, other)
+    assert torch.allclose(grad.double(), (alpha[0] + 2 * alpha[1]).expand(4))
+
+
+class Held:
+    """Stands for the graph that a callable holds."""
+
+
+def what_is_left(rank):
+    torch.manual_seed(0)
+    model = Model()
+    opt = CAGradClip(torch.optim.AdamW(model.parameters(), lr=1e-2), WEIGHTS, c=0.4)
+    held = Held()
+    left = weakref.ref(held)
+
+    def b(held=held):
+        return 1 / 0 if rank == BAD else losses_of(model(batches()[0][0]), batches()[0][1])["b"]
+
+    gc.collect()
+    gc.disable()  # memory of an accelerator is to be free at once
+    try:
+        with pytest.raises((ZeroDivisionError, RuntimeError)):
+            opt.backward({"a": None, "b": b, "c": None})
+        del b, held
+        return left() is None
+    finally:
+        gc.enable()
+
+
+def test_an_error_that_was_caught_keeps_no_graph(two_ranks: Ranks) -> None:
+    assert two_ranks.run(what_is_left) == [True, True]
+
+
+def leaves_out(rank, number, fault):
+    """A step with nonfinite="skip" while something is NaN in one process."""
+    torch.manual_seed(0)
+    model = Model()
+    opt = CAGradClip(torch.optim.AdamW(model.parameters(), lr=1e-2), WEIGHTS, nonfinite="skip")
+    for t in range(3):
+        x, y = batches()[t] if rank is None else slices(batches()[t], rank, number)
+        losses = losses_of(model(x), y)
+        opt.zero_grad()
+        if t == 1 and rank is not None:
+            fault(opt, model, losses, rank)
+            assert all(p.grad is None for p in model.parameters())
+        elif t != 1:
+            opt.backward(losses)
+        opt.step()
+    return [p.detach() for p in model.parameters()], opt.report.skipped
+
+
+@pytest.mark.parametrize("fault", [nan_loss, infinite_gradient], ids=lambda fault: fault.__name__)
+def test_what_is_not_finite_in_one_process_is_left_out_in_all(two_ranks: Ranks, fault) -> None:
+    expected, _ = leaves_out(None, 1, None)
+    results = two_ranks.run(leaves_out, 2, fault)
+    for found, skipped in results:
+        assert skipped == 1
+        assert equal(found, results[0][0])
+        assert relative(found, expected) < 1e-5
+
+
+# --- A process that is gone ----------------------------------------------------------------------
+
+
+def end(how):
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def left_alone(rank, number, how, when):
+    """A step; then one process ends, and the others are to hear of it in the next backward."""
+    torch.manual_seed(0)
+    model = Model()
+    opt = CAGradClip(torch.optim.AdamW(model.parameters(), lr=1e-2), WEIGHTS)
+    x, y = slices(batches()[0], rank, number)
+    opt.backward(losses_of(model(x), y))
+    opt.step()
+    before, _ = state_of(opt, model)
+
+    def b():
+        if rank == BAD:
+            end(how)
+        return losses_of(model(x), y)["b"]
+
+    losses = losses_of(model(x), y)
+    if when == "in a pass":
+        losses = {"a": lambda: losses_of(model(x), y)["a"], "b": b, "c": losses["c"]}
+    elif how == "finished":
+        if rank == BAD:
+            return None
+    elif rank == BAD:
+        end(how)
+    try:
+        opt.backward(losses)
+    except RuntimeError as error:
+        after, _ = state_of(opt, model)
+        dist.destroy_process_group()  # as at the end of the process, which lets others know
+        return equal(before, after), str(error)
+
+
+def check_all_heard_of_it(results):
+    for rank, result in enumerate(results):
+        if rank != BAD:
+            unchanged, message = result
+            assert unchanged
+            assert f"rank {rank} lost contact with the other processes" in message
+            assert "Restart from the last checkpoint" in message
+
+
+@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("when", ["between steps", "in a pass"])
+def test_a_killed_process_ends_the_others(number: int, when: str) -> None:
+    with Ranks(number) as ranks:
+        check_all_heard_of_it(ranks.outcomes(left_alone, number, "killed", when))
+        ranks.processes[BAD].join()
+        assert ranks.processes[BAD].exitcode == -signal.SIGKILL
+
+
+def test_a_process_that_does_not_come_in_time_ends_the_others() -> None:
+    cases = [("stopped", "between steps"), ("stopped", "in a pass"), ("finished", "between steps")]
+    with contextlib.ExitStack() as stack:
+        groups = [stack.enter_context(Ranks(2, seconds=5)) for _ in cases]
+        for ranks, (how, when) in zip(groups, cases, strict=True):
+            ranks.start(left_alone, 2, how, when)
+        for ranks in groups:
+            check_all_heard_of_it([ranks.result(1 - BAD), None])
+            ranks.processes[BAD].kill()

@@ -1,0 +1,407 @@
+"""A log says what the optimizer said, to the last bit, whatever happens to the process."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from raco_optim import (
+    MGDA,
+    CAGradClip,
+    LinearScalarization,
+    MultiObjectiveOptimizer,
+    Outcome,
+    StepLogger,
+    StepReport,
+    read_steps,
+)
+from tests.ranks import Ranks
+
+NAMES = ("a", "b")
+NO_VALUE = (NotImplementedError, RuntimeError)  # of the meta device, where nothing can be read
+
+
+def make(method=CAGradClip, weights=(0.2, 0.8), **kwargs):
+    x = nn.Parameter(torch.tensor([2.0, 3.0]))
+    inner = torch.optim.SGD([x], 0.01)
+    if method is MultiObjectiveOptimizer:
+        return x, method(inner, lambda gram: gram.new_ones(2), weights=weights, **kwargs)
+    return x, method(inner, weights, **kwargs)
+
+
+def step(x: Tensor, opt: MultiObjectiveOptimizer, t: int = 0) -> None:
+    opt.zero_grad()
+    opt.backward([(x[0] - 2 * x[1] + t).square(), (x[0] * x[1] - t).square()])
+    opt.step()
+
+
+def write(path: Path, steps: int = 3, **kwargs) -> list[StepReport]:
+    """Logs some steps, and returns what `report` said of them."""
+    x, opt = make()
+    reports = []
+    with StepLogger(path, **kwargs) as logger:
+        for t in range(steps):
+            step(x, opt, t)
+            logger.log(opt)
+            reports.append(opt.report)
+    return reports
+
+
+def bits(report: StepReport) -> list[object]:
+    """All of a report, so that -0.0 and types are told apart, and every NaN is the same."""
+    found: list[object] = []
+    for field in dataclasses.fields(report):
+        value = getattr(report, field.name)
+        if isinstance(value, Tensor):
+            value = value.where(~value.isnan(), math.nan)
+            value = (value.dtype, value.device.type, value.shape, value.numpy().tobytes())
+        elif isinstance(value, float):
+            value = "nan" if math.isnan(value) else value.hex()
+        found.append((field.name, type(value), value))
+    return found
+
+
+def strictly(line: str) -> object:
+    """Reads JSON as its standard has it, without NaN and Infinity."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+@pytest.mark.parametrize(
+    ("method", "kwargs"),
+    [
+        (CAGradClip, {}),
+        (CAGradClip, {"solve_every": 3}),
+        (CAGradClip, {"solver": "pgd", "nonfinite": "propagate"}),
+        (MGDA, {}),
+        (LinearScalarization, {}),
+        (MultiObjectiveOptimizer, {}),
+    ],
+)
+def test_reports_come_back_to_the_last_bit(tmp_path, method, kwargs):
+    x, opt = make(method, **kwargs)
+    expected = []
+    with StepLogger(tmp_path / "steps.jsonl") as logger:
+        for t in range(5):
+            step(x, opt, t)
+            logger.log(opt)
+            expected.append(opt.report)
+    log = read_steps(tmp_path / "steps.jsonl")
+    assert log.steps == (0, 1, 2, 3, 4)
+    assert [bits(report) for report in log.reports] == [bits(report) for report in expected]
+    lines = (tmp_path / "steps.jsonl").read_text().splitlines()
+    assert [strictly(line)["step"] for line in lines[1:]] == list(log.steps)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+def test_what_is_not_finite_is_valid_json_and_comes_back(tmp_path, nonfinite, bad):
+    x, opt = make(weights={"a": 0.5, "b": 0.25, "ç": 0.25}, nonfinite=nonfinite)
+    expected = []
+    with StepLogger(tmp_path / "steps.jsonl") as logger:
+        for factor in (1.0, bad):
+            opt.zero_grad()
+            opt.backward({"a": x[0] * factor, "b": x @ x, "ç": None})
+            opt.step()
+            logger.log(opt)
+            expected.append(opt.report)
+    reports = read_steps(tmp_path / "steps.jsonl").reports
+    assert [bits(report) for report in reports] == [bits(report) for report in expected]
+    assert reports[1].outcome in (Outcome.SKIPPED, Outcome.NONFINITE)
+    assert reports[1].absent == ("ç",)
+    for line in (tmp_path / "steps.jsonl").read_text().splitlines():
+        strictly(line)
+
+
+def test_a_step_is_in_the_file_before_the_next_begins(tmp_path):
+    x, opt = make()
+    logger = StepLogger(tmp_path / "new" / "folder" / "steps.jsonl")
+    for t in range(3):
+        step(x, opt, t)
+        logger.log(opt)
+        log = read_steps(tmp_path / "new" / "folder" / "steps.jsonl")
+        assert bits(log.reports[-1]) == bits(opt.report)
+        assert len(log.steps) == t + 1
+    logger.close()
+
+
+def test_a_log_that_was_cut_anywhere_is_read_and_goes_on(tmp_path):
+    expected = [bits(report) for report in write(tmp_path / "whole.jsonl", steps=2)]
+    data = (tmp_path / "whole.jsonl").read_bytes()
+    ends = [i for i, byte in enumerate(data) if byte == ord("\n")]
+    path = tmp_path / "steps.jsonl"
+    for cut in sorted({*range(0, len(data), 7), *(i + k for i in ends for k in (-1, 0, 1))}):
+        path.write_bytes(data[:cut])
+        whole = sum(cut >= end for end in ends) - 1  # a line is whole without its newline
+        if whole > 0:
+            found = read_steps(path)
+            assert [bits(report) for report in found.reports] == expected[:whole]
+        else:
+            with pytest.raises(ValueError, match="must be a log with at least one step"):
+                read_steps(path)
+        more = write(path, steps=1, resume=True)
+        found = read_steps(path)
+        after = expected[: max(0, whole)] + [bits(more[0])]
+        assert [bits(report) for report in found.reports] == after
+        assert found.steps == tuple(range(len(after)))
+        assert whole < 0 or found.run == json.loads(data[: ends[0]])["run"]
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_replaces_what_was_beyond_it(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    before = write(path, steps=5, resume=True)  # there is nothing to go on with yet
+    run = read_steps(path).run
+    x, opt = make()
+    with StepLogger(path, resume=True) as logger:
+        for t in (3, 7):
+            step(x, opt, t)
+            logger.log(opt, step=t)
+    log = read_steps(path)
+    assert log.steps == (0, 1, 2, 3, 7)
+    assert log.run == run
+    assert [bits(r) for r in log.reports[:3]] == [bits(r) for r in before[:3]]
+    assert bits(log.reports[4]) == bits(opt.report)
+    write(path, steps=1, resume=True)
+    assert read_steps(path).steps == (0, 1, 2, 3, 7, 8)
+
+
+def test_a_step_is_logged_once(tmp_path):
+    x, opt = make()
+    with StepLogger(tmp_path / "steps.jsonl") as logger:
+        logger.log(opt)  # no backward yet
+        assert not (tmp_path / "steps.jsonl").exists()
+        for _ in range(2):
+            opt.zero_grad()
+            for k in range(3):
+                opt.backward([x[0], x[1]], accumulate=k < 2)
+                logger.log(opt)
+            opt.step()
+            logger.log(opt)
+    assert read_steps(tmp_path / "steps.jsonl").steps == (0, 1)
+
+
+def test_the_optimizer_may_be_inside_a_wrapper(tmp_path):
+    class Wrapper:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    x, opt = make()
+    with StepLogger(str(tmp_path / "steps.jsonl")) as logger:
+        step(x, opt)
+        logger.log(Wrapper(Wrapper(opt)))
+        with pytest.raises(TypeError, match="`optimizer` must be a MultiObjectiveOptimizer"):
+            logger.log(torch.optim.SGD([x], 0.1))
+    assert bits(read_steps(tmp_path / "steps.jsonl").reports[0]) == bits(opt.report)
+
+
+def test_nothing_is_read_from_a_device_until_a_hundred_steps_are_under_way(tmp_path):
+    """On the meta device whatever reads a value raises; see tests/test_no_sync.py."""
+    with torch.device("meta"):
+        x = nn.Parameter(torch.empty(2))
+    kept = torch.ones(2, dtype=torch.float64, device="meta")
+    opt = MultiObjectiveOptimizer(torch.optim.SGD([x], 0.1), lambda _: kept, nonfinite="propagate")
+    logger = StepLogger(tmp_path / "steps.jsonl")
+    for _ in range(100):
+        opt.zero_grad()
+        opt.backward([x[0], x[1]])
+        logger.log(opt)
+    with pytest.raises(NO_VALUE):
+        _ = opt.report
+    opt.backward([x[0], x[1]])
+    with pytest.raises(NO_VALUE):
+        logger.log(opt)
+    with pytest.raises(NO_VALUE):
+        logger.close()
+    with pytest.raises(ZeroDivisionError), StepLogger(tmp_path / "other.jsonl") as other:
+        opt.backward([x[0], x[1]])
+        other.log(opt)
+        _ = 1 / 0  # says more than what closing the log raises
+
+
+def test_a_full_disk_leaves_whole_lines_and_loses_nothing(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    x, opt = make()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with StepLogger(path) as logger:
+        step(x, opt)
+        logger.log(opt)
+        size = path.stat().st_size
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, hard))
+            step(x, opt, 1)
+            with pytest.raises(OSError, match="`path` must be a file that can be written; got "):
+                logger.log(opt)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert path.stat().st_size == size
+        step(x, opt, 2)
+        logger.log(opt)
+    assert read_steps(path).steps == (0, 1, 2)
+    assert bits(read_steps(path).reports[2]) == bits(opt.report)
+
+
+def test_two_writers_of_one_file_are_noticed(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    x, opt = make()
+    with StepLogger(path) as first, StepLogger(path, resume=True) as second:
+        for logger in (first, second):
+            step(x, opt)
+            logger.log(opt)
+        step(x, opt)
+        with pytest.raises(OSError, match="`path` must be written by one process at a time; got "):
+            first.log(opt)
+        second.log(opt)
+        with pytest.raises(OSError):
+            first.close()
+    assert read_steps(path).steps == (0, 1, 2)
+
+
+def log_on(rank: int, path: str, alone: bool) -> list[object]:
+    """Trains on a rank's own batch, and returns what the report said."""
+    x = nn.Parameter(torch.tensor([2.0, 3.0]))
+    group = dist.new_subgroups(group_size=1)[0] if alone else None
+    opt = CAGradClip(torch.optim.SGD([x], 0.1), [0.2, 0.8], process_group=group)
+    reports = []
+    with StepLogger(path.format(rank=rank)) as logger:
+        for t in range(3):
+            step(x, opt, t + rank)
+            logger.log(opt)
+            reports.append(bits(opt.report))
+    return reports
+
+
+def test_of_several_processes_the_first_one_of_the_group_writes(tmp_path, two_ranks: Ranks):
+    reports = two_ranks.run(log_on, f"{tmp_path}/together.jsonl", False)
+    log = read_steps(tmp_path / "together.jsonl")
+    assert [bits(report) for report in log.reports] == reports[0] == reports[1]
+    reports = two_ranks.run(log_on, f"{tmp_path}/rank{{rank}}.jsonl", True)
+    for rank in range(2):
+        log = read_steps(tmp_path / f"rank{rank}.jsonl")
+        assert [bits(report) for report in log.reports] == reports[rank]
+    assert reports[0] != reports[1]
+
+
+def test_the_logger_says_what_is_wrong(tmp_path):
+    x, opt = make()
+    step(x, opt)
+    there = tmp_path / "there.jsonl"
+    write(there, steps=1)
+    data = there.read_bytes()
+    with pytest.raises(FileExistsError) as raised:
+        StepLogger(there).log(opt)
+    assert str(raised.value) == (
+        f"`path` must be a new file; got {str(there)!r}, which exists. Choose another, or pass "
+        f"resume=True to go on with the run that it holds."
+    )
+    for unwritable, why in [
+        (there / "below.jsonl", "File exists"),
+        (tmp_path, "Is a directory"),
+        (Path(os.devnull), "Invalid argument"),
+    ]:
+        with pytest.raises(OSError) as raised:
+            StepLogger(unwritable, resume=True).log(opt)
+        assert str(raised.value) == (
+            f"`path` must be a file that can be written; got {str(unwritable)!r} ({why}). Make "
+            f"room, or choose another."
+        )
+    assert there.read_bytes() == data
+    logger = StepLogger(tmp_path / "new.jsonl")
+    for wrong in (-1, 1.0, True):
+        with pytest.raises(ValueError, match=f"at least 0, above the last one; got {wrong}"):
+            logger.log(opt, step=wrong)
+    logger.log(opt, step=5)
+    step(x, opt)
+    with pytest.raises(ValueError, match="`step` must be an integer of at least 6, .*; got 5"):
+        logger.log(opt, step=5)
+    logger.close()
+    logger.close()
+    with pytest.raises(ValueError, match="`log` must be called before `close`; got .* resume=True"):
+        logger.log(opt)
+    assert read_steps(tmp_path / "new.jsonl").steps == (5,)
+
+
+HEADER = '{"raco_optim": "step log", "version": 1, "run": "x"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "must be a log with at least one step; got {}, which has none. Call `log` of a"),
+        (HEADER.encode(), "must be a log with at least one step; got {}"),
+        (b"notes\nof mine\n", "must be a log of a StepLogger; got {}, whose line 1 is not one of"),
+        (b"notes without an end", "must be a log of a StepLogger; got {}, whose line 1"),
+        (b"[1]\n", "must be a log of a StepLogger; got {}, whose line 1"),
+        (b'{"step": 0}\n', "must be a log of a StepLogger; got {}, whose line 1"),
+        (b'{"raco_optim": "step log"}\n', "must be a log of a StepLogger; got {}, whose line 1"),
+        (bytes(range(256)), "must be a log of a StepLogger; got {}, whose line 1"),
+        (HEADER.encode() + b"\n", "must be a log of a StepLogger; got {}, whose line 2"),
+        (HEADER.encode() + b'{"step": 0}\n', "must be a log of a StepLogger; got {}, whose line 2"),
+        (HEADER.replace("1", "2").encode(), "must be a log of version 1 or older; got version 2"),
+    ],
+)
+def test_what_is_no_log_is_refused_and_left_alone(tmp_path, content, message):
+    path = tmp_path / "steps.jsonl"
+    path.write_bytes(content)
+    message = re.escape(f"`path` {message}".format(repr(str(path))))
+    with pytest.raises(ValueError, match=f"^{message}"):
+        read_steps(path)
+    if "at least one step" not in message.replace("\\", ""):
+        x, opt = make()
+        step(x, opt)
+        with (
+            pytest.raises(ValueError, match=f"^{message}"),
+            StepLogger(path, resume=True) as logger,
+        ):
+            logger.log(opt)
+        assert path.read_bytes() == content
+
+
+def test_a_damaged_line_is_refused(tmp_path):
+    write(tmp_path / "good.jsonl", steps=2)
+    head, first, second = (tmp_path / "good.jsonl").read_text().splitlines()
+    entry = json.loads(first)
+    damages = [
+        {"gram": [[1.0]]},
+        {"weights": [1.0, "one"]},
+        {"outcome": "FINE"},
+        {"losses": None},
+        {"names": 3},
+    ]
+    for damage in damages:
+        path = tmp_path / "bad.jsonl"
+        path.write_text("\n".join([head, json.dumps(entry | damage), second, ""]))
+        with pytest.raises(ValueError, match="whose line 2 is not one of its lines"):
+            read_steps(path)
+
+
+def test_runs_that_were_mixed_are_refused(tmp_path):
+    for name in "ab":
+        write(tmp_path / name, steps=2)
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_bytes((tmp_path / "a").read_bytes() + (tmp_path / "b").read_bytes())
+    with pytest.raises(ValueError) as raised:
+        read_steps(mixed)
+    assert str(raised.value) == (
+        f"`path` must be the log of one run; got {str(mixed)!r}, where another one begins at line "
+        f"4. Log each run to a file of its own."
+    )
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
+    with pytest.raises(OSError) as raised:
+        read_steps(tmp_path / "missing.jsonl")
+    path = str(tmp_path / "missing.jsonl")
+    assert str(raised.value) == (
+        f"`path` must be a file that can be read; got {path!r} ({os.strerror(2)})."
+    )
