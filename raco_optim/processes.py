@@ -143,6 +143,7 @@ class Processes:
                 + " and ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
             ),
             "`shared_parameters`": "all" if all(shared) else [j for j, s in enumerate(shared) if s],
+            "`gram`": mode if isinstance(mode, str) else _positions(parameters, mode),
         }
         if not self._compared:
             own = [p for p in trained if type(p) in (Tensor, Parameter)]
