@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from raco_optim.combine import LOW_PRECISION, add_gradient, as_scales, combination
-from raco_optim.gradients import Gradient, check_losses, iterate_gradients
+from raco_optim.gradients import Gradient, iterate_gradients
 from raco_optim.gram import gram_matrix
 from raco_optim.graph import Lookup, Product, Uses, find_uses
 from raco_optim.materialized import Gradients, Memory
@@ -154,7 +154,6 @@ def collect(
     memory: Memory | None = None,
 ) -> GhostGradients:
     """Computes the output gradients of shared layers for which that is cheaper, and the rest."""
-    check_losses(losses, parameters, names)
     try:
         found = {
             j: uses

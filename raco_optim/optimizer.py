@@ -16,7 +16,7 @@ from raco_optim import _checks as checks
 from raco_optim import step as stages
 from raco_optim.gradients import check_losses
 from raco_optim.materialized import Gradients, Memory
-from raco_optim.processes import Processes
+from raco_optim.processes import Processes, is_sharded
 from raco_optim.report import StepReport
 from raco_optim.schedule import Schedule
 from raco_optim.step import MODES, NONFINITE, Mode, NonFinite, Rule, Step
@@ -258,7 +258,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         accumulate: bool,
     ) -> tuple[tuple[str, ...], list[Any], list[str | None]]:
         """Returns names, losses in their order, and names with None for the absent ones."""
-        sharded, pending = stages.is_sharded(parameters), self._pending
+        sharded, pending = is_sharded(parameters), self._pending
         exact = self._mode in stages.EXACT and self._schedule.every == 1
         facts = self._processes.facts(parameters, shared, self._mode) | self._settings()
         # A micro-batch that sends nothing may fail without the other processes.

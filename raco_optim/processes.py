@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,21 @@ _REMEDIES = {
         "torch.distributed.new_subgroups(group_size=1)[0])."
     ),
 }
+
+
+def launched() -> int:
+    """Returns how many processes torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+
+
+def is_sharded(parameters: Sequence[Tensor]) -> bool:
+    """Whether there is a `DTensor` among the parameters (FSDP2, tensor parallelism)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    # Not above: it takes half a second, and needs a torch that was built with it.
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) for p in parameters)
 
 
 class Processes:

@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raco_optim._checks import check_any_present
 from raco_optim.combine import LOW_PRECISION, add_gradient, as_scales, combination
 from raco_optim.gradients import Found, Gradient
 from raco_optim.materialized import Gradients
@@ -187,7 +186,6 @@ def collect(
             del failure  # a cycle with its traceback would keep the graph
     gram = gram.reshape(len(names), -1)
     values, where = processes.unpack(losses)
-    check_any_present(values)
     return ReplicatedGradients(
         names,
         values,

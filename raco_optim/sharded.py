@@ -26,13 +26,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from raco_optim import materialized
 from raco_optim.combine import stashed_gradients
 from raco_optim.gradients import Found, Loss, check_loss, check_losses, failed_pass
 from raco_optim.materialized import Gradients
@@ -48,17 +49,15 @@ _BROKEN = (
 class ShardedGradients(Gradients):
     """This process's shards of the gradients; losses and products are those of all processes."""
 
-    products: Tensor | None = None
-    others: Tensor | None = None
+    products: Tensor = field(kw_only=True)
+    others: Tensor = field(kw_only=True)
 
     def gram(self, shared: Sequence[bool]) -> Tensor:  # known since the messages were exchanged
         """Returns the Gram matrix of the shared part, ``[m, m]``, float64."""
-        assert self.products is not None
         return self.products
 
     def finite(self, shared: Sequence[bool]) -> Tensor:
         """Returns what is finite where the other part is, one number per loss, ``[m]``."""
-        assert self.others is not None
         return self.others
 
 
@@ -122,10 +121,7 @@ def collect(
             `processes` lacks some that hold a part.
     """
     layouts = _layouts(parameters, processes)
-    gathered = ShardedGradients(names, [], [])
-    for value, row in found:
-        gathered.values.append(value)
-        gathered.rows.append(row)
+    gathered = materialized.collect(names, found)
     shards = Gradients(names, gathered.values, [[_local(g) for g in row] for row in gathered.rows])
     device, m, number = parameters[0].device, len(names), processes.number
     gram = torch.zeros(m, m, dtype=torch.float64, device=device)
@@ -139,10 +135,11 @@ def collect(
     if norms:
         _check_equal(norms, names, processes)
     message = [gram, shards.finite(shared), *processes.pack(gathered.values)]
-    gram, gathered.others, *losses = processes.sum(message, device)
-    gathered.values, gathered.where = processes.unpack(losses)
-    gathered.products = gram.reshape(m, m)
-    return gathered
+    gram, others, *losses = processes.sum(message, device)
+    values, where = processes.unpack(losses)
+    return ShardedGradients(
+        names, values, gathered.rows, where=where, products=gram.reshape(m, m), others=others
+    )
 
 
 @dataclass(frozen=True)

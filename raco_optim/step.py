@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from raco_optim import ghost, materialized, replicated, surrogate
+from raco_optim._checks import check_any_present
 from raco_optim.coefficients import MixingCoefficients
 from raco_optim.gradients import Found, Loss, iterate_gradients
 from raco_optim.materialized import Gradients, Memory, add_pending
-from raco_optim.processes import Processes
+from raco_optim.processes import Processes, is_sharded
 from raco_optim.report import StepReport, make_report
 
 Rule = Callable[[Tensor], Tensor | MixingCoefficients]
@@ -77,16 +77,6 @@ class Step:
     age: int = 0
 
 
-def is_sharded(parameters: Sequence[Tensor]) -> bool:
-    """Whether there is a `DTensor` among the parameters (FSDP2, tensor parallelism)."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
-    # Not above: it takes half a second, and needs a torch that was built with it.
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(p, DTensor) for p in parameters)
-
-
 def collect(
     mode: Mode | list[Tensor],
     names: tuple[str, ...],
@@ -121,16 +111,18 @@ def collect(
         return surrogate.collect(names, tensors, mode, "gram", processes)
     if representation is not None:
         return surrogate.collect(names, tensors, [representation], "representation", processes)
-    if is_sharded(parameters):
+    cut = is_sharded(parameters)
+    if mode == "ghost" and complete and pending is None and not (processes.several or cut):
+        return ghost.collect(names, tensors, parameters, shared, memory)
+    found = _iterate_gradients(names, losses, parameters, pending, processes)
+    if cut:
         from raco_optim import sharded
 
-        rows = sharded.iterate_gradients(losses, parameters, names, processes)
-        found = add_pending(rows, pending)
         return sharded.collect(names, found, parameters, shared, processes)
-    if mode == "ghost" and complete and pending is None and not processes.several:
-        return ghost.collect(names, tensors, parameters, shared, memory)
-    found = add_pending(iterate_gradients(losses, parameters, names), pending)
-    return average(names, found, parameters, shared, memory, processes)
+    gradients = average(names, found, parameters, shared, memory, processes)
+    if processes.several:  # a loss that is absent here may be there
+        check_any_present(gradients.values)
+    return gradients
 
 
 def average(
@@ -155,13 +147,22 @@ def accumulate(
     processes: Processes,
 ) -> Gradients:
     """Computes the gradients of a micro-batch, and adds the pending ones."""
-    if is_sharded(parameters):
-        from raco_optim import sharded
+    found = _iterate_gradients(names, losses, parameters, pending, processes)
+    return materialized.collect(names, found, keep=True)
 
-        found = sharded.iterate_gradients(losses, parameters, names, processes)
-    else:
-        found = iterate_gradients(losses, parameters, names)
-    return materialized.collect(names, add_pending(found, pending), keep=True)
+
+def _iterate_gradients(
+    names: tuple[str, ...],
+    losses: list[Loss | None],
+    parameters: list[Tensor],
+    pending: Gradients | None,
+    processes: Processes,
+) -> Iterator[Found]:
+    if not is_sharded(parameters):
+        return add_pending(iterate_gradients(losses, parameters, names), pending)
+    from raco_optim import sharded
+
+    return add_pending(sharded.iterate_gradients(losses, parameters, names, processes), pending)
 
 
 def solve(

@@ -62,7 +62,7 @@ INNER_MAY_IMPORT = {
     "integrations": LEAVES
     | {"simplex", "coefficients", "per_example", "gradients", "materialized", "processes", "step"}
     | {"alignment"},
-    "cli": {"_checks", "pareto", "integrations"},
+    "cli": {"_checks", "pareto", "processes", "integrations"},
     "plot": LEAVES | {"pareto", "step_log"},
 }
 INNER_MAY_IMPORT_OPTIONAL = {"integrations": {"datasets", "trl"}}

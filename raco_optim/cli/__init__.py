@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 from raco_optim.cli.environment import version_of
 from raco_optim.cli.errors import OneLineErrors, UsageError
-from raco_optim.cli.processes import is_first, number_of_processes
+from raco_optim.cli.processes import is_first
+from raco_optim.processes import launched
 
 COMMANDS = {
     "align": "train a language model on several preferences at once",
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         options = _parser().parse_args(arguments)
-        if options.command != "align" and number_of_processes() > 1:
+        if options.command != "align" and launched() > 1:
             raise UsageError(f"`raco {options.command}` must be started without torchrun.")
         command = importlib.import_module(f"raco_optim.cli.{options.command}")
         code: int = command.main(options.arguments)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from raco_optim.cli.errors import OneLineErrors, UsageError, needs_extra, refusals
-from raco_optim.cli.processes import number_of_processes
+from raco_optim.processes import launched
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -79,8 +79,8 @@ class Parsed:
         training = json.loads(self.config.to_json_string())
         model = dataclasses.asdict(self.model)
         both = {"model": self.align.model, **hashes, **model, **training}
-        if number_of_processes() > 1:  # each takes a batch of its own
-            both["processes"] = number_of_processes()
+        if launched() > 1:  # each takes a batch of its own
+            both["processes"] = launched()
         return {name: value for name, value in both.items() if name not in _WITHOUT_EFFECT}
 
 

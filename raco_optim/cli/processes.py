@@ -8,19 +8,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from raco_optim.cli.errors import UsageError
+from raco_optim.processes import launched
 
 T = TypeVar("T")
-
-
-def number_of_processes() -> int:
-    """Returns how many processes torchrun started, 1 without it.
-
-    Example:
-        >>> from raco_optim.cli.processes import number_of_processes
-        >>> number_of_processes()
-        1
-    """
-    return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
 
 
 def is_first(*, on_this_machine: bool = False) -> bool:
@@ -35,7 +25,7 @@ def is_first(*, on_this_machine: bool = False) -> bool:
         True
     """
     rank = os.environ.get("LOCAL_RANK" if on_this_machine else "RANK", "0")
-    return number_of_processes() == 1 or rank == "0"
+    return launched() == 1 or rank == "0"
 
 
 def tell(text: str) -> None:
@@ -62,7 +52,7 @@ def by_first(action: Callable[[], T]) -> T:
         >>> by_first(lambda: 3)
         3
     """
-    if number_of_processes() == 1:
+    if launched() == 1:
         return action()
     import torch.distributed as dist
 

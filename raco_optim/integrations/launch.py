@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
 
-from raco_optim.processes import Processes
-from raco_optim.step import is_sharded
+from raco_optim.processes import Processes, is_sharded, launched
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -31,8 +29,7 @@ def check_processes(args: TrainingArguments) -> None:
         args: Its settings; with several processes, batches are set to be made by each on its own.
     """
     processes = Processes()
-    launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
-    number = max(launched, processes.number if processes.several else 1)
+    number = max(launched(), processes.number if processes.several else 1)
     if number != args.world_size:
         raise ValueError(
             f"the Trainer must see all processes, {number}; it sees {args.world_size}. Launch the "

@@ -43,7 +43,6 @@ class Surgery:
         optimizer: Optimizer,
         forward: Forward,
         last: bool,
-        anywhere: bool,
     ) -> tuple[list[Tensor | None], Step | None]:
         """Adds up the gradients of the losses; in the last micro-batch, adds to ``.grad``.
 
@@ -52,7 +51,6 @@ class Surgery:
             optimizer: The optimizer of its parameters.
             forward: The forward pass. If it fails in one process, all raise.
             last: Whether the step ends with this micro-batch.
-            anywhere: Whether a loss of the step is present in any process.
 
         Returns:
             The losses of the micro-batch, and what the step computed, if it has ended.
@@ -66,7 +64,7 @@ class Surgery:
                 found = self._gradients(scores, losses, parameters)
                 found = add_pending(found, self._pending)
                 self._pending = None if last else collect(self._names, found, keep=True)
-            return losses, self._combine(found, parameters, anywhere) if last else None
+            return losses, self._combine(found, parameters) if last else None
 
     def _gradients(
         self, scores: Tensor, losses: list[Tensor | None], parameters: Sequence[Tensor]
@@ -78,13 +76,8 @@ class Surgery:
             return iterate_gradients(losses, parameters, self._names)
         return zip([None if x is None else x.detach() for x in losses], rows, strict=True)
 
-    def _combine(
-        self, found: Iterable[Found], parameters: Sequence[Tensor], anywhere: bool
-    ) -> Step:
+    def _combine(self, found: Iterable[Found], parameters: Sequence[Tensor]) -> Step:
         shared = [True] * len(parameters)
-        if anywhere:
-            gradients = average(self._names, found, parameters, shared, None, self._processes)
-        else:  # nothing to send
-            gradients = collect(self._names, found)
+        gradients = average(self._names, found, parameters, shared, None, self._processes)
         step = solve(gradients, self._weights, shared, self._rule, "raise")
         return write(parameters, gradients, step, shared, "raise")

@@ -243,10 +243,9 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
             return policy, self._of_objectives(policy, inputs, counts, training=True)
 
         last = self.accelerator.sync_gradients
-        anywhere = not self._processes.several or counts is None or bool(counts.any())
         # Each loss has a gradient of its own to be averaged over the processes.
         with self.compute_loss_context_manager(), self.accelerator.no_sync(model):
-            losses, step = surgery.micro_batch(model, self.optimizer, forward, last, anywhere)
+            losses, step = surgery.micro_batch(model, self.optimizer, forward, last)
         if step is not None:
             self._told.add_step(step)
         loss = objectives.weighted(self.args, losses, training=True)
