@@ -31,7 +31,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from benchmarks.harness import environment, spread, write_results
+from benchmarks.harness import environment, markdown_table, spread, write_results
 from raco_optim import CAGradClip
 
 WIDTH, DEPTH, BATCH = 512, 8, 16
@@ -138,7 +138,7 @@ def measure(m: int, number: int, way: str) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Renders the results as a markdown table."""
-    lines = ["| processes | m | way | sent | formula | of DDP's |", "|---|---|---|---|---|---|"]
+    lines = []
     for row in rows:
         ddp = next(
             other["numbers_per_parameter"]["mean"]
@@ -147,11 +147,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             and other["way"].startswith("DDP")
         )
         mean = row["numbers_per_parameter"]["mean"]
-        lines.append(
-            f"| {row['ranks']} | {row['m']} | {row['way']} | {mean:.2f} | {row['formula']:.2f} "
-            f"| {mean / ddp:.2f} |"
-        )
-    return "\n".join(lines)
+        numbers = (mean, row["formula"], mean / ddp)
+        lines.append([row["way"], f"{row['ranks']}", f"{row['m']}", *(f"{x:.2f}" for x in numbers)])
+    return markdown_table(["way", "processes", "m", "sent", "formula", "of DDP's"], lines)
 
 
 def _bytes_sent() -> int:

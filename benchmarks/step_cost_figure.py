@@ -16,9 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
+from benchmarks.style import GREY, INK, STYLE
+
 CASE = "mlp-10M"  # of the left panel
 M = 8  # of the right panel
-INK, GREY = "#222222", "#767676"
 # Okabe and Ito's colours, which differ for any colour vision; markers differ in print without
 # colour. Solid lines are exact and ours, dashed ones approximate, dotted ones TorchJD's.
 STYLES: dict[str, dict[str, Any]] = {
@@ -80,15 +81,7 @@ STYLES: dict[str, dict[str, Any]] = {
 def draw(path: Path, results: Mapping[str, Any]) -> None:
     """Draws the picture of what there is in the results, as PNG."""
     rows = results["rows"]
-    style: dict[Any, Any] = {
-        "font.size": 9.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": GREY,
-        "lines.linewidth": 1.4,
-        "lines.markersize": 5.5,
-    }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context({**STYLE, "lines.markersize": 5.5}):
         figure = Figure(figsize=(10.4, 5.4), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
         _against_losses(left, [row for row in rows if row["case"] == CASE])

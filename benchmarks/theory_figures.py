@@ -19,20 +19,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from benchmarks.problems import convex_quadratics
+from benchmarks.style import GREY, INK, STYLE
 from raco_optim import CAGrad, CAGradClip, LinearScalarization, mixing_coefficients
 
 GRADIENTS = torch.tensor([[1.0, -4.0], [-1.0, 1.0]], dtype=torch.float64)  # of tests/test_theory.py
 C = 0.5
 # Okabe and Ito's colours, which differ for any colour vision.
-SUM, CAGRAD, CLIP, INK, GREY = "#0072B2", "#E69F00", "#009E73", "#222222", "#767676"
-RC = {
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "lines.linewidth": 1.6,
-    "savefig.dpi": 160,
-}
+SUM, CAGRAD, CLIP = "#0072B2", "#E69F00", "#009E73"
+RC = {**STYLE, "lines.linewidth": 1.6, "savefig.dpi": 160}
 
 
 def geometry(path: Path) -> None:

@@ -22,7 +22,6 @@ from benchmarks.problems import convex_quadratics
 from raco_optim import CAGradClip
 from raco_optim.cli.errors import UsageError
 from raco_optim.cli.grid import read_records
-from raco_optim.pareto import pareto_front
 
 SIZES = Sizes(train=60, val=40, test=80)
 PLAN = Plan(
@@ -344,11 +343,6 @@ def test_seeds_that_are_not_complete_are_left_out():
     assert analysis.Results(records[:-1], replicates=2).seeds == (0,)
     with pytest.raises(UsageError, match="no seed"):
         analysis.Results([records[0], records[-1]], replicates=2)
-
-
-def test_front_is_the_librarys():
-    points = np.random.default_rng(0).integers(0, 4, (40, 3)).astype(float)
-    assert np.array_equal(analysis.front(points), points[pareto_front(points).numpy()])
 
 
 def test_summary_tables_and_figures_of_a_study(whole, tmp_path):

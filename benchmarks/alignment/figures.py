@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.alignment.study import OBJECTIVES, TRIALS
 from benchmarks.alignment.tables import TITLES
-from benchmarks.demo.figure import GREY, INK
 from benchmarks.harness import RESULTS
+from benchmarks.style import GREY, INK, STYLE
 from raco_optim.cli.grid import read_records
 
 # Okabe and Ito's colours, which differ for any colour vision; markers differ in print without
@@ -32,20 +32,13 @@ STYLES: dict[str, dict[str, Any]] = {
     "soup": {"color": "#767676", "marker": "o", "markersize": 4, "linestyle": ":"},
     "single": {"color": "#222222", "marker": "*", "markersize": 9, "linestyle": ""},
 }
-RC = {
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "lines.linewidth": 1.4,
-}
 
 
 def trade_off(path: Path, summary: Mapping[str, Any]) -> None:
     """Draws every point's held-out accuracies, one panel for each two objectives, as PNG."""
     names = summary["settings"]["objectives"]
     panels = list(itertools.combinations(range(len(names)), 2))
-    with matplotlib.rc_context(RC):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.8 * len(panels) + 0.6 * (len(panels) == 1), 5.0))
         figure.set_layout_engine("constrained")
         for axes, (x, y) in zip(
@@ -104,7 +97,7 @@ def ablation(path: Path, summary: Mapping[str, Any]) -> None:
     """Draws the losses over c, with and without clipping, as PNG."""
     names = summary["settings"]["objectives"]
     zero = [point for point in summary["ablation"] if point["method"] == "linear"]
-    with matplotlib.rc_context(RC):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.4 * (len(names) + 1), 3.6), layout="constrained")
         for axes, name in zip(
             figure.subplots(1, len(names) + 1), [*names, "weighted"], strict=True
@@ -134,7 +127,7 @@ def curves(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
             point = record["point"]
             at = runs.setdefault(tuple(point["weights"].values()), {})
             at.setdefault(point["method"], []).append(record["training"]["curve"])
-    with matplotlib.rc_context(RC):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2.6 * len(runs), 3.2), layout="constrained")
         panels = np.atleast_1d(figure.subplots(1, len(runs)))
         for axes, (weights, by_method) in zip(panels, runs.items(), strict=True):

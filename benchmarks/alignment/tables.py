@@ -16,7 +16,7 @@ from benchmarks.alignment.claims import claims
 from benchmarks.alignment.data import statistics
 from benchmarks.alignment.study import FOLDER, OBJECTIVES, TRIALS, C, file_for
 from benchmarks.alignment.summary import Summary, plain
-from benchmarks.harness import RESULTS, write_results
+from benchmarks.harness import RESULTS, markdown_table, write_results
 from raco_optim.cli.grid import read_records
 
 TITLES = {
@@ -30,12 +30,6 @@ TITLES = {
     "cagrad": "CAGrad",
     "raco": "CAGrad-Clip (RACO)",
 }
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1) -> str:
-    """A table; the first `text` columns to the left, numbers to the right."""
-    lines = [head, [*["---"] * text, *["---:"] * (len(head) - text)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def interval(found: Mapping[str, float], digits: int = 3, *, sign: bool = False) -> str:

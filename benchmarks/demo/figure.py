@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks.demo.data import OBJECTIVES
 from benchmarks.demo.experiment import Run
 from benchmarks.demo.results import Ceiling, Estimate, by_point
+from benchmarks.style import GREY, INK, STYLE
 
 # Okabe and Ito's colours, which differ for any colour vision; markers differ in print without
 # colour. The sizes let three methods show that end up in the same place.
@@ -22,19 +23,12 @@ STYLES = {
     "CAGrad-Clip": {"color": "#009E73", "marker": "D", "markersize": 4.5},
     "MGDA": {"color": "#CC79A7", "marker": "^", "markersize": 7},
 }
-INK, GREY, SHADE = "#222222", "#767676", "#efefef"
+SHADE = "#efefef"
 
 
 def draw(path: Path, runs: Sequence[Run], ceiling: Ceiling) -> None:
     """Draws the held-out accuracies below their ceiling, and the share of hurting steps, as PNG."""
-    style = {
-        "font.size": 9.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": GREY,
-        "lines.linewidth": 1.6,
-    }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context({**STYLE, "lines.linewidth": 1.6}):
         figure = Figure(figsize=(9.2, 5.0), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
         _draw_accuracies(left, runs, ceiling)

@@ -11,7 +11,7 @@ from scipy.stats import rankdata
 
 from benchmarks.alignment.analysis import worse_by
 from raco_optim.cli.errors import UsageError
-from raco_optim.pareto import hypervolume
+from raco_optim.pareto import hypervolume, pareto_front
 
 Array = npt.NDArray[np.float64]
 REPLICATES = 1000
@@ -133,7 +133,7 @@ class Results:
         found = np.empty((K, R))
         for r in range(R):
             flat = points[..., r].reshape(K * W, m)
-            found[:, r] = worse_by(flat, front(flat)).reshape(K, W).mean(1)
+            found[:, r] = worse_by(flat, flat[pareto_front(flat).numpy()]).reshape(K, W).mean(1)
         return found
 
     def _gaps(self) -> Array:
@@ -173,10 +173,3 @@ class Results:
                 for k in self.methods
             ]
         )
-
-
-def front(points: Array) -> Array:
-    """The points ``[n, m]`` that no other one dominates."""
-    no_worse = (points[:, None] <= points).all(-1)
-    better = (points[:, None] < points).any(-1)
-    return points[~(no_worse & better).any(0)]

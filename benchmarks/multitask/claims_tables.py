@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.alignment.analysis import Estimate, steps_to_reach
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, markdown_table
 from benchmarks.multitask.analysis import REPLICATES, Array
 from benchmarks.multitask.data import SETS
 from benchmarks.multitask.methods import METHODS
 from benchmarks.multitask.study import FOLDER
-from benchmarks.multitask.tables import interval, summaries, table
+from benchmarks.multitask.tables import interval, summaries
 from raco_optim.cli.files import write_atomically
 
 PAGE = Path(__file__).parents[2] / "docs" / "claims.md"
@@ -88,7 +88,7 @@ def real_sets(sets: Mapping[str, Any]) -> str:
                 for row in (against[measure] for measure in names)
             ]
             rows.append([f"{name}: minus {TITLES[other]}", *map(shown, flipped)])
-    return table(["CAGrad-Clip", *(_arrow(name) for name in names)], rows)
+    return markdown_table(["CAGrad-Clip", *(_arrow(name) for name in names)], rows)
 
 
 def _arrow(name: str) -> str:
@@ -132,7 +132,7 @@ def speed(rows: Rows, longer: Rows) -> str:
             )
     head = ["steps", "Clip / CAGrad", "CAGrad / weighted", "Clip / weighted"]
     head += ["Clip / weighted with (1 + c) lr", "clipping turns"]
-    return table([*head, "never there (weighted/CAGrad/Clip)"], cells)
+    return markdown_table([*head, "never there (weighted/CAGrad/Clip)"], cells)
 
 
 def _steps(rows: Iterable[Mapping[str, Any]]) -> Array:
@@ -168,7 +168,7 @@ def speed_on_digits(rows: Rows) -> str:
             missing = len(values) - len(finite)
             text = _ratio(finite) if len(finite) else "-"
             cells[-1].append(text + (f" ({missing} never there)" if missing else ""))
-    return table(["c", "Clip / CAGrad", "weighted / CAGrad"], cells)
+    return markdown_table(["c", "Clip / CAGrad", "weighted / CAGrad"], cells)
 
 
 def _falling(curve: Sequence[float]) -> Array:
@@ -192,7 +192,7 @@ def radius(rows: Rows) -> str:
                 )
         cells.append(line)
     names = ("CAGrad", "Clip", "soft")
-    return table(
+    return markdown_table(
         ["c", *(f"weighted loss, {n}" for n in names), *(f"least weight, {n}" for n in names)],
         cells,
     )
@@ -210,7 +210,9 @@ def objectives(rows: Rows) -> str:
                         [f"{on}, m = {m}, {kind}, c = {c:g}", *_versus(here, key, c), *_p(here, c)]
                     )
     head = ["", "CAGrad / weighted", "Clip / weighted", "soft / weighted", "Clip / CAGrad"]
-    return table([*head, "losses in p", "clip angle", "hurting: weighted, CAGrad, Clip"], cells)
+    return markdown_table(
+        [*head, "losses in p", "clip angle", "hurting: weighted, CAGrad, Clip"], cells
+    )
 
 
 def _versus(rows: Rows, key: str, c: float) -> list[str]:
@@ -260,7 +262,7 @@ def noise_of_toys(rows: Rows) -> str:
     head = ["", "weighted sum"]
     for c in (0.4, 0.8):
         head += [f"CAGrad - weighted, c = {c:g}", f"Clip - CAGrad, c = {c:g}"]
-    return table(head, cells)
+    return markdown_table(head, cells)
 
 
 def noise_of_batches(rows: Rows) -> str:
@@ -289,7 +291,7 @@ def noise_of_batches(rows: Rows) -> str:
                     ]
                 )
     head = ["", "variation of p", "bias of p", "p at a vertex (all data)", "angle, CAGrad"]
-    return table([*head, "angle, Clip - CAGrad"], cells)
+    return markdown_table([*head, "angle, Clip - CAGrad"], cells)
 
 
 def _by_seed(rows: Rows, key: str) -> Array:

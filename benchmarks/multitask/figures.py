@@ -11,21 +11,15 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from benchmarks.demo.figure import GREY, INK
 from benchmarks.multitask.analysis import MEASURES
 from benchmarks.multitask.data import SETS
 from benchmarks.multitask.methods import METHODS
 from benchmarks.multitask.study import FOLDER
 from benchmarks.multitask.tables import summaries
+from benchmarks.style import GREY, INK, STYLE
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
-RC = {
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "lines.linewidth": 1.2,
-}
+RC = {**STYLE, "lines.linewidth": 1.2}
 # Okabe and Ito's colours for the methods that the text is about; the others are grey.
 STYLES: dict[str, dict[str, Any]] = {
     "linear": {"color": "#0072B2", "marker": "o", "markersize": 7},

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import markdown_table
 from benchmarks.multitask import timing
 from benchmarks.multitask.analysis import MEASURES
 from benchmarks.multitask.data import SETS
@@ -71,7 +72,7 @@ def measures(summary: Mapping[str, Any]) -> str:
             best = summary["winners"][name]["best"] == method
             cells.append(f"**{text}**" if best else text)
         rows.append(cells)
-    return table(["method", *(_titled(name) for name in SHOWN)], rows)
+    return markdown_table(["method", *(_titled(name) for name in SHOWN)], rows)
 
 
 def differences(summary: Mapping[str, Any], other: str) -> str:
@@ -85,7 +86,9 @@ def differences(summary: Mapping[str, Any], other: str) -> str:
                 if against[name]["low"] > 0 or against[name]["high"] < 0:
                     cells[i] = f"**{cells[i]}**"
             rows.append([row["title"], *cells])
-    return table([f"minus {METHODS[other].title}", *(_titled(name) for name in COMPARED)], rows)
+    return markdown_table(
+        [f"minus {METHODS[other].title}", *(_titled(name) for name in COMPARED)], rows
+    )
 
 
 def scores(summary: Mapping[str, Any]) -> str:
@@ -99,7 +102,7 @@ def scores(summary: Mapping[str, Any]) -> str:
         ]
         for row in summary["methods"].values()
     ]
-    return table(["method", *summary["tasks"], "steps in conflict", "steps"], rows)
+    return markdown_table(["method", *summary["tasks"], "steps in conflict", "steps"], rows)
 
 
 def winners(sets: Mapping[str, Mapping[str, Any]]) -> str:
@@ -113,7 +116,7 @@ def winners(sets: Mapping[str, Mapping[str, Any]]) -> str:
             text = f"**{METHODS[found['best']].title}**"
             cells.append(f"{text}; {', '.join(tied)}" if tied else text)
         rows.append(cells)
-    return table(["measure", *sets], rows)
+    return markdown_table(["measure", *sets], rows)
 
 
 def equal(sets: Mapping[str, Mapping[str, Any]]) -> str:
@@ -132,7 +135,7 @@ def equal(sets: Mapping[str, Mapping[str, Any]]) -> str:
             cells.append(f"**{text}**" if gain["low"] > 0 or gain["high"] < 0 else text)
         rows.append(cells)
     head = [f"{name}: {what}" for name in sets for what in ("equal run", "minus own gap")]
-    return table(["method", *head], rows)
+    return markdown_table(["method", *head], rows)
 
 
 def effort(sets: Mapping[str, Mapping[str, Any]]) -> str:
@@ -150,7 +153,7 @@ def effort(sets: Mapping[str, Mapping[str, Any]]) -> str:
                 text += f", {row['chosen']['parameter']:g}"
             cells.append(text)
         rows.append(cells)
-    return table(["method", "own parameter", *(f"{name}: chosen" for name in sets)], rows)
+    return markdown_table(["method", "own parameter", *(f"{name}: chosen" for name in sets)], rows)
 
 
 def step_times(found: Mapping[str, Any]) -> str:
@@ -164,7 +167,7 @@ def step_times(found: Mapping[str, Any]) -> str:
         ]
         for method in METHODS
     ]
-    return table(["method", *names], rows)
+    return markdown_table(["method", *names], rows)
 
 
 def _titled(name: str) -> str:
@@ -177,9 +180,3 @@ def interval(estimate: Mapping[str, float], *, sign: bool = False) -> str:
     form = ("+" if sign else "") + (".2g" if small else ".3f")
     value, low, high = (f"{estimate[name]:{form}}" for name in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown, numbers to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
