@@ -9,6 +9,8 @@ The methods, by the losses that they train on and the rule that combines the gra
     modpo            one MODPO loss                none to combine
     soup             none: the weights of the models of `single`, averaged
     initial          none: the reference model
+
+and the candidates of `benchmarks.beyond`, which train on the losses of cagrad and raco.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from transformers import PreTrainedModel
 from benchmarks.alignment.data import Pair
 from benchmarks.alignment.prefix import Text, completion_log_probs, in_batches
 from benchmarks.alignment.sampling import OPTIONS
+from benchmarks.beyond.candidates import CANDIDATES, candidate
 from raco_optim import MGDA, CAGrad, CAGradClip, LinearScalarization, MultiObjectiveOptimizer
 from raco_optim.alignment import (
     PairLogProbs,
@@ -144,7 +147,7 @@ class Recipe:
     """Everything about a run but the data and the model.
 
     Attributes:
-        method: One of `TRAINED`.
+        method: One of `TRAINED`, or of the candidates of `benchmarks.beyond`.
         weights: Weight per objective.
         lr: Learning rate of AdamW.
         batch_size: Pairs per step.
@@ -186,6 +189,9 @@ def optimizer_for(recipe: Recipe, inner: torch.optim.Optimizer) -> MultiObjectiv
     if recipe.method in ("cagrad", "raco"):
         assert recipe.c is not None
         return (CAGrad if recipe.method == "cagrad" else CAGradClip)(inner, weights, recipe.c)
+    if recipe.method in CANDIDATES:
+        assert recipe.c is not None
+        return candidate(recipe.method, inner, weights, recipe.c)
     if recipe.method == "mgda":
         return MGDA(inner, weights)
     return LinearScalarization(inner, [1.0] if recipe.method == "modpo" else weights)
@@ -245,7 +251,7 @@ def _summary(recipe: Recipe, reports: Sequence[Any]) -> dict[str, Any]:
     found["hurting_steps"] = mean([r.hurting for r in reports])
     found["conflicting_steps"] = mean([r.conflicting for r in reports])
     found["cosine"] = mean([x for r in reports for x in r.cosines[rows, columns].tolist()])
-    if recipe.method in SURGERY:
+    if recipe.method in SURGERY or (reports and reports[0].p is not None):
         found["vertex_share"] = mean([bool(r.p.max() > 1 - 1e-9) for r in reports])
         found["clip_angle"] = mean([r.clip_angle for r in reports])
     return found

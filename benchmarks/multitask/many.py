@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +68,11 @@ def radius(seeds: Sequence[int], radii: Sequence[float], recipe: Recipe) -> Iter
 
 
 def objectives(
-    seeds: Sequence[int], counts: Sequence[int], radii: Sequence[float], steps: int
+    seeds: Sequence[int],
+    counts: Sequence[int],
+    radii: Sequence[float],
+    steps: int,
+    methods: Mapping[str, Method] = WITH_SOFT,
 ) -> Iterator[dict]:
     """Runs of a fixed length with many tasks, equal weights and half of it on the first task."""
     recipe = Recipe(steps=steps, every=steps, patience=2)
@@ -78,7 +82,7 @@ def objectives(
             tasks = binary_tasks(data, m)
             heavy = [0.5, *[0.5 / (m - 1)] * (m - 1)]
             for kind, weights in (("equal", [1 / m] * m), ("half on one", heavy)):
-                for name, method in WITH_SOFT.items():
+                for name, method in methods.items():
                     for c in (0.0,) if name == "linear" else radii:
                         run = Run(tasks, method, weights, seed, LR, c, recipe)
                         yield {

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.harness import RESULTS, commit
 from benchmarks.multitask.data import SETS, Data, Sizes, constant_losses, constant_scores
-from benchmarks.multitask.methods import METHODS
+from benchmarks.multitask.methods import METHODS, Method
 from benchmarks.multitask.training import Recipe, Run, evaluate
 from raco_optim.cli.grid import Point, read_records, run_grid
 
@@ -62,10 +62,17 @@ class Study:
         name: One of `SETS`.
         plan: Size of the study.
         folder: Where the records are.
+        methods: The methods by name.
     """
 
-    def __init__(self, name: str, plan: Plan, folder: Path = FOLDER) -> None:
-        self.name, self.plan = name, plan
+    def __init__(
+        self,
+        name: str,
+        plan: Plan,
+        folder: Path = FOLDER,
+        methods: Mapping[str, Method] = METHODS,
+    ) -> None:
+        self.name, self.plan, self.methods = name, plan, methods
         self.path, self.tuning_path = folder / f"{name}.jsonl", folder / f"{name}_tuning.jsonl"
         self._data: tuple[int, Data] | None = None
         self._commit = commit()
@@ -104,7 +111,7 @@ class Study:
             Point(method, weights, TUNING_SEED, value)
             for weights in self._named(TUNING_WEIGHTS)
             for method in self.plan.methods
-            for value in METHODS[method].values or (None,)
+            for value in self.methods[method].values or (None,)
         ]
         records = run_grid(self.tuning_path, points, self.settings, self._trial)
         return {method: best_trial(records, method) for method in self.plan.methods}
@@ -115,7 +122,7 @@ class Study:
 
     def _trial(self, point: Point) -> dict[str, Any]:
         """All learning rates at a point; the test set is not looked at."""
-        rates = FEWER_LEARNING_RATES if METHODS[point.method].values else LEARNING_RATES
+        rates = FEWER_LEARNING_RATES if self.methods[point.method].values else LEARNING_RATES
         found = {str(lr): self._trained(point, lr)[1] for lr in rates}
         for training in found.values():
             del training["curve"]
@@ -134,7 +141,7 @@ class Study:
 
     def _trained(self, point: Point, lr: float) -> tuple[Run, dict[str, Any]]:
         weights = list(point.weights.values())
-        data, method = self.data(point.seed), METHODS[point.method]
+        data, method = self.data(point.seed), self.methods[point.method]
         run = Run(data, method, weights, point.seed, lr, point.c, self.plan.recipe)
         return run, run.train()
 

@@ -1,0 +1,201 @@
+r"""The candidates: what might keep the user's trade-off better than CAGrad-Clip.
+
+With the Gram matrix H, weights w, radius c, :math:`g_0 = \sum_i w_i g_i`, p the solution of
+CAGrad's subproblem and :math:`\tilde p = \min(p, w)`, CAGrad-Clip adds to g_0 a correction of
+length :math:`c |g_0|` along :math:`\tilde G`. Each rule here changes one thing of that. All are
+functions of H (or of H in another metric), and their corrections are no longer than
+:math:`c |g_0|`, which is all that Theorem 3.1 needs; see `benchmarks.beyond`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from scipy.optimize import minimize, nnls
+from torch import Tensor
+
+from raco_optim import MixingCoefficients, mixing_coefficients, solve_subproblem
+
+Rule = Callable[[Tensor], MixingCoefficients]
+
+TEMPERATURE = 0.5
+DECAY = 0.9
+MASS = 2.0
+
+
+def budget(w: Sequence[float], c: float) -> Rule:
+    r"""Budgeted clipping: the correction keeps the length that clipping left.
+
+    .. math:: \alpha = w + c |g_0| \tilde p / \max(|G_p|, |\tilde G|)
+
+    CAGrad-Clip where clipping does not shorten :math:`G_p`; at a vertex p = e_i the correction is
+    w_i times as long as CAGrad's.
+    """
+
+    def rule(gram: Tensor) -> MixingCoefficients:
+        full = mixing_coefficients(gram, w, c)
+        p, p_clipped = _vectors(full)
+        before, after = (_norm(gram, x) for x in (p, p_clipped))
+        share = after / max(before, after) if after > 0 else 0.0
+        weights = gram.new_tensor(w)
+        return MixingCoefficients(weights + share * (full.coefficients - weights), p, p_clipped)
+
+    return rule
+
+
+def soft(w: Sequence[float], c: float) -> Rule:
+    r"""Soft clipping with a temperature t: :math:`\tilde p = (p^{-1/t} + w^{-1/t})^{-t}`.
+
+    The hard clip for t -> 0; t = 1 is ``clip="soft"`` of the library, p w / (p + w).
+    """
+
+    def rule(gram: Tensor) -> MixingCoefficients:
+        weights = gram.new_tensor(w)
+        p = solve_subproblem(gram, w, c).p
+        low, high = torch.minimum(p, weights), torch.maximum(p, weights)
+        ratio = torch.where(high > 0, low / high, 0.0)
+        p_clipped = low * (1 + ratio ** (1 / TEMPERATURE)) ** -TEMPERATURE
+        return _corrected(gram, weights, c, p, p_clipped)
+
+    return rule
+
+
+def smooth(w: Sequence[float], c: float) -> Rule:
+    r"""p of a Gram matrix that is smoothed over steps; all else from the one of this step.
+
+    .. math:: \bar H_t \propto \sum_{s \le t} 0.9^{t - s} H_s / \mathrm{tr} H_s
+
+    A bias-corrected exponential average up to a factor that p does not see. Dividing by the trace
+    keeps the rule independent of a scale that changes between steps, as a GradScaler's does.
+    """
+    average: list[Tensor] = []
+
+    def rule(gram: Tensor) -> MixingCoefficients:
+        weights = gram.new_tensor(w)
+        trace = gram.trace()
+        if trace > 0:
+            now = gram / trace
+            average[:] = [DECAY * average[0] + (1 - DECAY) * now if average else now]
+        p = solve_subproblem(average[0] if average else gram, w, c).p
+        return _corrected(gram, weights, c, p, torch.minimum(p, weights))
+
+    return rule
+
+
+def conflict(w: Sequence[float], c: float) -> Rule:
+    r"""The radius from the conflict of this step: CAGrad-Clip with c max(0, -min_ij cos(g_i, g_j)).
+
+    The weighted sum where no two gradients conflict; all of c where two are opposite.
+    """
+
+    def rule(gram: Tensor) -> MixingCoefficients:
+        norms = gram.diagonal().sqrt()
+        inverse = torch.where(norms > 0, 1 / norms, 0.0)
+        cosines = gram * inverse[:, None] * inverse
+        return mixing_coefficients(gram, w, c * min(1.0, max(0.0, -float(cosines.min()))))
+
+    return rule
+
+
+def cone(w: Sequence[float], c: float) -> Rule:
+    r"""The shortest correction after which no loss rises to first order, at most c |g_0| long.
+
+    .. math::
+        u &\in \arg\min_{u \ge 0} \Big| g_0 + \sum_i u_i g_i \Big|, \qquad v = \sum_i u_i g_i \\
+        \alpha &= w + \min(1, c |g_0| / |v|) \, u
+
+    g_0 + v is the projection of g_0 to the cone where all <g_i, G> >= 0 (Lopez-Paz and Ranzato,
+    Gradient Episodic Memory, 2017, project so for one loss). The weighted sum wherever that hurts
+    no loss.
+    """
+
+    def rule(gram: Tensor) -> MixingCoefficients:
+        weights = gram.new_tensor(w)
+        norms = gram.diagonal().sqrt()
+        inverse = torch.where(norms > 0, 1 / norms, 0.0)
+        cosines = (gram * inverse[:, None] * inverse).numpy()
+        values, vectors = np.linalg.eigh(cosines)
+        root = np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T
+        scaled = (weights * norms / norms.max().clamp(min=1e-300)).numpy()
+        found, _ = nnls(root, -root @ scaled)
+        u = torch.from_numpy(found) * norms.max() * inverse
+        length, limit = _norm(gram, u), c * _norm(gram, weights)
+        return MixingCoefficients(weights + (min(1.0, limit / length) if length > 0 else 0.0) * u)
+
+    return rule
+
+
+def tail(w: Sequence[float], c: float) -> Rule:
+    r"""CAGrad whose p is bounded by the weights: the minimum over p with p_i <= 2 w_i.
+
+    CAGrad maximises the least improvement <g_i, G>; this the mean of the worst half (by weight) of
+    the improvements, their conditional value at risk. p never has more than twice a loss's weight,
+    so that nothing is left to clip. For a bound of 1, p = w; for 1 / min w, it is CAGrad.
+    """
+
+    def rule(gram: Tensor) -> MixingCoefficients:
+        weights = gram.new_tensor(w)
+        bounds = (MASS * weights).clamp(max=1.0)
+        p = solve_subproblem(gram, w, c).p
+        if len(w) == 2:  # convex in one number: the nearest point that is allowed
+            first = torch.minimum(torch.maximum(p[0], 1 - bounds[1]), bounds[0])
+            p = torch.stack([first, 1 - first])
+        elif bool((p > bounds).any()):
+            p = _bounded(gram, weights, c, bounds)
+        return _corrected(gram, weights, c, p, p)
+
+    return rule
+
+
+RULES: dict[str, Callable[[Sequence[float], float], Rule]] = {
+    "budget": budget,
+    "soft": soft,
+    "smooth": smooth,
+    "conflict": conflict,
+    "cone": cone,
+    "tail": tail,
+}
+
+
+def _vectors(mixing: MixingCoefficients) -> tuple[Tensor, Tensor]:
+    assert mixing.p is not None and mixing.p_clipped is not None
+    return mixing.p, mixing.p_clipped
+
+
+def _norm(gram: Tensor, x: Tensor) -> float:
+    return float((x @ gram @ x).clamp(min=0).sqrt())
+
+
+def _corrected(
+    gram: Tensor, w: Tensor, c: float, p: Tensor, p_clipped: Tensor
+) -> MixingCoefficients:
+    """w + c |g0| G~ / |G~|, and w where G~ is zero to rounding."""
+    length = _norm(gram, p_clipped)
+    zero = length <= 1e-12 * float(p_clipped @ gram.diagonal().sqrt())
+    share = 0.0 if zero else c * _norm(gram, w) / length
+    return MixingCoefficients(w + share * p_clipped, p, p_clipped)
+
+
+def _bounded(gram: Tensor, w: Tensor, c: float, bounds: Tensor) -> Tensor:
+    """The minimiser of the subproblem among the p of the simplex below the bounds."""
+    H = (gram / gram.diagonal().amax()).numpy()
+    b = H @ w.numpy()
+    s = c * np.sqrt(max(float(w.numpy() @ b), 0.0))
+
+    def value(p: np.ndarray) -> tuple[float, np.ndarray]:
+        Hp = H @ p
+        norm = np.sqrt(max(float(p @ Hp), 1e-24))
+        return float(p @ b + s * norm), b + s * Hp / norm
+
+    found = minimize(
+        value,
+        w.numpy(),  # which is below the bounds
+        jac=True,
+        method="SLSQP",
+        bounds=[(0.0, float(bound)) for bound in bounds],
+        constraints={"type": "eq", "fun": lambda p: p.sum() - 1, "jac": np.ones_like},
+        options={"ftol": 1e-12, "maxiter": 200},
+    )
+    return torch.from_numpy(np.clip(found.x, 0, None))

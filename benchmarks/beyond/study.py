@@ -1,0 +1,139 @@
+"""The runs: sets, language models, many losses; what others have run before is taken over."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.alignment import study as llm
+from benchmarks.alignment.sampling import FINAL, TUNING, Splits
+from benchmarks.alignment.training import Recipe
+from benchmarks.alignment.tune import plan_of
+from benchmarks.beyond.candidates import BASELINES, CANDIDATES, RADII, TITLES, candidate
+from benchmarks.harness import RESULTS
+from benchmarks.multitask.methods import METHODS, Method
+from benchmarks.multitask.study import WEIGHTS, Plan, Study
+from raco_optim.cli.grid import Point, read_records, run_grid
+
+FOLDER = RESULTS / "beyond"
+SEEDS = tuple(range(10))  # of the sets
+TUNING_SEEDS = (100, 101)  # of the language models
+MODEL_SEEDS = {"small": SEEDS, "smollm2": (0, 1, 2)}
+TUNING_WEIGHTS = ((0.1, 0.9), (0.5, 0.5), (0.9, 0.1))
+
+_AS_METHODS = {
+    name: Method(
+        TITLES[name],
+        lambda inner, w, shared, c, name=name: candidate(name, inner, w, c, shared),
+        parameter="c",
+        values=RADII,
+    )
+    for name in CANDIDATES
+}
+COMPARED: dict[str, Method] = {**{name: METHODS[name] for name in BASELINES}, **_AS_METHODS}
+
+
+class SetStudy(Study):
+    """The candidates on one of the multi-task sets; the tuning of the others is taken over."""
+
+    def __init__(self, name: str, folder: Path = FOLDER, seeds: Sequence[int] = SEEDS) -> None:
+        super().__init__(name, Plan(seeds=tuple(seeds), methods=CANDIDATES), folder, COMPARED)
+        self._before = Study(name, Plan(methods=BASELINES))
+
+    def tune(self) -> dict[str, dict[str, float | None]]:
+        """Learning rate and radius of every method."""
+        return self._before.tune() | super().tune()
+
+    def run(self) -> list[dict[str, Any]]:
+        """Runs what is left and returns the records of all methods."""
+        chosen = self.tune()
+        known = [r for r in read_records(self._before.path) if r["point"]["method"] in BASELINES]
+        done = {(r["point"]["method"], r["point"]["seed"]) for r in known}
+        points = [
+            Point(method, weights, seed, chosen[method]["parameter"])
+            for seed in self.plan.seeds
+            for weights in self._named(WEIGHTS)
+            for method in COMPARED
+            if (method, seed) not in done
+        ]
+        run_grid(self.path, points, self.settings, lambda point: self._run(point, chosen))
+        return known + read_records(self.path)
+
+
+class ModelStudy(llm.Study):
+    """Methods on preferences, with a language model.
+
+    Args:
+        size: ``"small"`` or ``"smollm2"``.
+        m: Number of objectives.
+        methods: Names in `COMPARED`.
+        radii: c by method, of those that have one; several are run one after the other.
+        plan: Size of the study.
+        splits: The papers.
+    """
+
+    def __init__(
+        self,
+        size: str,
+        m: int,
+        methods: Sequence[str],
+        radii: Mapping[str, Sequence[float]],
+        plan: llm.Plan,
+        splits: Splits = FINAL,
+    ) -> None:
+        super().__init__(size, llm.OBJECTIVES[m], plan, splits)
+        self._methods, self._radii = tuple(methods), dict(radii)
+
+    def points(self) -> list[Point]:
+        """All points, seeds changing slowest."""
+        return [
+            Point(method, weights, seed, c)
+            for seed in self.plan.seeds
+            for weights in self._weights
+            for method in self._methods
+            for c in self._radii.get(method, (None,))
+        ]
+
+    def _recipe(self, point: Point) -> Recipe:
+        as_raco = super()._recipe(dataclasses.replace(point, method="raco"))
+        return dataclasses.replace(as_raco, method=point.method, curve_every=self.plan.curve_every)
+
+
+def tune_models(folder: Path = FOLDER) -> dict[str, tuple[float]]:
+    """c of every method, chosen on validation papers with the small model and two objectives."""
+    radii = {name: RADII for name in COMPARED if name != "linear"}
+    plan = dataclasses.replace(
+        plan_of("small", 1e-3, 0.5), seeds=TUNING_SEEDS, weights={2: TUNING_WEIGHTS}
+    )
+    study = ModelStudy("small", 2, tuple(radii), radii, plan, TUNING)
+    path = folder / "small_2_tuning.jsonl"
+    records = run_grid(path, study.points(), study.settings, study.run)
+    sums: dict[tuple[str, float], float] = {}
+    for record in records:
+        point = record["point"]
+        key = point["method"], point["c"]
+        losses = {name: scores["loss"] for name, scores in record["evaluation"].items()}
+        sums[key] = sums.get(key, 0.0) + sum(w * losses[k] for k, w in point["weights"].items())
+    return {name: (min(RADII, key=lambda c: sums[name, c]),) for name in radii}
+
+
+def run_models(
+    size: str, m: int, methods: Sequence[str], folder: Path = FOLDER
+) -> list[dict[str, Any]]:
+    """Runs what is left of a size and a number of objectives; returns all methods' records."""
+    radii = tune_models(folder)
+    plan = dataclasses.replace(llm.plan_for(size), seeds=MODEL_SEEDS[size])
+    study = ModelStudy(size, m, methods, radii, plan)
+    wanted = {_key(vars(point)) for point in study.points()}
+    before = read_records(llm.file_for(size, m, RESULTS))
+    known = [record for record in before if _key(record["point"]) in wanted]
+    done = {_key(record["point"]) for record in known}
+    left = [point for point in study.points() if _key(vars(point)) not in done]
+    path = folder / f"{size}_{m}.jsonl"
+    return known + run_grid(path, left, study.settings, study.run)
+
+
+def _key(point: Mapping[str, Any]) -> str:
+    return repr((point["method"], dict(point["weights"]), point["seed"], point["c"]))
