@@ -47,12 +47,12 @@ below).
 
 **Verdict.** On a task a candidate *reaches the target* if, against CAGrad-Clip, its distance is at
 least 10 % lower, or its deviation is lower while its hypervolume is not, with intervals that leave
-out zero. It *wins* if it does so on two real tasks, is not told worse than CAGrad-Clip by distance or
-deviation on any real task, and costs at most 2 % of a step. The weighted sum is judged by the same
-rule as a control: where it reaches the target too, less surgery is all that the task asked for, and
-the candidate must in addition be told better than the weighted sum in the least weight or in hurting
-steps. Intervals are of a paired bootstrap over seeds (language models: and held-out papers), of
-level 1 - 0.05 / 7 for seven candidates (Bonferroni).
+out zero. It *wins* if it does so on two real tasks, is not told worse than CAGrad-Clip by distance
+or deviation on any real task, and costs at most 2 % of a step. The weighted sum is judged by the
+same rule as a control: where it reaches the target too, less surgery is all that the task asked
+for, and the candidate must in addition be told better than the weighted sum in the least weight or
+in hurting steps. Intervals are of a paired bootstrap over seeds (language models: and held-out
+papers), of level 1 - 0.05 / 7 for seven candidates (Bonferroni).
 """
 
 import os

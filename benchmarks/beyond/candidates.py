@@ -25,6 +25,7 @@ TITLES = {
     "cone": "projection to the cone",
     "tail": "bounded p",
 }
+COMPARED_NAMES = (*BASELINES, *CANDIDATES)
 RADII = (0.4, 0.8)
 
 

@@ -1,0 +1,158 @@
+"""Every method on problems whose Pareto front and weighted solution are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.beyond.candidates import COMPARED_NAMES, RADII
+from benchmarks.beyond.metric import inverse_roots
+from benchmarks.beyond.rules import RULES, Rule
+from benchmarks.multitask.toys import grid, random_quadratics, steps_to
+from benchmarks.problems import Problem, convex_quadratics, fonseca_fleming
+from raco_optim import MixingCoefficients, mixing_coefficients
+
+STEPS, STARTS, LAST = 400, 5, 100
+TWO = ((0.2, 0.8), (0.5, 0.5), (0.8, 0.2))
+
+
+def steep_quadratics(m: int, dimension: int) -> Problem:
+    """Bowls whose coordinates have curvatures from 0.1 to 100, the same for all, as Adam likes."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(m, dimension, generator=generator)
+    scale = torch.logspace(-1, 2, dimension)[torch.randperm(dimension, generator=generator)]
+    curvatures = scale * 0.5 * 8 ** torch.rand(m, dimension, generator=generator)
+    return convex_quadratics(centres.tolist(), curvatures.tolist())
+
+
+def problems() -> Iterator[tuple[str, Problem, tuple[tuple[float, ...], ...], float, bool]]:
+    """Name, problem, weights, learning rate, and whether by Adam."""
+    yield "quadratics, 2-d", convex_quadratics(), TWO, 0.02, False
+    yield "quadratics, 20-d", random_quadratics(2, 20, 0), TWO, 0.02, False
+    for m in (5, 10):
+        half = (0.5, *[0.5 / (m - 1)] * (m - 1))
+        yield (
+            f"{m} quadratics, 40-d",
+            random_quadratics(m, 40, 0),
+            ((1 / m,) * m, half),
+            0.02,
+            False,
+        )
+    yield "Fonseca-Fleming", fonseca_fleming(), TWO, 0.02, False
+    yield "steep quadratics, 20-d, Adam", steep_quadratics(2, 20), TWO, 0.02, True
+
+
+def rule_for(name: str, weights: list[float], c: float) -> Rule:
+    """The rule of a method on the Gram matrix that it asks for."""
+    if name == "linear":
+        return lambda gram: MixingCoefficients(gram.new_tensor(weights))
+    if name in RULES:
+        return RULES[name](weights, c)
+    clip = "none" if name == "cagrad" else "hard"
+    return lambda gram: mixing_coefficients(gram, weights, c, clip=clip)
+
+
+def run(
+    problem: Problem,
+    starts: Tensor,
+    weights: Tensor,
+    name: str,
+    c: float,
+    *,
+    lr: float,
+    noise: float,
+    adam: bool,
+    steps: int = STEPS,
+) -> Tensor:
+    """Losses on the way of B runs side by side, ``[steps + 1, B, m]``.
+
+    Args:
+        problem: The losses.
+        starts: ``[B, d]``.
+        weights: ``[B, m]``.
+        name: The method.
+        c: Its radius.
+        lr: Learning rate.
+        noise: Normal noise on every gradient, in units of the root mean square of the gradients at
+            the start; the same for all methods.
+        adam: Adam instead of gradient descent.
+        steps: Number of steps.
+    """
+    theta = starts.clone().requires_grad_()
+    optimizer = (torch.optim.Adam if adam else torch.optim.SGD)([theta], lr=lr)
+    rules: list[Callable[[Tensor], MixingCoefficients]] = [
+        rule_for(name, w, c) for w in weights.tolist()
+    ]
+    generator = torch.Generator().manual_seed(0)
+    trace, scale = [], None
+    for _ in range(steps):
+        losses = problem.losses(theta)
+        trace.append(torch.stack([loss.detach() for loss in losses], dim=-1))
+        J = torch.stack(
+            [torch.autograd.grad(x.sum(), theta, retain_graph=True)[0] for x in losses], dim=1
+        )
+        if noise:
+            scale = J.square().mean((1, 2), keepdim=True).sqrt() if scale is None else scale
+            J = J + noise * scale * torch.randn(J.shape, generator=generator, dtype=J.dtype)
+        measured = J
+        if name == "metric" and adam and (root := inverse_roots(optimizer)[0]) is not None:
+            measured = J * root[:, None]
+        grams = measured @ measured.mT
+        alpha = torch.stack([f(H).coefficients for f, H in zip(rules, grams, strict=True)])
+        theta.grad = torch.einsum("bm,bmd->bd", alpha, J)
+        optimizer.step()
+    with torch.no_grad():
+        trace.append(torch.stack(problem.losses(theta), dim=-1))
+    return torch.stack(trace)
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """All methods on all problems, with and without noise.
+
+    ``steps``: until 1 % of the start's distance to the front is left, None if never (without
+    noise); ``distance`` and ``deviation`` (weighted loss above its minimum): means over the last
+    100 steps, 1 at the start. One number a start and weights, starts changing slowest.
+    """
+    for title, problem, trade_offs, lr, adam in problems():
+        generator = torch.Generator().manual_seed(1)
+        spread = 0.6 if title == "Fonseca-Fleming" else 2.0
+        shape = STARTS, problem.dimension
+        starts = spread * torch.randn(shape, generator=generator, dtype=torch.float64)
+        theta, weights = grid(starts, trade_offs)
+        for noise in (0.0, 0.3):
+            for name in COMPARED_NAMES:
+                if name == "metric" and not adam:  # the identity: CAGrad-Clip itself
+                    continue
+                for c in (0.0,) if name == "linear" else RADII:
+                    losses = run(problem, theta, weights, name, c, lr=lr, noise=noise, adam=adam)
+                    yield {
+                        "problem": title,
+                        "noise": noise,
+                        "method": name,
+                        "c": c,
+                        "weights": len(trade_offs),
+                        **_measured(problem, losses, weights, noise),
+                    }
+
+
+def _measured(problem: Problem, losses: Tensor, weights: Tensor, noise: float) -> dict[str, Any]:
+    first = problem.distance(losses[0])
+    found: dict[str, Any] = {}
+    if not noise:
+        distance = torch.stack([problem.distance(row) for row in losses])
+        found["steps"] = _numbers(steps_to(distance, 0.01 * first))
+    last = torch.stack([problem.distance(row) for row in losses[-LAST:]]).mean(0)
+    found["distance"] = _numbers(last / first)
+    if problem.weighted_solution is not None:
+        least = torch.stack(problem.losses(problem.weighted_solution(weights)), dim=-1)
+        minimum = (weights * least).sum(-1)
+        value = (losses * weights).sum(-1)
+        found["deviation"] = _numbers((value[-LAST:].mean(0) - minimum) / (value[0] - minimum))
+    return found
+
+
+def _numbers(values: Tensor) -> list[float | None]:
+    return [float(f"{x:.6g}") if x != torch.inf else None for x in values.tolist()]
