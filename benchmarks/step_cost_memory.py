@@ -6,8 +6,8 @@ depend on what ran before.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -48,16 +48,26 @@ def measure_memory(
         clear()
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
-    events = profiler.profiler.kineto_results.events()
-    start = next(event.start_ns() for event in events if event.name() == _MARK)
-    changes = sorted(
-        ((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"),
-        key=lambda change: change[0],
-    )
-    held = sum(nbytes for when, nbytes in changes if when < start)
-    now = peak = held
-    for when, nbytes in changes:
-        if when >= start:
-            now += nbytes
+    roots = profiler.profiler.kineto_results.experimental_event_tree()
+    # Blocks that are freed here but were not allocated here do not count. Those of earlier
+    # measurements are known to the profiler, by sizes that may be those of other blocks.
+    sizes: dict[int, int] = {}
+    held = now = peak = 0
+    for event in sorted(_descendants(roots), key=lambda event: event.start_time_ns):
+        if event.name == _MARK:
+            held = peak = now
+        elif event.name == "[memory]":
+            block = event.extra_fields
+            if block.alloc_size > 0:
+                sizes[block.ptr] = block.alloc_size
+                now += block.alloc_size
+            else:
+                now -= sizes.pop(block.ptr, 0)
             peak = max(peak, now)
     return Memory(held, peak - held)
+
+
+def _descendants(events: Iterable[Any]) -> Iterator[Any]:
+    for event in events:
+        yield event
+        yield from _descendants(event.children)

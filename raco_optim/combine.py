@@ -4,12 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What the gradients of m losses are combined with, which differs by parameter.
+
+    Attributes:
+        alpha: Coefficients of the shared parameters, ``[m]``.
+        weights: Coefficients of the others (task heads), ``[m]``.
+        shared: Which parameters are shared.
+    """
+
+    alpha: Tensor
+    weights: Tensor
+    shared: Sequence[bool]
+
+    def parts(self) -> Iterator[tuple[list[int], Tensor]]:
+        """Yields the positions of the heads' parameters, then of the shared, and coefficients."""
+        for part, coefficients in ((False, self.weights), (True, self.alpha)):
+            yield [j for j, s in enumerate(self.shared) if s == part], coefficients
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from raco_optim.combine import LOW_PRECISION, add_gradient, as_scales, combination
+from raco_optim.combine import LOW_PRECISION, Coefficients, add_gradient, as_scales, combination
 from raco_optim.gradients import Gradient, iterate_gradients
 from raco_optim.gram import gram_matrix
 from raco_optim.graph import Lookup, Product, Uses, find_uses
@@ -128,21 +128,15 @@ class GhostGradients:
         return self.rest.finite(shared)
 
     def add_to_grad(
-        self,
-        parameters: Sequence[Tensor],
-        alpha: Tensor,
-        weights: Tensor,
-        shared: Sequence[bool],
-        *,
-        check: bool = True,
+        self, parameters: Sequence[Tensor], coefficients: Coefficients, *, check: bool = True
     ) -> bool:
-        """Adds the combined gradient to ``.grad``, with `weights` in the other part.
+        """Adds the combined gradient to ``.grad``.
 
         The gradients are consumed. A finite Gram matrix says that it is finite.
         """
-        self.rest.add_to_grad(parameters, alpha, weights, shared, check=check)
+        self.rest.add_to_grad(parameters, coefficients, check=check)
         for j in list(self.layers):
-            add_gradient(parameters[j], self.layers.pop(j).combine(alpha))
+            add_gradient(parameters[j], self.layers.pop(j).combine(coefficients.alpha))
         return True
 
 

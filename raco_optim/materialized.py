@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raco_optim.combine import add_combined_gradient
+from raco_optim.combine import Coefficients, add_combined_gradient
 from raco_optim.gradients import Found, Gradient
 from raco_optim.gram import gram_matrix
 
@@ -85,26 +85,19 @@ class Gradients:
         )
 
     def add_to_grad(
-        self,
-        parameters: Sequence[Tensor],
-        alpha: Tensor,
-        weights: Tensor,
-        shared: Sequence[bool],
-        *,
-        check: bool = True,  # a finite Gram matrix says that it is finite
+        self, parameters: Sequence[Tensor], coefficients: Coefficients, *, check: bool = True
     ) -> bool:
-        """Adds the combined gradient to ``.grad``, with `weights` in the other part.
+        """Adds the combined gradient to ``.grad``.
 
-        The gradients are consumed.
+        The gradients are consumed. A finite Gram matrix says that it is finite.
         """
-        for part, coefficients in ((True, alpha), (False, weights)):
-            chosen = [j for j, s in enumerate(shared) if s == part]
+        for chosen, of_part in coefficients.parts():
             rows: list[Gradient] = []
             for row in self.rows:
                 rows.append([row[j] for j in chosen])
                 for j in chosen:
                     row[j] = None
-            add_combined_gradient([parameters[j] for j in chosen], rows, coefficients)
+            add_combined_gradient([parameters[j] for j in chosen], rows, of_part)
         return True
 
 

@@ -74,6 +74,8 @@ class CAGradClip(MultiObjectiveOptimizer):
         Algorithm 1 of arXiv 2602.02495. Liu et al., Conflict-Averse Gradient Descent, 2021.
     """
 
+    _deterministic = True
+
     def __init__(
         self,
         inner: Optimizer,
@@ -117,9 +119,8 @@ class CAGradClip(MultiObjectiveOptimizer):
         return checked_radius(c, below_one=True)
 
     def _mix(self, gram: Tensor) -> MixingCoefficients:
-        return mixing_coefficients(
-            gram, self._weights.of(len(gram)), self.c, clip=self.clip, solver=self.solver
-        )
+        w = self._weights.of(len(gram))
+        return mixing_coefficients(gram, w, self.c, clip=self.clip, solver=self.solver)
 
     def _described(self) -> dict[str, Any]:
         return {"weights": self.weights, "c": self.c, "clip": self.clip, "solver": self.solver}
@@ -229,6 +230,8 @@ class MGDA(MultiObjectiveOptimizer):
         Désidéri, 2012; Sener and Koltun, Multi-Task Learning as Multi-Objective Optimization, 2018.
     """
 
+    _deterministic = True
+
     def __init__(
         self,
         inner: Optimizer,
@@ -278,6 +281,8 @@ class LinearScalarization(MultiObjectiveOptimizer):
         tensor([0.7500, 0.2500])
     """
 
+    _deterministic = True
+
     def __init__(
         self,
         inner: Optimizer,
@@ -288,11 +293,7 @@ class LinearScalarization(MultiObjectiveOptimizer):
     ) -> None:
         checked_weights(weights)
         super().__init__(
-            inner,
-            self._mix,
-            weights=weights,
-            nonfinite=nonfinite,
-            process_group=process_group,
+            inner, self._mix, weights=weights, nonfinite=nonfinite, process_group=process_group
         )
 
     def _mix(self, gram: Tensor) -> MixingCoefficients:

@@ -89,6 +89,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         tensor([0.5000, 0.5000])
     """
 
+    _deterministic = False  # a user's rule may draw at random: the first process's result counts
+
     def __init__(
         self,
         inner: Optimizer,
@@ -117,9 +119,9 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         self._mode: Mode | list[Tensor] = checks.checked_mode(gram, MODES, known)
         self._schedule = Schedule(checks.checked_count("solve_every", solve_every))
         self._memory = Memory()
-        self._processes = Processes(process_group)
+        self.processes = Processes(process_group)
+        self.last_step: Step | None = None
         self._pending: Gradients | None = None
-        self._last: Step | None = None
         self._skip, self._skipped = False, 0
 
     def backward(
@@ -155,18 +157,15 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         pending = self._pending
         names, ordered, key = self._checked(losses, parameters, shared, representation, accumulate)
         if accumulate:
-            self._pending = stages.accumulate(names, ordered, parameters, pending, self._processes)
+            self._pending = stages.accumulate(names, ordered, parameters, pending, self.processes)
             self._pending.named = isinstance(losses, Mapping)
             return
         earlier = self._schedule.gram(key)
         weights = self._weights.of(len(names))
-        stores = pending, self._memory, self._processes
-        gradients = stages.collect(
-            self._mode, names, ordered, parameters, shared, *stores, representation, earlier
-        )
+        rest = pending, self._memory, self.processes, representation, earlier
+        gradients = stages.collect(self._mode, names, ordered, parameters, shared, *rest)
+        rule = self.rule if self._deterministic else partial(self.processes.by_first, self.rule)
         try:
-            own = "rule" in self._described()
-            rule = partial(self._processes.by_first, self.rule) if own else self.rule
             step = stages.solve(gradients, weights, shared, rule, self.nonfinite)
             step = stages.write(parameters, gradients, step, shared, self.nonfinite)
         except FloatingPointError as error:
@@ -180,7 +179,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             self._skipped += 1
         else:
             self._schedule.advance(step.gram, key, age)
-        self._last, self._pending = dataclasses.replace(step, age=age), None
+        self.last_step = dataclasses.replace(step, age=age, skipped=self._skipped)
+        self._pending = None
 
     def step(  # type: ignore[override]  # the closure returns losses, not a loss
         self, closure: Callable[[], Losses | None] | None = None
@@ -195,25 +195,24 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         Raises:
             RuntimeError: Gradients were accumulated but not combined.
         """
-        if closure is not None:
+        if closure is None:
+            return None if self._skipping() else self.optimizer.step()
 
-            def weighted_loss() -> Tensor | None:
-                with torch.enable_grad():
-                    losses = closure()
-                if losses is not None:
-                    self.backward(losses)
-                if self._last is None:
-                    raise TypeError("`closure` must return the losses; got None.")
-                if self._skipping():
-                    raise _Skipped
-                if losses is None:
-                    return None
-                return self._last.losses @ self._last.losses.new_tensor(self._last.weights)
+        def weighted_loss() -> Tensor | None:
+            with torch.enable_grad():
+                losses = closure()
+            if losses is not None:
+                self.backward(losses)
+            last = self.last_step
+            if last is None:
+                raise TypeError("`closure` must return the losses; got None.")
+            if self._skipping():
+                raise _Skipped
+            return None if losses is None else last.losses @ last.losses.new_tensor(last.weights)
 
-            with contextlib.suppress(_Skipped):
-                return self.optimizer.step(weighted_loss)  # type: ignore[arg-type]  # a Tensor
-            return None
-        return None if self._skipping() else self.optimizer.step()
+        with contextlib.suppress(_Skipped):
+            return self.optimizer.step(weighted_loss)  # type: ignore[arg-type]  # a Tensor
+        return None
 
     def _skipping(self) -> bool:
         if self._pending is not None:
@@ -236,8 +235,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         Raises:
             RuntimeError: There was no `backward` yet.
         """
-        if self._last is not None:
-            return stages.report(self._last, self._skipped)
+        if self.last_step is not None:
+            return stages.report(self.last_step)
         raise RuntimeError("there is nothing to report yet. Call `backward` first.")
 
     @property
@@ -260,12 +259,12 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         """Returns names, losses in their order, and names with None for the absent ones."""
         sharded, pending = is_sharded(parameters), self._pending
         exact = self._mode in stages.EXACT and self._schedule.every == 1
-        facts = self._processes.facts(parameters, shared, self._mode) | self._settings()
+        facts = self.processes.facts(parameters, shared, self._mode) | self._settings()
         # A micro-batch that sends nothing may fail without the other processes.
-        with self._processes.agreeing(facts, alone=accumulate and not sharded):
+        with self.processes.agreeing(facts, alone=accumulate and not sharded):
             names, ordered = self._weights.order(losses, pending)
             # Whether all are absent from micro-batches and processes, the gradients tell.
-            if not accumulate and pending is None and not (exact and self._processes.several):
+            if not accumulate and pending is None and not (exact and self.processes.several):
                 checks.check_any_present(ordered)
             checks.check_fit(self._mode, ordered, representation, exact, accumulate, sharded)
             check_losses(ordered, parameters, names)
@@ -281,11 +280,12 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         return {f"`{name}`": x for name, x in (self._described() | own).items() if name != "rule"}
 
     def _described(self) -> dict[str, Any]:
-        return {"rule": self.rule, "weights": self.weights}
+        rule = {} if self._deterministic else {"rule": self.rule}
+        return {**rule, "weights": self.weights}
 
     def _own_state(self) -> dict[str, Any]:
-        schedule = self._schedule.state()
-        return {**self._weights.state(), "skipped": self._skipped, "schedule": schedule}
+        own = {"skipped": self._skipped, "schedule": self._schedule.state()}
+        return self._weights.state() | own
 
     def _check_own_state(self, own: dict[str, Any]) -> None:
         super()._check_own_state({"schedule": None, **own})  # older states have none

@@ -80,6 +80,11 @@ class Processes:
         return dist.get_rank(self.group)
 
     @property
+    def first(self) -> bool:
+        """Whether this process is the first of them, or has no others."""
+        return not self.several or self.rank == 0
+
+    @property
     def ranks(self) -> list[int]:
         """Their ranks among all processes, as the launcher counts them."""
         return dist.get_process_group_ranks(self.group or dist.group.WORLD)

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raco_optim.combine import LOW_PRECISION, add_gradient, as_scales, combination
+from raco_optim.combine import LOW_PRECISION, Coefficients, add_gradient, as_scales, combination
 from raco_optim.gradients import Found, Gradient
 from raco_optim.materialized import Gradients
 from raco_optim.processes import Processes
@@ -90,19 +90,13 @@ class ReplicatedGradients:
         return self._finite
 
     def add_to_grad(
-        self,
-        parameters: Sequence[Tensor],
-        alpha: Tensor,
-        weights: Tensor,
-        shared: Sequence[bool],
-        *,
-        check: bool = True,  # a finite Gram matrix says that it is finite
+        self, parameters: Sequence[Tensor], coefficients: Coefficients, *, check: bool = True
     ) -> bool:
-        """Adds the combined gradient to ``.grad``, with `weights` in the other part.
+        """Adds the combined gradient to ``.grad``.
 
-        The gradients are consumed.
+        The gradients are consumed. A finite Gram matrix says that it is finite.
         """
-        combined = self.combine(parameters, alpha, weights)
+        combined = self.combine(parameters, coefficients.alpha, coefficients.weights)
         for parameter, gradient in zip(parameters, combined, strict=True):
             if gradient is not None:
                 add_gradient(parameter, gradient)

@@ -13,6 +13,7 @@ from torch import Tensor
 from raco_optim import ghost, materialized, replicated, surrogate
 from raco_optim._checks import check_any_present
 from raco_optim.coefficients import MixingCoefficients
+from raco_optim.combine import Coefficients
 from raco_optim.gradients import Found, Loss, iterate_gradients
 from raco_optim.materialized import Gradients, Memory, add_pending
 from raco_optim.processes import Processes, is_sharded
@@ -48,15 +49,9 @@ class PerLossGradients(Protocol):
         """Computes what is finite where the other part is, one number per loss, ``[m]``."""
 
     def add_to_grad(
-        self,
-        parameters: Sequence[Tensor],
-        alpha: Tensor,
-        weights: Tensor,
-        shared: Sequence[bool],
-        *,
-        check: bool,
+        self, parameters: Sequence[Tensor], coefficients: Coefficients, *, check: bool
     ) -> bool:
-        """Adds the combined gradient to ``.grad``, with `weights` in the other part.
+        """Adds the combined gradient to ``.grad``.
 
         The gradients are consumed. With `check`, nothing is written and False returned where the
         combined gradient is NaN or Inf though the Gram matrix is not.
@@ -75,6 +70,8 @@ class Step:
     absent: list[bool]
     skip: bool
     age: int = 0
+    skipped: int = 0
+    """Updates left out so far, this one included."""
 
 
 def collect(
@@ -228,10 +225,8 @@ def write(
     if step.skip:
         return step
     weights = torch.tensor(step.weights, dtype=torch.float64, device="cpu")
-    written = gradients.add_to_grad(
-        parameters, step.mixing.coefficients, weights, shared, check=nonfinite != "propagate"
-    )
-    if written:
+    coefficients = Coefficients(step.mixing.coefficients, weights, shared)
+    if gradients.add_to_grad(parameters, coefficients, check=nonfinite != "propagate"):
         return step
     if nonfinite == "raise":
         raise FloatingPointError(_message("the combined gradient"))
@@ -239,8 +234,8 @@ def write(
     return replace(step, mixing=MixingCoefficients(zeros), skip=True)
 
 
-def report(step: Step, skipped: int = 0) -> StepReport:
-    """Says what a step did; waits for the device. `skipped` counts updates left out so far."""
+def report(step: Step) -> StepReport:
+    """Says what a step did; waits for the device."""
     return make_report(
         names=step.names,
         weights=step.weights,
@@ -252,7 +247,7 @@ def report(step: Step, skipped: int = 0) -> StepReport:
         losses=step.losses,
         absent=step.absent,
         skip=step.skip,
-        skipped=skipped,
+        skipped=step.skipped,
         age=step.age,
     )
 

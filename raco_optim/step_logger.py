@@ -30,7 +30,6 @@ class _Unread:
 
     number: int
     step: Step
-    skipped: int
     copies: list[torch.cuda.Event]
 
     @property
@@ -106,13 +105,13 @@ class StepLogger:
                 f"To go on, make another with resume=True."
             )
         found = inside(optimizer)
-        processes, last = found._processes, found._last
-        if last is None or last is self._seen or (processes.several and processes.rank):
+        last = found.last_step
+        if last is None or last is self._seen or not found.processes.first:
             return
         if self._file is None:
             self._open()
         step = self._next if step is None else _checked_step(step, self._least)
-        self._unread.append(_fetched(step, last, found._skipped))
+        self._unread.append(_fetched(step, last))
         self._seen = last
         self._least = self._next = step + 1
         self._write(wait=len(self._unread) > _MOST)
@@ -148,7 +147,7 @@ class StepLogger:
             first = self._unread[0]
             for copy in first.copies:
                 copy.synchronize()
-            self._append(step_log.encode(first.number, report(first.step, first.skipped)))
+            self._append(step_log.encode(first.number, report(first.step)))
             self._unread.popleft()
 
     def _append(self, line: bytes) -> None:
@@ -222,7 +221,7 @@ def _checked_step(step: Any, least: int) -> int:  # noqa: ANN401  # that is what
     return step
 
 
-def _fetched(number: int, step: Step, skipped: int) -> _Unread:
+def _fetched(number: int, step: Step) -> _Unread:
     """Begins to copy a step's tensors to the host.
 
     They are copied on the host too: a rule may return the same tensor every time.
@@ -247,4 +246,4 @@ def _fetched(number: int, step: Step, skipped: int) -> _Unread:
     )
     for device, event in events.items():
         event.record(torch.cuda.current_stream(device))
-    return _Unread(number, copied, skipped, list(events.values()))
+    return _Unread(number, copied, list(events.values()))

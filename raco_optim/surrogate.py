@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from raco_optim import replicated
-from raco_optim.combine import add_combined_gradient
+from raco_optim.combine import Coefficients, add_combined_gradient
 from raco_optim.gradients import Gradient, iterate_gradients
 from raco_optim.gram import gram_matrix
 from raco_optim.processes import Processes
@@ -57,23 +57,18 @@ class SurrogateGradients:
         return self.surrogate_gram.new_zeros(len(self.names))
 
     def add_to_grad(
-        self,
-        parameters: Sequence[Tensor],
-        alpha: Tensor,
-        weights: Tensor,
-        shared: Sequence[bool],
-        *,
-        check: bool,
+        self, parameters: Sequence[Tensor], coefficients: Coefficients, *, check: bool
     ) -> bool:
-        """Adds the combined gradient to ``.grad``, with `weights` in the other part.
+        """Adds the combined gradient to ``.grad``.
 
         With `check`, nothing is written and False returned where it is NaN or Inf.
         """
         with self.processes.agreeing():
-            row = self._row(parameters, alpha, weights, shared)
+            row = self._row(parameters, coefficients)
         if self.processes.several:
             one = torch.ones(1, device="cpu")
             found = [(one, row)]
+            shared = coefficients.shared
             mean = replicated.collect(("sum",), found, parameters, shared, self.processes)
             row = mean.combine(parameters, one, one)
         if check:
@@ -84,21 +79,20 @@ class SurrogateGradients:
         add_combined_gradient(parameters, [row], torch.ones(1, device="cpu"))
         return True
 
-    def _row(
-        self, parameters: Sequence[Tensor], alpha: Tensor, weights: Tensor, shared: Sequence[bool]
-    ) -> Gradient:
+    def _row(self, parameters: Sequence[Tensor], coefficients: Coefficients) -> Gradient:
         """Returns the combined gradient of this process, by a pass for each part."""
         row: Gradient = [None] * len(parameters)
-        trainable = {j: s for j, s in enumerate(shared) if parameters[j].requires_grad}
-        both = len(set(trainable.values())) == 2
-        # The shared part last: its pass frees the graph behind the heads too.
-        for part, coefficients in ((False, weights), (True, alpha)):
-            chosen = [j for j, s in trainable.items() if s == part]
-            if chosen:
-                keep = both and not part
-                found = self._combine([parameters[j] for j in chosen], coefficients, keep=keep)
-                for j, g in zip(chosen, found, strict=True):
-                    row[j] = g
+        trainable = [
+            (chosen, of_part)
+            for positions, of_part in coefficients.parts()
+            if (chosen := [j for j in positions if parameters[j].requires_grad])
+        ]
+        for k, (chosen, of_part) in enumerate(trainable, start=1):
+            # The last pass, that of the shared part, frees the graph behind the heads too.
+            keep = k < len(trainable)
+            found = self._combine([parameters[j] for j in chosen], of_part, keep=keep)
+            for j, g in zip(chosen, found, strict=True):
+                row[j] = g
         if all(g is None for g in row):
             raise ValueError(
                 "losses must depend on a parameter of the optimizer; together they reach none. Was "

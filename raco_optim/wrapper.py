@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -141,6 +142,7 @@ class OptimizerWrapper(Optimizer):
         """What `repr` shows of the wrapper itself."""
         return {}
 
+    @reprlib.recursive_repr()  # a rule may be a method of the wrapper
     def __repr__(self) -> str:
         own = ", ".join(f"{name}={value!r}" for name, value in self._described().items())
         inner = repr(self.optimizer).replace("\n", "\n  ")

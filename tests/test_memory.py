@@ -184,7 +184,7 @@ def test_copies_do_without_it(duplicate):
         sizes.append((len(pickle.dumps(opt)), file.tell()))
         opt.zero_grad()
         opt.backward(model.losses(t, 3))
-    opt._last = None  # of some bytes
+    opt.last_step = None  # of some bytes
     assert abs(len(pickle.dumps(opt)) - sizes[0][0]) < 2000
     assert sizes[1][1] - sizes[0][1] < 2000
     twin, twin_opt = duplicate((model, opt))

@@ -663,7 +663,7 @@ def test_closures_count_their_evaluations():
 
     def closure():
         opt.zero_grad()
-        if opt._last is not None:
+        if opt.last_step is not None:
             ages.append(opt.report.age)
         return as_asked(opt, two_losses(model, batch(0, dtype=DOUBLE)))
 

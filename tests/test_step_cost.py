@@ -62,6 +62,12 @@ def test_memory_that_was_there_before_is_not_counted():
     assert measure_memory(step, grads.clear) == (0, 300 * FLOAT)
 
 
+def test_release_of_what_an_earlier_measurement_left_is_not_counted():
+    left = []
+    measure_memory(lambda: left.append(torch.ones(1000)), left.copy)
+    assert measure_memory(left.clear, left.clear) == (0, 0)
+
+
 def test_weighted_step_of_one_matrix():
     """Inputs [B, d], weight [d, d]: at the end of the backward pass, and then in AdamW's step."""
     B, d = 2, 64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -13,24 +13,28 @@ from benchmarks.multitask.data import SETS
 from raco_optim.cli.errors import UsageError
 from raco_optim.cli.files import make_folder
 
-PARTS: dict[str, Callable[[], object]] = {
-    **{name: lambda name=name: study.SetStudy(name).run() for name in SETS},
-    **{
-        f"small_{m}": lambda m=m: study.run_models("small", m, tuple(study.COMPARED))
-        for m in (2, 3)
-    },
-}
+PARTS = (*SETS, "small_2", "small_3")
+
+
+def run(part: str, seeds: Sequence[int]) -> None:
+    """Runs what is left of a part."""
+    if part in SETS:
+        study.SetStudy(part, seeds=seeds).run()
+    else:
+        size, m = part.split("_")
+        study.run_models(size, int(m), seeds=seeds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.beyond", description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(study.SEEDS))
     options = parser.parse_args(arguments)
     try:
         make_folder(study.FOLDER, "--output")
-        for name in options.parts:
-            PARTS[name]()
+        for part in options.parts:
+            run(part, options.seeds)
     except UsageError as error:
         print(f"beyond: {error}", file=sys.stderr)
         return 2

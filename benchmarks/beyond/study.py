@@ -120,11 +120,16 @@ def tune_models(folder: Path = FOLDER) -> dict[str, tuple[float]]:
 
 
 def run_models(
-    size: str, m: int, methods: Sequence[str], folder: Path = FOLDER
+    size: str,
+    m: int,
+    methods: Sequence[str] = tuple(COMPARED),
+    folder: Path = FOLDER,
+    seeds: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
     """Runs what is left of a size and a number of objectives; returns all methods' records."""
     radii = tune_models(folder)
-    plan = dataclasses.replace(llm.plan_for(size), seeds=MODEL_SEEDS[size])
+    seeds = MODEL_SEEDS[size] if seeds is None else tuple(seeds)
+    plan = dataclasses.replace(llm.plan_for(size), seeds=seeds)
     study = ModelStudy(size, m, methods, radii, plan)
     wanted = {_key(vars(point)) for point in study.points()}
     before = read_records(llm.file_for(size, m, RESULTS))
