@@ -3,38 +3,69 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from benchmarks.beyond import study
+from benchmarks.beyond import cost, study, tables, toys, trust_region
+from benchmarks.beyond.candidates import RADII
+from benchmarks.harness import environment
+from benchmarks.multitask import many
 from benchmarks.multitask.data import SETS
 from raco_optim.cli.errors import UsageError
-from raco_optim.cli.files import make_folder
+from raco_optim.cli.files import make_folder, write_atomically
 
-PARTS = (*SETS, "small_2", "small_3")
+MODELS = ("small_2", "small_3", "smollm2_2", "smollm2_3")
 
 
-def run(part: str, seeds: Sequence[int]) -> None:
+def many_losses() -> dict[str, Any]:
+    """5 and 10 yes-or-no tasks on the digits."""
+    rows = many.objectives(study.FRONT_SEEDS, (5, 10), RADII, 200, study.COMPARED)
+    return {"rows": many.all_rows(rows), "environment": environment(packages=["scikit-learn"])}
+
+
+def on_toys() -> dict[str, Any]:
+    """Problems with known fronts."""
+    return {"rows": list(toys.rows()), "environment": environment()}
+
+
+FILES: dict[str, Callable[[], dict[str, Any]]] = {
+    "toys": on_toys,
+    "many": many_losses,
+    "trust": trust_region.measure,
+    "cost": cost.times,
+}
+PARTS = (*SETS, *MODELS, "front", *FILES)
+
+
+def run(part: str, seeds: Sequence[int] | None) -> None:
     """Runs what is left of a part."""
     if part in SETS:
-        study.SetStudy(part, seeds=seeds).run()
-    else:
+        study.SetStudy(part, seeds=seeds or study.SEEDS).run()
+    elif part in MODELS:
         size, m = part.split("_")
         study.run_models(size, int(m), seeds=seeds)
+    elif part == "front":
+        study.run_fronts()
+    elif not (path := study.FOLDER / f"{part}.json").exists():
+        write_atomically(path, json.dumps(FILES[part]()) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.beyond", description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(study.SEEDS))
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the protocol")
     options = parser.parse_args(arguments)
     try:
         make_folder(study.FOLDER, "--output")
         for part in options.parts:
             run(part, options.seeds)
+        if options.parts == list(PARTS):
+            tables.write()
     except UsageError as error:
         print(f"beyond: {error}", file=sys.stderr)
         return 2

@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.alignment import study as llm
 from benchmarks.alignment.sampling import FINAL, TUNING, Splits
 from benchmarks.alignment.training import Recipe
 from benchmarks.alignment.tune import plan_of
 from benchmarks.beyond.candidates import BASELINES, CANDIDATES, RADII, TITLES, candidate
 from benchmarks.harness import RESULTS
+from benchmarks.multitask.data import SETS
 from benchmarks.multitask.methods import METHODS, Method
+from benchmarks.multitask.study import FOLDER as SETS_FOLDER
 from benchmarks.multitask.study import WEIGHTS, Plan, Study
 from raco_optim.cli.grid import Point, read_records, run_grid
 
@@ -21,6 +25,7 @@ FOLDER = RESULTS / "beyond"
 SEEDS = tuple(range(10))  # of the sets
 TUNING_SEEDS = (100, 101)  # of the language models
 MODEL_SEEDS = {"small": SEEDS, "smollm2": (0, 1, 2)}
+FRONT_SEEDS = (0, 1, 2, 3, 4)
 TUNING_WEIGHTS = ((0.1, 0.9), (0.5, 0.5), (0.9, 0.1))
 
 _AS_METHODS = {
@@ -33,6 +38,9 @@ _AS_METHODS = {
     for name in CANDIDATES
 }
 COMPARED: dict[str, Method] = {**{name: METHODS[name] for name in BASELINES}, **_AS_METHODS}
+
+FINALISTS: tuple[str, ...] = ()
+METHODS_OF = {"small": tuple(COMPARED), "smollm2": (*BASELINES, *FINALISTS)}
 
 
 class SetStudy(Study):
@@ -49,7 +57,7 @@ class SetStudy(Study):
     def run(self) -> list[dict[str, Any]]:
         """Runs what is left and returns the records of all methods."""
         chosen = self.tune()
-        known = [r for r in read_records(self._before.path) if r["point"]["method"] in BASELINES]
+        known = _known(self.name)
         done = {(r["point"]["method"], r["point"]["seed"]) for r in known}
         points = [
             Point(method, weights, seed, chosen[method]["parameter"])
@@ -58,7 +66,7 @@ class SetStudy(Study):
             for method in COMPARED
             if (method, seed) not in done
         ]
-        run_grid(self.path, points, self.settings, lambda point: self._run(point, chosen))
+        run_grid(self.path, points, self.settings, lambda point: self.run_point(point, chosen))
         return known + read_records(self.path)
 
 
@@ -122,7 +130,6 @@ def tune_models(folder: Path = FOLDER) -> dict[str, tuple[float]]:
 def run_models(
     size: str,
     m: int,
-    methods: Sequence[str] = tuple(COMPARED),
     folder: Path = FOLDER,
     seeds: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
@@ -130,7 +137,7 @@ def run_models(
     radii = tune_models(folder)
     seeds = MODEL_SEEDS[size] if seeds is None else tuple(seeds)
     plan = dataclasses.replace(llm.plan_for(size), seeds=seeds)
-    study = ModelStudy(size, m, methods, radii, plan)
+    study = ModelStudy(size, m, METHODS_OF[size], radii, plan)
     wanted = {_key(vars(point)) for point in study.points()}
     before = read_records(llm.file_for(size, m, RESULTS))
     known = [record for record in before if _key(record["point"]) in wanted]
@@ -138,6 +145,63 @@ def run_models(
     left = [point for point in study.points() if _key(vars(point)) not in done]
     path = folder / f"{size}_{m}.jsonl"
     return known + run_grid(path, left, study.settings, study.run)
+
+
+def set_records(name: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
+    """All records of a set, those of the baselines from the study before."""
+    return _known(name) + read_records(folder / f"{name}.jsonl")
+
+
+def model_records(size: str, m: int, folder: Path = FOLDER) -> list[dict[str, Any]]:
+    """All records of a language model and a number of objectives, at the chosen radii."""
+    radii = tune_models(folder)
+    records = [
+        *read_records(llm.file_for(size, m, RESULTS)),
+        *read_records(folder / f"{size}_{m}.jsonl"),
+    ]
+    return [
+        record
+        for record in records
+        if (point := record["point"])["method"] in COMPARED
+        and point["c"] in radii.get(point["method"], (None,))
+    ]
+
+
+def chosen(folder: Path = FOLDER) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Learning rate and c of every method, by task."""
+    found = {
+        name: {
+            method: {"lr": setting["lr"], "c": setting["parameter"]}
+            for method, setting in SetStudy(name, folder).tune().items()
+        }
+        for name in SETS
+    }
+    radii = tune_models(folder)
+    for size, title in (("small", "small"), ("smollm2", "SmolLM2")):
+        lr = llm.plan_for(size).lr["raco"]
+        found[title] = {
+            name: {"lr": lr, "c": radii[name][0] if name in radii else None} for name in COMPARED
+        }
+    return found
+
+
+def _known(name: str) -> list[dict[str, Any]]:
+    records = read_records(SETS_FOLDER / f"{name}.jsonl")
+    return [record for record in records if record["point"]["method"] in BASELINES]
+
+
+def run_fronts(folder: Path = FOLDER, seeds: Sequence[int] = FRONT_SEEDS) -> None:
+    """The weighted sum alone at many weights of two losses: the curve that weights can reach."""
+    weights = [(round(w, 2), round(1 - w, 2)) for w in np.linspace(0.05, 0.95, 19)]
+    digits = SetStudy("digits", folder)
+    names = [task.name for task in digits.data(0).tasks]
+    chosen = digits.tune()
+    points = [Point("linear", dict(zip(names, w, strict=True)), s) for s in seeds for w in weights]
+    path = folder / "digits_front.jsonl"
+    run_grid(path, points, digits.settings, lambda point: digits.run_point(point, chosen))
+    plan = dataclasses.replace(llm.plan_for("small"), seeds=tuple(seeds), weights={2: weights})
+    model = ModelStudy("small", 2, ("linear",), {}, dataclasses.replace(plan, curve_every=None))
+    run_grid(folder / "small_2_front.jsonl", model.points(), model.settings, model.run)
 
 
 def _key(point: Mapping[str, Any]) -> str:

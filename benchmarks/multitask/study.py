@@ -102,7 +102,7 @@ class Study:
             for weights in self._named(WEIGHTS)
             for method in self.plan.methods
         ]
-        run_grid(self.path, points, self.settings, lambda point: self._run(point, chosen))
+        run_grid(self.path, points, self.settings, lambda point: self.run_point(point, chosen))
         return read_records(self.path)
 
     def tune(self) -> dict[str, dict[str, float | None]]:
@@ -128,7 +128,8 @@ class Study:
             del training["curve"]
         return {"evaluation": {}, "training": found, "extra": {"commit": self._commit}}
 
-    def _run(self, point: Point, chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def run_point(self, point: Point, chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Trains with the settings that tuning chose, and tests."""
         lr = chosen[point.method]["lr"]
         run, training = self._trained(point, lr)
         data = self.data(point.seed)
