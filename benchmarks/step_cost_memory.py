@@ -49,8 +49,8 @@ def measure_memory(
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
     roots = profiler.profiler.kineto_results.experimental_event_tree()
-    # Blocks that are freed here but were not allocated here do not count. Those of earlier
-    # measurements are known to the profiler, by sizes that may be those of other blocks.
+    # A block that was not allocated here does not count when it is freed here. Where an earlier
+    # measurement saw its address, the profiler has a size for it: that of the block there then.
     sizes: dict[int, int] = {}
     held = now = peak = 0
     for event in sorted(_descendants(roots), key=lambda event: event.start_time_ns):

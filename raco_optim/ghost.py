@@ -128,7 +128,7 @@ class GhostGradients:
         return self.rest.finite(shared)
 
     def add_to_grad(
-        self, parameters: Sequence[Tensor], coefficients: Coefficients, *, check: bool = True
+        self, parameters: Sequence[Tensor], coefficients: Coefficients, *, check: bool
     ) -> bool:
         """Adds the combined gradient to ``.grad``.
 

@@ -87,8 +87,9 @@ def per_loss_gradients(
     """
     ordered = as_list(losses)
     check_any_present(ordered)
-    names = [str(i) for i in range(len(ordered))]
-    return [gradient for _, gradient in iterate_gradients(ordered, list(parameters), names)]
+    names, chosen = [str(i) for i in range(len(ordered))], list(parameters)
+    check_losses(ordered, chosen, names)
+    return [gradient for _, gradient in iterate_gradients(ordered, chosen, names)]
 
 
 def iterate_gradients(
@@ -102,11 +103,10 @@ def iterate_gradients(
 ) -> Iterator[Found]:
     """Yields value and gradient of one loss after the other; see `per_loss_gradients`.
 
-    Behind the gradients of the parameters come those of `edges` of the losses' graph. Tensors are
-    all checked before the first backward pass, so that a bad one costs nothing. `needed` says
-    what a loss that reaches none of them was to depend on, and the remedy; None allows it.
+    `check_losses` is the caller's part. Behind the gradients of the parameters come those of
+    `edges` of the losses' graph. `needed` says what a loss that reaches none of them was to depend
+    on, and the remedy; None allows it.
     """
-    check_losses(losses, parameters, names)
     trainable = [p for p in parameters if p.requires_grad]
     last_tensor = max((i for i, loss in enumerate(losses) if isinstance(loss, Tensor)), default=-1)
     last_callable = max(
@@ -138,7 +138,10 @@ def iterate_gradients(
 def check_losses(
     losses: Sequence[Loss | None], parameters: Sequence[Tensor], names: Sequence[str]
 ) -> None:
-    """Raises unless parameters and losses are what they must be, as far as no pass can tell."""
+    """Raises unless parameters and losses are what they must be, as far as no pass can tell.
+
+    It is called before the first backward pass, so that a bad tensor costs nothing.
+    """
     _check_parameters(parameters)
     for name, loss in zip(names, losses, strict=True):
         if isinstance(loss, Tensor):

@@ -85,7 +85,7 @@ class Gradients:
         )
 
     def add_to_grad(
-        self, parameters: Sequence[Tensor], coefficients: Coefficients, *, check: bool = True
+        self, parameters: Sequence[Tensor], coefficients: Coefficients, *, check: bool
     ) -> bool:
         """Adds the combined gradient to ``.grad``.
 

@@ -120,7 +120,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         self._schedule = Schedule(checks.checked_count("solve_every", solve_every))
         self._memory = Memory()
         self.processes = Processes(process_group)
-        self.last_step: Step | None = None
+        self.last_step: Step | None = None  # what the last `backward` left on its device
         self._pending: Gradients | None = None
         self._skip, self._skipped = False, 0
 

@@ -90,7 +90,7 @@ class ReplicatedGradients:
         return self._finite
 
     def add_to_grad(
-        self, parameters: Sequence[Tensor], coefficients: Coefficients, *, check: bool = True
+        self, parameters: Sequence[Tensor], coefficients: Coefficients, *, check: bool
     ) -> bool:
         """Adds the combined gradient to ``.grad``.
 

@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from raco_optim import materialized
 from raco_optim.combine import stashed_gradients
-from raco_optim.gradients import Found, Loss, check_loss, check_losses, failed_pass
+from raco_optim.gradients import Found, Loss, check_loss, failed_pass
 from raco_optim.materialized import Gradients
 from raco_optim.processes import Processes
 
@@ -71,8 +71,8 @@ def iterate_gradients(
 
     A callable that fails in one of the processes fails in all, if its forward pass is complete.
     Other tensors that the losses depend on gather the sum of the gradients in their ``.grad``.
+    `check_losses` is the caller's part.
     """
-    check_losses(losses, parameters, names)
     last = max((i for i, loss in enumerate(losses) if isinstance(loss, Tensor)), default=-1)
     with stashed_gradients(parameters) as take:
         for i, (name, loss) in enumerate(zip(names, losses, strict=True)):

@@ -62,7 +62,7 @@ INNER_MAY_IMPORT = {
     "integrations": LEAVES
     | {"simplex", "coefficients", "per_example", "gradients", "materialized", "processes", "step"}
     | {"alignment"},
-    "cli": {"_checks", "pareto", "processes", "integrations"},
+    "cli": {"_checks", "pareto", "processes", "integrations", "plot"},
     "plot": LEAVES | {"pareto", "step_log"},
 }
 INNER_MAY_IMPORT_OPTIONAL = {"integrations": {"datasets", "trl"}}

@@ -15,6 +15,7 @@ import raco_optim
 import raco_optim.alignment
 import raco_optim.integrations.trl
 import raco_optim.pareto
+import raco_optim.plot
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")])
@@ -90,7 +91,12 @@ def own_names(module: ModuleType) -> list[str]:
     [
         *(
             f"{module.__name__}.{name}"
-            for module in (raco_optim, raco_optim.alignment, raco_optim.integrations.trl)
+            for module in (
+                raco_optim,
+                raco_optim.alignment,
+                raco_optim.integrations.trl,
+                raco_optim.plot,
+            )
             for name in module.__all__
         ),
         *own_names(raco_optim.pareto),

@@ -9,7 +9,7 @@ from torch.optim import LBFGS, Optimizer, lr_scheduler
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import raco_optim
-from raco_optim import CAGradClip
+from raco_optim import MGDA, CAGradClip, LinearScalarization, MultiObjectiveOptimizer
 from tests.problems_nn import (
     INNER,
     NAMES,
@@ -55,6 +55,25 @@ def test_repr_shows_the_wrapper_its_settings_and_the_inner_optimizer(inner):
     assert "weights=(0.25, 0.75)" in shown
     assert "c=0.3" in shown
     assert type(opt.optimizer).__name__ in shown
+
+
+class OwnMethod(MultiObjectiveOptimizer):
+    def __init__(self, inner, weights):
+        super().__init__(inner, self.mix, weights=weights)
+
+    def mix(self, gram):
+        return gram.new_ones(len(gram))
+
+
+@pytest.mark.parametrize(
+    ("method", "rule"),
+    [(MGDA, ""), (LinearScalarization, ""), (OwnMethod, "rule=<bound method OwnMethod.mix of ")],
+)
+def test_repr_shows_a_rule_that_is_the_users_own(method, rule):
+    opt = method(torch.optim.SGD(network().parameters()), [0.25, 0.75])
+    assert repr(opt).startswith(f"{method.__name__}(\n  {rule}")
+    assert "weights=(0.25, 0.75)" in repr(opt)
+    assert bool(rule) == ("rule=" in repr(opt))
 
 
 def test_averaged_model_and_its_batch_norm(wrap):

@@ -9,13 +9,21 @@ import os
 import signal
 import weakref
 from collections.abc import Iterator
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from raco_optim import MGDA, CAGradClip, MultiObjectiveOptimizer
+from raco_optim import (
+    MGDA,
+    CAGradClip,
+    LinearScalarization,
+    MultiObjectiveOptimizer,
+    min_norm_coefficients,
+)
 from tests.ranks import Ranks, slices
 from tests.test_replicated import WEIGHTS, Model, batches, equal, losses_of, relative
 
@@ -343,6 +351,26 @@ def test_a_rule_that_draws_at_random_draws_once_for_all(two_ranks: Ranks) -> Non
     assert torch.equal(alpha, theirs)
     assert torch.equal(grad, other)
     assert torch.allclose(grad.double(), (alpha[0] + 2 * alpha[1]).expand(4))
+
+
+def asked_for_the_first_ones_coefficients(rank):
+    x = nn.Parameter(torch.zeros(4))
+    asked = []
+    for method in (
+        MGDA,
+        partial(LinearScalarization, weights=[0.5, 0.5]),
+        partial(CAGradClip, weights=[0.5, 0.5]),
+        partial(MultiObjectiveOptimizer, rule=min_norm_coefficients),
+    ):
+        opt = method(torch.optim.SGD([x]))
+        with mock.patch.object(opt.processes, "by_first", wraps=opt.processes.by_first) as by_first:
+            opt.backward([x.sum(), 2 * x[0]])
+        asked.append(by_first.called)
+    return asked
+
+
+def test_rules_of_the_library_send_no_coefficients(two_ranks: Ranks) -> None:
+    assert two_ranks.run(asked_for_the_first_ones_coefficients) == [[False] * 3 + [True]] * 2
 
 
 class Held:

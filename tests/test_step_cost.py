@@ -65,7 +65,7 @@ def test_memory_that_was_there_before_is_not_counted():
 def test_release_of_what_an_earlier_measurement_left_is_not_counted():
     left = []
     measure_memory(lambda: left.append(torch.ones(1000)), left.copy)
-    assert measure_memory(left.clear, left.clear) == (0, 0)
+    assert measure_memory(left.clear, left.copy) == (0, 0)
 
 
 def test_weighted_step_of_one_matrix():

@@ -11,28 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from raco_optim.cli.cells import Record, cell_of, group_by_point, objectives_of
 from raco_optim.cli.statistics import bootstrap_interval, front, hypervolumes
+from raco_optim.plot.canvas import GREY, INK, look, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which differ for any colour vision, and markers, which differ in print
-# without colour. Their numbers have no common divisor: 56 methods look different.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#997700")
-MARKERS = ("o", "s", "D", "^", "v", "P", "X")
-INK, GREY = "#222222", "#767676"
 # Pairs of objectives that are drawn: those of six objectives. A taller picture is not read.
 PAIRS = 15
 PANELS = {"loss": "Held-out loss", "accuracy": "Held-out accuracy"}
-# Names are the user's: a dollar sign in one is a dollar sign, not the start of a formula.
-RC = {
-    "font.size": 9.5,
-    "text.parse_math": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "lines.linewidth": 1.2,
-}
 
 
 def trade_off_figure(records: Sequence[Record]) -> bytes:
@@ -52,12 +39,9 @@ def trade_off_figure(records: Sequence[Record]) -> bytes:
         >>> trade_off_figure(records)[1:4]
         b'PNG'
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
     pairs = list(itertools.combinations(objectives_of(records[0]), 2))[:PAIRS]
-    with matplotlib.rc_context(RC):  # type: ignore[arg-type]
-        figure = Figure(figsize=(9.2, 4.1 * len(pairs) + 0.5), layout="constrained")
+    with style():
+        figure = new_figure((9.2, 4.1 * len(pairs) + 0.5))
         grid = figure.subplots(len(pairs), 2, squeeze=False)
         for row, pair in zip(grid, pairs, strict=True):
             for axes, metric in zip(row, PANELS, strict=True):
@@ -83,28 +67,26 @@ def hypervolume_figure(records: Sequence[Record]) -> bytes:
         >>> hypervolume_figure([{"point": point, "evaluation": {"a": scores}}])[1:4]
         b'PNG'
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    styles = _styles(records)
-    with matplotlib.rc_context(RC):  # type: ignore[arg-type]
-        figure = Figure(figsize=(9.2, 1.3 + 0.36 * len(styles)), layout="constrained")
+    looks = _looks(records)
+    with style():
+        figure = new_figure((9.2, 1.3 + 0.36 * len(looks)))
         grid = figure.subplots(1, 2, sharey=True)
         for axes, metric in zip(grid, PANELS, strict=True):
-            for y, volumes in enumerate(hypervolumes(records, metric).values()):
-                values = list(volumes.values())
+            found = hypervolumes(records, metric)
+            for y, (method, drawn) in enumerate(looks.items()):
+                values = list(found[method].values())
                 if not values:  # no seed has all of the trade-offs
                     continue
-                colour, marker = list(styles.values())[y]
+                colour = drawn["color"]
                 mean, low, high = bootstrap_interval(values)
                 axes.plot(values, [y] * len(values), "|", color=colour, alpha=0.6, markersize=9)
                 if not math.isnan(low):
                     axes.plot([low, high], [y, y], color=colour, lw=2)
-                axes.plot(mean, y, marker, color=colour, markersize=7)
+                axes.plot(mean, y, **drawn, markersize=7)
             _set_title(axes, PANELS[metric])
             axes.set_xlabel(f"hypervolume of the {metric} (larger is better)")
-            axes.set_yticks(range(len(styles)), list(styles))
-        grid[0].set_ylim(len(styles) - 0.5, -0.5)
+            axes.set_yticks(range(len(looks)), list(looks))
+        grid[0].set_ylim(len(looks) - 0.5, -0.5)
         return _png(figure)
 
 
@@ -112,10 +94,10 @@ def _draw_trade_offs(
     axes: Axes, records: Sequence[Record], metric: str, pair: tuple[str, str]
 ) -> None:
     _set_title(axes, PANELS[metric])
-    for method, (colour, marker) in _styles(records).items():
+    for method, drawn in _looks(records).items():
         of_method = [record for record in records if cell_of(record).method == method]
         x, y = _columns(of_method, metric, pair)
-        axes.scatter(x, y, 9, color=colour, marker=marker, alpha=0.45, lw=0)
+        axes.scatter(x, y, 9, **drawn, alpha=0.45, lw=0)
         groups = sorted(group_by_point(of_method).items(), key=lambda item: item[0].weights or ())
         means = [
             [statistics.fmean(column) for column in _columns(group, metric, pair)]
@@ -125,8 +107,7 @@ def _draw_trade_offs(
         two = len(objectives_of(records[0])) == 2
         axes.plot(
             *zip(*means, strict=True),
-            color=colour,
-            marker=marker,
+            **drawn,
             markersize=6.5,
             markeredgecolor="white",
             markeredgewidth=0.6,
@@ -153,10 +134,9 @@ def _draw_trade_offs(
     )
 
 
-def _styles(records: Sequence[Record]) -> dict[str, tuple[str, str]]:
+def _looks(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     methods = dict.fromkeys(cell.method for cell in group_by_point(records))
-    looks = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS))
-    return dict(zip(methods, looks, strict=False))  # the looks have no end
+    return {method: look(i) for i, method in enumerate(methods)}
 
 
 def _columns(

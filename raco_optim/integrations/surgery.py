@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from raco_optim.gradients import Found, iterate_gradients
+from raco_optim.gradients import Found, check_losses, iterate_gradients
 from raco_optim.materialized import Gradients, add_pending, collect
 from raco_optim.per_example import LinearLayerGradients
 from raco_optim.processes import Processes
@@ -73,6 +73,7 @@ class Surgery:
         # For adapters, one backward pass serves all losses.
         rows = self._layers.gradients(scores, losses)
         if rows is None:
+            check_losses(losses, parameters, self._names)
             return iterate_gradients(losses, parameters, self._names)
         return zip([None if x is None else x.detach() for x in losses], rows, strict=True)
 
