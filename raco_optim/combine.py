@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
+LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -73,22 +74,34 @@ def add_combined_gradient(
 
 
 def as_scales(coefficients: Tensor) -> list[Any]:
-    """Returns Python numbers where they are at hand: a tensor is slower to multiply by."""
-    on_host = coefficients.device.type == "cpu"
-    return coefficients.tolist() if on_host else list(coefficients.unbind())
+    """Returns Python numbers where they are at hand: a tensor is slower to multiply by.
+
+    A tensor has at most the largest number of float32, so that it is never Inf beside gradients.
+    """
+    if coefficients.device.type == "cpu":
+        return coefficients.tolist()
+    return list(coefficients.clamp(-LARGEST, LARGEST).unbind())
 
 
 def combination(tensors: Sequence[Tensor], scales: Sequence[Any]) -> Tensor:
     r"""Returns :math:`\sum_i \alpha_i x_i`, formed in float32 at least."""
     # Never in place: autograd may return one tensor for two parameters, an expanded one, or one
     # that the user's code still holds.
-    combined: Tensor = _at_least_single(tensors[0]) * scales[0]
+    combined = _scaled(tensors[0], scales[0])
     for x, scale in zip(tensors[1:], scales[1:], strict=True):
-        if isinstance(scale, float):
+        if isinstance(scale, float) and abs(scale) <= LARGEST:
             combined.add_(_at_least_single(x), alpha=scale)
         else:
-            combined.add_(_at_least_single(x) * scale)
+            combined.add_(_scaled(x, scale))
     return combined
+
+
+def _scaled(x: Tensor, scale: Any) -> Tensor:  # noqa: ANN401  # a number or a tensor
+    """x times a number that float32 may not hold, as where p is on a gradient of 1e-40."""
+    x = _at_least_single(x)
+    wide = isinstance(scale, float) and abs(scale) > LARGEST
+    scaled: Tensor = (x.double() if wide else x) * scale
+    return scaled.to(x.dtype)
 
 
 def _at_least_single(x: Tensor) -> Tensor:

@@ -152,3 +152,14 @@ def test_shapes_and_strides(value):
         opt.backward([parameter.square().sum(), (4 * parameter).sum()])
     assert torch.equal(parameter.grad, 2 * (parameter.detach() + 2))
     opt.step()
+
+
+@pytest.mark.parametrize("tiny", [1e-30, 1e-38, 1e-41, 1e-44])
+def test_a_correction_along_a_subnormal_gradient_has_its_full_length(tiny):
+    """p is the vertex of the tiny gradient, so that its coefficient is beyond float32."""
+    x = torch.nn.Parameter(torch.ones(2))
+    for order in (1, -1):
+        opt = CAGradClip(torch.optim.SGD([x], lr=0.1), [0.5, 0.5], c=0.4)
+        opt.zero_grad()
+        opt.backward([x[0], torch.tensor(tiny) * x[1]][::order])
+        torch.testing.assert_close(x.grad, torch.tensor([0.5, 0.2]), rtol=1e-4, atol=0)
