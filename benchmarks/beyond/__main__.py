@@ -38,7 +38,7 @@ FILES: dict[str, Callable[[], dict[str, Any]]] = {
     "trust": trust_region.measure,
     "cost": cost.times,
 }
-PARTS = (*SETS, *MODELS, "front", *FILES)
+PARTS = (*SETS, *MODELS, "front", "radii", *FILES)
 
 
 def run(part: str, seeds: Sequence[int] | None) -> None:
@@ -50,6 +50,8 @@ def run(part: str, seeds: Sequence[int] | None) -> None:
         study.run_models(size, int(m), seeds=seeds)
     elif part == "front":
         study.run_fronts()
+    elif part == "radii":
+        study.run_radii()
     elif not (path := study.FOLDER / f"{part}.json").exists():
         write_atomically(path, json.dumps(FILES[part]()) + "\n")
 

@@ -25,6 +25,7 @@ FOLDER = RESULTS / "beyond"
 SEEDS = tuple(range(10))  # of the sets
 TUNING_SEEDS = (100, 101)  # of the language models
 MODEL_SEEDS = {"small": SEEDS, "smollm2": (0, 1, 2)}
+SMALLER_RADII = (0.05, 0.1, 0.2)
 FRONT_SEEDS = (0, 1, 2, 3, 4)
 TUNING_WEIGHTS = ((0.1, 0.9), (0.5, 0.5), (0.9, 0.1))
 
@@ -145,6 +146,15 @@ def run_models(
     left = [point for point in study.points() if _key(vars(point)) not in done]
     path = folder / f"{size}_{m}.jsonl"
     return known + run_grid(path, left, study.settings, study.run)
+
+
+def run_radii(folder: Path = FOLDER, seeds: Sequence[int] = FRONT_SEEDS) -> None:
+    """CAGrad-Clip with smaller radii, small model: is a candidate more than a smaller c?"""
+    for m in (2, 3):
+        plan = dataclasses.replace(llm.plan_for("small"), seeds=tuple(seeds), curve_every=None)
+        model = ModelStudy("small", m, ("raco",), {"raco": SMALLER_RADII}, plan)
+        path = folder / f"small_{m}_radii.jsonl"
+        run_grid(path, model.points(), model.settings, model.run)
 
 
 def set_records(name: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
