@@ -41,13 +41,14 @@ FILES: dict[str, Callable[[], dict[str, Any]]] = {
 PARTS = (*SETS, *MODELS, "front", "radii", *FILES)
 
 
-def run(part: str, seeds: Sequence[int] | None) -> None:
+def run(part: str, seeds: Sequence[int] | None, methods: Sequence[str] | None) -> None:
     """Runs what is left of a part."""
     if part in SETS:
-        study.SetStudy(part, seeds=seeds or study.SEEDS).run()
+        chosen = methods or tuple(study.COMPARED)
+        study.SetStudy(part, seeds=seeds or study.SEEDS, methods=chosen).run()
     elif part in MODELS:
         size, m = part.split("_")
-        study.run_models(size, int(m), seeds=seeds)
+        study.run_models(size, int(m), seeds=seeds, methods=methods)
     elif part == "front":
         study.run_fronts()
     elif part == "radii":
@@ -61,11 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.beyond", description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the protocol")
+    parser.add_argument("--methods", nargs="+", choices=study.COMPARED, help="default: all")
     options = parser.parse_args(arguments)
     try:
         make_folder(study.FOLDER, "--output")
         for part in options.parts:
-            run(part, options.seeds)
+            run(part, options.seeds, options.methods)
         if options.parts == list(PARTS):
             tables.write()
     except UsageError as error:

@@ -12,7 +12,7 @@ from benchmarks.beyond.rules import RULES
 from raco_optim import MultiObjectiveOptimizer
 
 BASELINES = ("linear", "cagrad", "raco")
-CANDIDATES = ("budget", "soft", "metric", "smooth", "conflict", "cone", "tail")
+CANDIDATES = ("budget", "soft", "metric", "smooth", "conflict", "cone", "tail", "persistent")
 TITLES = {
     "linear": "weighted sum",
     "cagrad": "CAGrad",
@@ -24,6 +24,7 @@ TITLES = {
     "conflict": "c by conflict",
     "cone": "projection to the cone",
     "tail": "bounded p",
+    "persistent": "c by lasting conflict",
 }
 COMPARED_NAMES = (*BASELINES, *CANDIDATES)
 RADII = (0.4, 0.8)

@@ -65,10 +65,11 @@ def soft(w: Sequence[float], c: float) -> Rule:
 def smooth(w: Sequence[float], c: float) -> Rule:
     r"""p of a Gram matrix that is smoothed over steps; all else from the one of this step.
 
-    .. math:: \bar H_t \propto \sum_{s \le t} 0.9^{t - s} H_s / \mathrm{tr} H_s
+    .. math:: \bar H_t = 0.9 \bar H_{t - 1} + 0.1 H_t / \mathrm{tr} H_t, \qquad
+        \bar H_1 = H_1 / \mathrm{tr} H_1
 
-    A bias-corrected exponential average up to a factor that p does not see. Dividing by the trace
-    keeps the rule independent of a scale that changes between steps, as a GradScaler's does.
+    Starting with the first matrix, the average has no bias to zero. Dividing by the trace keeps the
+    rule independent of a scale that changes between steps, as a GradScaler's does.
     """
     average: list[Tensor] = []
 
@@ -91,10 +92,27 @@ def conflict(w: Sequence[float], c: float) -> Rule:
     """
 
     def rule(gram: Tensor) -> MixingCoefficients:
-        norms = gram.diagonal().sqrt()
-        inverse = torch.where(norms > 0, 1 / norms, 0.0)
-        cosines = gram * inverse[:, None] * inverse
-        return mixing_coefficients(gram, w, c * min(1.0, max(0.0, -float(cosines.min()))))
+        return mixing_coefficients(gram, w, c * min(1.0, max(0.0, -float(_cosines(gram).min()))))
+
+    return rule
+
+
+def persistent(w: Sequence[float], c: float) -> Rule:
+    r"""The radius from the conflict that lasts: less correction where the losses truly compete.
+
+    .. math:: c_t = c \max(0, 1 - 2 k_t), \qquad k_t = \max(0, -\min_{ij} \bar C_{ij})
+
+    with the exponential average of the cosines as in `smooth`. Conflict that averages
+    out over steps is noise or passes, and CAGrad-Clip is left as it is; where it stays, its mean
+    cosine at -1/2, the losses have to be traded, and that is what the weights say how to do.
+    """
+    average: list[Tensor] = []
+
+    def rule(gram: Tensor) -> MixingCoefficients:
+        now = _cosines(gram)
+        average[:] = [DECAY * average[0] + (1 - DECAY) * now if average else now]
+        lasting = max(0.0, -float(average[0].min()))
+        return mixing_coefficients(gram, w, c * max(0.0, 1 - 2 * lasting))
 
     return rule
 
@@ -115,8 +133,7 @@ def cone(w: Sequence[float], c: float) -> Rule:
         weights = gram.new_tensor(w)
         norms = gram.diagonal().sqrt()
         inverse = torch.where(norms > 0, 1 / norms, 0.0)
-        cosines = (gram * inverse[:, None] * inverse).numpy()
-        values, vectors = np.linalg.eigh(cosines)
+        values, vectors = np.linalg.eigh(_cosines(gram).numpy())
         root = np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T
         scaled = (weights * norms / norms.max().clamp(min=1e-300)).numpy()
         found, _ = nnls(root, -root @ scaled)
@@ -154,9 +171,16 @@ RULES: dict[str, Callable[[Sequence[float], float], Rule]] = {
     "soft": soft,
     "smooth": smooth,
     "conflict": conflict,
+    "persistent": persistent,
     "cone": cone,
     "tail": tail,
 }
+
+
+def _cosines(gram: Tensor) -> Tensor:
+    norms = gram.diagonal().sqrt()
+    inverse = torch.where(norms > 0, 1 / norms, 0.0)
+    return gram * inverse[:, None] * inverse
 
 
 def _vectors(mixing: MixingCoefficients) -> tuple[Tensor, Tensor]:

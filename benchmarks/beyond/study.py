@@ -47,8 +47,16 @@ METHODS_OF = {"small": tuple(COMPARED), "smollm2": (*BASELINES, *FINALISTS)}
 class SetStudy(Study):
     """The candidates on one of the multi-task sets; the tuning of the others is taken over."""
 
-    def __init__(self, name: str, folder: Path = FOLDER, seeds: Sequence[int] = SEEDS) -> None:
-        super().__init__(name, Plan(seeds=tuple(seeds), methods=CANDIDATES), folder, COMPARED)
+    def __init__(
+        self,
+        name: str,
+        folder: Path = FOLDER,
+        seeds: Sequence[int] = SEEDS,
+        methods: Sequence[str] = tuple(COMPARED),
+    ) -> None:
+        tuned = tuple(name for name in CANDIDATES if name in methods)
+        super().__init__(name, Plan(seeds=tuple(seeds), methods=tuned), folder, COMPARED)
+        self._methods = tuple(methods)
         self._before = Study(name, Plan(methods=BASELINES))
 
     def tune(self) -> dict[str, dict[str, float | None]]:
@@ -64,7 +72,7 @@ class SetStudy(Study):
             Point(method, weights, seed, chosen[method]["parameter"])
             for seed in self.plan.seeds
             for weights in self._named(WEIGHTS)
-            for method in COMPARED
+            for method in self._methods
             if (method, seed) not in done
         ]
         run_grid(self.path, points, self.settings, lambda point: self.run_point(point, chosen))
@@ -133,12 +141,13 @@ def run_models(
     m: int,
     folder: Path = FOLDER,
     seeds: Sequence[int] | None = None,
+    methods: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Runs what is left of a size and a number of objectives; returns all methods' records."""
     radii = tune_models(folder)
     seeds = MODEL_SEEDS[size] if seeds is None else tuple(seeds)
     plan = dataclasses.replace(llm.plan_for(size), seeds=seeds)
-    study = ModelStudy(size, m, METHODS_OF[size], radii, plan)
+    study = ModelStudy(size, m, methods or METHODS_OF[size], radii, plan)
     wanted = {_key(vars(point)) for point in study.points()}
     before = read_records(llm.file_for(size, m, RESULTS))
     known = [record for record in before if _key(record["point"]) in wanted]
