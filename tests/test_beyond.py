@@ -117,7 +117,7 @@ def test_a_smoothed_gram_matrix_that_does_not_change_is_none():
         torch.testing.assert_close(rule(scale * H).coefficients, expected, rtol=1e-7, atol=1e-9)
 
 
-def test_the_smoothed_gram_matrix_is_the_bias_corrected_average():
+def test_the_smoothed_gram_matrix_is_the_average_from_the_first_on():
     w, rule = [0.3, 0.7], rules.smooth([0.3, 0.7], 0.4)
     made = list(grams(2))[:6]
     for H in made:
@@ -305,3 +305,27 @@ def test_every_candidate_trains_with_heads_and_an_absent_loss(name):
     opt.zero_grad()
     opt.backward([(head(trunk(inputs)) - 1).square().mean(0)[0], None])
     assert opt.report.absent == ("1",)
+
+
+def test_lasting_conflict_takes_the_radius_away_and_passing_conflict_does_not():
+    w, c = [0.2, 0.8], 0.4
+    opposite = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+    aligned = torch.tensor([[1.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+    assert rules.persistent(w, c)(opposite).coefficients.tolist() == w  # all that is known
+    rule = rules.persistent(w, c)
+    for H in (aligned, opposite, aligned, opposite, aligned):
+        found = rule(H)
+    expected = mixing_coefficients(aligned, w, c).coefficients
+    torch.testing.assert_close(found.coefficients, expected)
+
+
+def test_the_lasting_conflict_is_the_bias_corrected_average():
+    w, c = [0.3, 0.7], 0.4
+    rule = rules.persistent(w, c)
+    cosines = [-0.2, -0.6, 0.1, -0.5]
+    for t, x in enumerate(cosines, start=1):
+        H = torch.tensor([[4.0, 2 * x], [2 * x, 1.0]], dtype=torch.float64)
+        average = sum(0.1 * 0.9 ** (t - s) * y for s, y in enumerate(cosines[:t], start=1))
+        lasting = max(0.0, -average / (1 - 0.9**t))
+        expected = mixing_coefficients(H, w, c * max(0.0, 1 - 2 * lasting)).coefficients
+        torch.testing.assert_close(rule(H).coefficients, expected)

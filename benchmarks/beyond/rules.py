@@ -102,16 +102,17 @@ def persistent(w: Sequence[float], c: float) -> Rule:
 
     .. math:: c_t = c \max(0, 1 - 2 k_t), \qquad k_t = \max(0, -\min_{ij} \bar C_{ij})
 
-    with the exponential average of the cosines as in `smooth`. Conflict that averages
+    with the bias-corrected exponential average of the cosines (decay 0.9). Conflict that averages
     out over steps is noise or passes, and CAGrad-Clip is left as it is; where it stays, its mean
     cosine at -1/2, the losses have to be traded, and that is what the weights say how to do.
     """
-    average: list[Tensor] = []
+    total, mass = torch.zeros(len(w), len(w), dtype=torch.float64), 0.0
 
     def rule(gram: Tensor) -> MixingCoefficients:
-        now = _cosines(gram)
-        average[:] = [DECAY * average[0] + (1 - DECAY) * now if average else now]
-        lasting = max(0.0, -float(average[0].min()))
+        nonlocal total, mass
+        total = DECAY * total + (1 - DECAY) * _cosines(gram)
+        mass = DECAY * mass + (1 - DECAY)
+        lasting = max(0.0, -float(total.min()) / mass)
         return mixing_coefficients(gram, w, c * max(0.0, 1 - 2 * lasting))
 
     return rule
