@@ -1,7 +1,8 @@
-"""Where the methods end beside the curve that the weighted sum draws when its weights move.
+"""Controls: does a method do more than other weights, or a smaller c, would?
 
-Not in the protocol: added when it was seen that on the language model nothing was dominated, to
-see whether surgery does more than move the weights.
+- where the methods end beside the curve that the weighted sum draws when its weights move;
+- what CAGrad-Clip pays in weighted loss for the steps that hurt no loss, as c grows, and what the
+  candidates pay.
 """
 
 from __future__ import annotations
@@ -80,4 +81,47 @@ def summarise(folder: Path = study.FOLDER) -> dict[str, Any]:
                 for d in draws
             ]
             found[task][method] = analysis.interval(np.array(values), analysis.LEVEL)
+    return found
+
+
+def radii(folder: Path = study.FOLDER) -> dict[str, list[dict[str, Any]]]:
+    """By task and method at its c: weighted loss above the weighted sum's, hurting, least weight.
+
+    Small model, means over weights and the seeds of `study.FRONT_SEEDS`.
+    """
+    found = {}
+    for m in (2, 3):
+        records = [
+            *study.model_records("small", m, folder),
+            *read_records(folder / f"small_{m}_radii.jsonl"),
+        ]
+        groups: dict[tuple[str, float], list[dict[str, float]]] = {}
+        for record in records:
+            point = record["point"]
+            if point["seed"] not in study.FRONT_SEEDS:
+                continue
+            w = np.array(list(point["weights"].values()))
+            losses = np.array([scores["loss"] for scores in record["evaluation"].values()])
+            smallest = np.isclose(w, w.min())
+            groups.setdefault((point["method"], point["c"] or 0.0), []).append(
+                {
+                    "weighted": float(w @ losses),
+                    "least weight": float(losses[smallest].mean()),
+                    "hurting": record["training"]["hurting_steps"],
+                    "unequal": not smallest.all(),
+                }
+            )
+        base = np.mean([row["weighted"] for row in groups["linear", 0.0]])
+        found[f"small_{m}"] = [
+            {
+                "method": method,
+                "c": c,
+                "excess": float(np.mean([row["weighted"] for row in rows]) - base),
+                "hurting": float(np.mean([row["hurting"] for row in rows])),
+                "least weight": float(
+                    np.mean([row["least weight"] for row in rows if row["unequal"]])
+                ),
+            }
+            for (method, c), rows in groups.items()
+        ]
     return found

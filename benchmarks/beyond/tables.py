@@ -36,6 +36,8 @@ def summarise(folder: Path = study.FOLDER) -> dict[str, Any]:
         "tasks": tasks,
         "chosen": study.chosen(folder),
         "fronts": fronts.summarise(folder),
+        "radii": fronts.radii(folder),
+        "trust": json.loads((folder / "trust.json").read_text())["rows"],
         "many": _many(json.loads((folder / "many.json").read_text())["rows"]),
         "toys": _toys(json.loads((folder / "toys.json").read_text())["rows"]),
         "cost": json.loads((folder / "cost.json").read_text())["rows"],
@@ -61,6 +63,12 @@ def filled(page: str, found: Summary) -> str:
     return page
 
 
+def task_title(name: str) -> str:
+    """A task's name for people."""
+    size, _, m = name.partition("_")
+    return f"{'SmolLM2' if size == 'smollm2' else size}, {m} objectives" if m else name
+
+
 def blocks(found: Summary) -> Iterator[tuple[str, str]]:
     """Name and text of every table."""
     for measure in analysis.MEASURES:
@@ -76,6 +84,8 @@ def blocks(found: Summary) -> Iterator[tuple[str, str]]:
     yield "steps", steps(found["tasks"])
     yield "chosen", chosen(found["chosen"])
     yield "fronts", front_table(found["fronts"])
+    yield "radii", radius_table(found["radii"])
+    yield "trust", trust_table(found["trust"])
     yield "many", many_table(found["many"])
     yield "toys", toy_table(found["toys"])
     yield "cost", cost_table(found["cost"])
@@ -92,7 +102,7 @@ def differences(tasks: Summary, measure: str, other: str) -> str:
             row = tasks[task]["methods"].get(method)
             cells.append("-" if row is None else _cell(row["against"][other][measure]))
         rows.append(cells)
-    return markdown_table(["", *map(_task, columns)], rows)
+    return markdown_table(["", *map(task_title, columns)], rows)
 
 
 def values(tasks: Summary) -> str:
@@ -105,7 +115,7 @@ def values(tasks: Summary) -> str:
                 found = task["methods"][method]["measures"].get(measure)
                 cells.append("-" if found is None else _number(found["value"]))
             rows.append(cells)
-    return markdown_table(["", *map(_task, tasks)], rows)
+    return markdown_table(["", *map(task_title, tasks)], rows)
 
 
 def verdicts(tasks: Summary, cost: Summary) -> str:
@@ -121,9 +131,9 @@ def verdicts(tasks: Summary, cost: Summary) -> str:
                 x.removeprefix("by ") for x in ("by distance", "by deviation") if row["reaches"][x]
             ]
             if how:
-                reached.append(f"{_task(name)} ({', '.join(how)})")
+                reached.append(f"{task_title(name)} ({', '.join(how)})")
             if row["reaches"]["told worse"]:
-                worse.append(_task(name))
+                worse.append(task_title(name))
         extra = [f"{case[method]['median'] - 1:+.1%}" for case in cost.values() if method in case]
         rows.append(
             [
@@ -149,7 +159,7 @@ def steps(tasks: Summary) -> str:
             certain = found["low"] > 1 or found["high"] < 1
             cells.append(CERTAIN.format(text) if certain else text)
         rows.append(cells)
-    return markdown_table(["", *map(_task, columns)], rows)
+    return markdown_table(["", *map(task_title, columns)], rows)
 
 
 def chosen(found: Summary) -> str:
@@ -169,7 +179,45 @@ def front_table(found: Summary) -> str:
     rows = []
     for method in (*BASELINES[1:], *CANDIDATES):
         rows.append([TITLES[method], *(_cell(found[task][method]) for task in found)])
-    return markdown_table(["", *map(_task, found)], rows)
+    return markdown_table(["", *map(task_title, found)], rows)
+
+
+def radius_table(found: Summary) -> str:
+    """What the methods pay in weighted loss for the steps that they save from hurting."""
+    keys = list(dict.fromkeys((row["method"], row["c"]) for rows in found.values() for row in rows))
+    keys.sort(key=lambda key: (COMPARED_NAMES.index(key[0]), key[1]))
+    rows = []
+    for key in keys:
+        cells = [TITLES[key[0]], f"{key[1]:g}" if key[1] else "-"]
+        for task in found.values():
+            row = next((r for r in task if (r["method"], r["c"]) == key), None)
+            cells += (
+                ["-"] * 3
+                if row is None
+                else [
+                    f"{row['excess']:+.4f}",
+                    f"{row['hurting']:.0%}",
+                    f"{row['least weight']:.3f}",
+                ]
+            )
+        rows.append(cells)
+    head = ["method", "c"]
+    for task in found:
+        head += [f"{task_title(task)}: weighted loss", "hurting", "least weight"]
+    return markdown_table(head, rows)
+
+
+def trust_table(found: Summary) -> str:
+    """Noise between batches over the decrease of a step, and the cost of a second forward pass."""
+    rows = [
+        [
+            name,
+            f"{np.mean(row['noise']):.1f} ({min(row['noise']):.1f} to {max(row['noise']):.1f})",
+            f"{row['cost']['median'] - 1:+.0%}",
+        ]
+        for name, row in found.items()
+    ]
+    return markdown_table(["", "noise / decrease, five seeds", "second forward pass"], rows)
 
 
 def many_table(found: Sequence[Summary]) -> str:
@@ -264,11 +312,6 @@ def _toys(rows: Sequence[Summary]) -> list[dict[str, Any]]:
                 kept[name] = median if np.isfinite(median) else None
         found.append(kept)
     return found
-
-
-def _task(name: str) -> str:
-    size, _, m = name.partition("_")
-    return f"{'SmolLM2' if size == 'smollm2' else size}, {m} objectives" if m else name
 
 
 def _cell(row: Mapping[str, float]) -> str:
