@@ -31,7 +31,7 @@ from benchmarks.multitask.claims_tables import fill_page
 from benchmarks.multitask.toys import Rule, descend, grid, random_quadratics, steps_to
 from benchmarks.multitask.training import Recipe
 from benchmarks.problems import Problem, cagrad_toy, convex_quadratics, fonseca_fleming
-from raco_optim.cli.errors import UsageError
+from raco_optim.cli.errors import UsageError, refusals
 from raco_optim.cli.files import check_writable, held, write_atomically
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -39,6 +39,7 @@ RADII = (0.4, 0.8)
 TWO = ((0.2, 0.8), (0.5, 0.5), (0.8, 0.2))
 NAMES = {"linear": None, "cagrad": "none", "raco": "hard", "soft": "soft"}
 STARTS = 8
+_DAMAGED = (ValueError, TypeError)  # what is no JSON, or no object of it
 
 
 def rules(radii: Sequence[float] = RADII, *, soft: bool = False) -> Iterator[tuple[str, Rule]]:
@@ -187,7 +188,8 @@ def run(path: Path, parts: Sequence[str]) -> dict[str, Any]:
     """Runs the parts that the file lacks; a part is on the disk before the next one starts."""
     check_writable(path, "--output")
     with held(path, "--output"):
-        found = json.loads(path.read_text()) if path.exists() else {}
+        with refusals(f"`--output` must hold what this program wrote; got {path}", *_DAMAGED):
+            found = dict(json.loads(path.read_text())) if path.exists() else {}
         for name in parts:
             if name not in found:
                 print(name, flush=True)

@@ -14,11 +14,10 @@ reduce-scatter sends as much as an all-reduce.
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from benchmarks.harness import environment, markdown_table, spread, write_results
+from benchmarks.harness import environment, markdown_table, refusals_of, spread, write_results
 from raco_optim import CAGradClip
+from raco_optim.cli.errors import OneLineErrors, UsageError
 
 WIDTH, DEPTH, BATCH = 512, 8, 16
 RANKS = (2, 4)
@@ -157,14 +157,18 @@ def _bytes_sent() -> int:
     return int(line.split(":")[1].split()[8])
 
 
-def main() -> None:
+@refusals_of("communication")
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measures all ways, writes the JSON and prints the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.communication")
+    parser = OneLineErrors(prog="python -m benchmarks.communication")
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
     parser.add_argument("--losses", nargs="+", type=int, default=list(LOSSES))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    for option, values, least in (("--ranks", options.ranks, 2), ("--losses", options.losses, 1)):
+        if min(values) < least:
+            raise UsageError(f"`{option}` must be {least} or more; got {min(values)}.")
     if not LOOPBACK.exists():
-        parser.exit(2, f"{parser.prog}: it counts in {LOOPBACK}, which this system lacks.\n")
+        raise UsageError(f"It counts in {LOOPBACK}, which this system lacks.")
     todo = [
         (m, number, way)
         for number in options.ranks

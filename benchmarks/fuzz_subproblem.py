@@ -20,18 +20,19 @@ Every solution is checked without the library, by `tests.oracles`:
 
 from __future__ import annotations
 
-import argparse
 import collections
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.harness import environment, write_results
+from benchmarks.harness import environment, refusals_of, write_results
 from raco_optim import solve_subproblem
+from raco_optim.cli.errors import OneLineErrors, UsageError
 from tests.oracles import EPS, certificate, distance_to_closest, exact_minimum, excess_gap
 from tests.samplers import SAMPLERS, Problem, problem
 
@@ -181,9 +182,22 @@ class Tally:
         return "\n".join(lines)
 
 
-def main() -> None:
+def named(text: str) -> tuple[str, int, int]:
+    """Kind, number of losses and seed of a problem, from a list of failures."""
+    found = re.fullmatch(rf"({'|'.join(KINDS)}):([1-9]\d*):(\d+)", text)
+    if found is None:
+        raise UsageError(
+            f"`--only` must be KIND:M:SEED, of the kinds {', '.join(KINDS)}; got {text!r}."
+        )
+    return found[1], int(found[2]), int(found[3])
+
+
+@refusals_of("fuzz_subproblem")
+def main(arguments: Sequence[str] | None = None) -> None:
     """Checks all problems, writes the JSON and prints what failed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineErrors(
+        prog="python -m benchmarks.fuzz_subproblem", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--count", type=int, default=108_000, help="number of Gram matrices")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--deep-every", type=int, default=10, help="share of symmetry checks")
@@ -191,34 +205,33 @@ def main() -> None:
     parser.add_argument(
         "--only", metavar="KIND:M:SEED", help="one problem, from a list of failures"
     )
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    if arguments.only:
-        kind, m, seed = arguments.only.split(":")
-        print(problem(kind, int(m), int(seed)))
+    if options.only:
+        name = named(options.only)
+        print(problem(*name))
         for solver in get_args(Solver):
-            deep = solver == "exact"
-            print(solver, *check(kind, int(m), int(seed), deep=deep, solver=solver))
+            print(solver, *check(*name, deep=solver == "exact", solver=solver))
         return
 
     tallies = {solver: Tally() for solver in get_args(Solver)}
     sizes: collections.Counter[int] = collections.Counter()
     started = time.perf_counter()
     deep_checks = 0
-    progress = tqdm(cases(arguments.count, arguments.seed), total=arguments.count, smoothing=0)
+    progress = tqdm(cases(options.count, options.seed), total=options.count, smoothing=0)
     for i, name in enumerate(progress):
         round_ = i // len(KINDS)  # every kind in turn gets the rarer checks
-        deep = round_ % arguments.deep_every == 0
+        deep = round_ % options.deep_every == 0
         deep_checks += deep
         sizes[name[1]] += 1
         tallies["exact"].add(name, *check(*name, deep=deep))
-        if round_ % arguments.others_every == 0:
+        if round_ % options.others_every == 0:
             for solver in ("pgd", "slsqp"):
                 tallies[solver].add(name, *check(*name, solver=solver))
         progress.set_postfix({solver: tally.failures for solver, tally in tallies.items()})
     results = {
         "question": __doc__.splitlines()[0],
-        "environment": environment(seed=arguments.seed, packages=("mpmath",)),
+        "environment": environment(seed=options.seed, packages=("mpmath",)),
         "seconds": round(time.perf_counter() - started, 1),
         "required_gap": GAP,
         "deep_checks": deep_checks,

@@ -6,6 +6,7 @@ disturbs all of them alike, and their ratio outlives what a second run would cha
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.metadata
 import json
@@ -13,15 +14,28 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from raco_optim.cli.errors import UsageError
+
 RESULTS = Path(__file__).parent / "results"
 _ROOT = Path(__file__).parent.parent
+
+
+@contextlib.contextmanager
+def refusals_of(program: str) -> Iterator[None]:
+    """Ends the program with one line and exit code 2 where what was asked cannot be done."""
+    try:
+        yield
+    except UsageError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def environment(*, seed: int | None = None, packages: Sequence[str] = ()) -> dict[str, Any]:

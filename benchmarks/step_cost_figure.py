@@ -6,7 +6,6 @@ python -m benchmarks.step_cost_figure benchmarks/results/step_cost.json picture.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
+from benchmarks.harness import refusals_of
 from benchmarks.style import GREY, INK, STYLE
+from raco_optim.cli.errors import OneLineErrors, refusals
+from raco_optim.cli.files import check_writable
 
 CASE = "mlp-10M"  # of the left panel
 M = 8  # of the right panel
@@ -185,10 +187,17 @@ def _millions(n: int) -> str:
     return f"{n / 1e6:.{0 if n > 5e7 else 1}f} M"
 
 
-def main() -> None:
+@refusals_of("step_cost_figure")
+def main(arguments: Sequence[str] | None = None) -> None:
     """Draws the picture anew."""
-    source, target = sys.argv[1:]
-    draw(Path(target), json.loads(Path(source).read_text()))
+    parser = OneLineErrors(prog="python -m benchmarks.step_cost_figure")
+    parser.add_argument("source", type=Path, help="the JSON of benchmarks.step_cost")
+    parser.add_argument("target", type=Path, help="the picture")
+    options = parser.parse_args(arguments)
+    with refusals(f"`source` must be a JSON file; got {options.source}", OSError, ValueError):
+        results = json.loads(options.source.read_text())
+    check_writable(options.target, "target")
+    draw(options.target, results)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@ python -m benchmarks.theory_figures docs/images
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -18,9 +17,12 @@ from matplotlib.patches import Circle
 from torch import Tensor
 from torch.optim import Optimizer
 
+from benchmarks.harness import refusals_of
 from benchmarks.problems import convex_quadratics
 from benchmarks.style import GREY, INK, STYLE
 from raco_optim import CAGrad, CAGradClip, LinearScalarization, mixing_coefficients
+from raco_optim.cli.errors import OneLineErrors
+from raco_optim.cli.files import make_folder
 
 GRADIENTS = torch.tensor([[1.0, -4.0], [-1.0, 1.0]], dtype=torch.float64)  # of tests/test_theory.py
 C = 0.5
@@ -120,10 +122,13 @@ def paths(path: Path, steps: int = 300) -> None:
         figure.savefig(path)
 
 
-def main() -> None:
+@refusals_of("theory_figures")
+def main(arguments: Sequence[str] | None = None) -> None:
     """Draws both."""
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
+    parser = OneLineErrors(prog="python -m benchmarks.theory_figures")
+    parser.add_argument("folder", type=Path, help="where the pictures go, such as docs/images")
+    folder = parser.parse_args(arguments).folder
+    make_folder(folder, "folder")
     geometry(folder / "theory-geometry.png")
     paths(folder / "theory-paths.png")
 

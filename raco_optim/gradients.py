@@ -70,7 +70,8 @@ def per_loss_gradients(
     Raises:
         TypeError: A loss is neither a tensor nor a callable nor None.
         ValueError: A loss is not a scalar, is complex, has no graph or reaches no parameter; all
-            losses are None; a parameter is complex; devices differ; a gradient is sparse.
+            losses are None; no parameter is trainable, or one is complex; devices differ; a
+            gradient is sparse.
         RuntimeError: A backward pass failed, or reentrant activation checkpointing hid
             parameters from it. The message names the loss and the remedy.
 
@@ -208,6 +209,11 @@ def _check_parameters(parameters: Sequence[Tensor]) -> None:
                 f"parameters must be real; got one of dtype {p.dtype} and shape {list(p.shape)}. "
                 f"Hold its real and imaginary parts in two parameters (torch.view_as_real)."
             )
+    if not any(p.requires_grad for p in parameters):
+        raise ValueError(
+            f"parameters must hold one at least that requires gradients; got {len(parameters)} "
+            f"that do not."
+        )
     devices = {p.device for p in parameters}
     if len(devices) > 1:
         found = ", ".join(sorted(str(device) for device in devices))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations_with_replacement
 
 import torch
@@ -45,6 +45,7 @@ def gram_matrix(gradients: Sequence[Sequence[Tensor | None] | Tensor] | Tensor) 
         H, ``[m, m]``, float64, symmetric, on the gradients' device.
 
     Raises:
+        TypeError: A row holds something other than tensors and None.
         ValueError: There is no row, the rows differ in their number or shapes of tensors, or a
             tensor is complex.
 
@@ -57,7 +58,8 @@ def gram_matrix(gradients: Sequence[Sequence[Tensor | None] | Tensor] | Tensor) 
                 [ 3., 13.]], dtype=torch.float64)
     """
     rows: list[list[Tensor | None]] = [
-        [row] if isinstance(row, Tensor) else list(row) for row in gradients
+        [row] if isinstance(row, Tensor) or not isinstance(row, Iterable) else list(row)
+        for row in gradients
     ]
     if not rows:
         raise ValueError("`gradients` must hold at least one gradient; got none.")
@@ -138,6 +140,12 @@ def _columns(rows: list[list[Tensor | None]]) -> Iterator[Column]:
             f"{lengths} entries."
         )
     for j, column in enumerate(zip(*rows, strict=True)):
+        for g in column:
+            if not (g is None or isinstance(g, Tensor)):
+                raise TypeError(
+                    f"`gradients` must be rows of tensors (or None), one row per loss; got a row "
+                    f"with {type(g).__name__} in it."
+                )
         if any(g is not None and g.is_complex() for g in column):
             raise ValueError(f"`gradients` must be real; got complex ones for parameter {j}.")
         shapes = {tuple(g.shape) for g in column if g is not None}

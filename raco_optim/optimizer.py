@@ -53,13 +53,13 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         shared_parameters: Only these enter the Gram matrix and get
             :math:`\sum_i \alpha_i g_i`; the other parameters (task heads) get
             :math:`\sum_i w_i g_i`. Default: all parameters of `inner`.
-        nonfinite: What to do when a loss or its gradient is NaN or Inf. ``"raise"``:
-            `FloatingPointError` with the loss's name. ``"skip"``: no update, counted in the
-            report (with LBFGS: none from the first evaluation that was not finite).
-            ``"propagate"``: combine with alpha = w, as ``loss.backward()`` would, so that a
-            `GradScaler` sees it and skips; under a `GradScaler` use no other. On an accelerator
-            each of the first two costs a copy of m (m + 2) numbers to the host per step, and of a
-            bit where `gram` is approximate.
+        nonfinite: What to do when a loss, its gradient or a coefficient of `rule` is NaN or Inf.
+            ``"raise"``: `FloatingPointError` that names it. ``"skip"``: no update, counted in the
+            report (with LBFGS: none from the first evaluation that was not finite). On an
+            accelerator each costs a copy of m (m + 2) numbers to the host per step, and of a bit
+            where `gram` is approximate. ``"propagate"``: combine with alpha = w, as
+            ``loss.backward()`` would, or with `rule`'s coefficients as they are, so that a
+            `GradScaler` sees it and skips; under a `GradScaler` use no other.
         gram: How H is had. Exact: ``"materialized"``, from the m gradients, or ``"ghost"``,
             without those of layers for which inputs and output gradients are the cheaper way
             (losses given as callables, and micro-batches, are materialized). Approximate, with one
@@ -145,7 +145,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             TypeError, ValueError: A loss is not what it must be; see `per_loss_gradients`. The
                 number or names of the losses differ from those of the weights. With an
                 approximation: a loss is a callable, or gradients are to be accumulated.
-            FloatingPointError: A loss or its gradient is NaN or Inf and ``nonfinite="raise"``.
+            FloatingPointError: A loss, gradient or coefficient isn't finite; ``nonfinite="raise"``.
             RuntimeError: A backward pass failed, here or in another process, or another process is
                 not to be reached.
 

@@ -26,7 +26,7 @@ class Outcome(enum.Enum):
     WEIGHTED_SUM = "no correction (c = 0 or the correction's direction is zero): alpha = w"
     STATIONARY = "the weighted gradient g0 is zero: no update"
     COEFFICIENTS = "the coefficients were given by a rule without a trust region"
-    SKIPPED = 'a loss or its gradient was NaN or Inf and nonfinite="skip": no update'
+    SKIPPED = 'a loss, its gradient or a coefficient was NaN or Inf and nonfinite="skip": no update'
     NONFINITE = (
         'a loss or its gradient was NaN or Inf and nonfinite="propagate": alpha = w, .grad is not '
         "finite"

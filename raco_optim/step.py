@@ -197,13 +197,18 @@ def solve(
         host = torch.cat([gram, heads[:, None], losses[:, None]], dim=1).cpu()
         gram, losses = host[:, :m], host[:, m + 1]
         problem = _first_nonfinite(names, host.tolist())
-        if problem is None:
-            mixing = _mix(rule, gram)
-        elif nonfinite == "raise":
-            raise FloatingPointError(_message(problem, gradients.where))
-        else:
-            skip = True
-            mixing = MixingCoefficients(gram.new_zeros(m))
+        message = None if problem is None else _message(problem, gradients.where)
+        mixing = MixingCoefficients(gram.new_zeros(m))
+        if message is None:
+            found = _mix(rule, gram)
+            values = found.coefficients.tolist()  # of what the rule was given on the host
+            if all(map(math.isfinite, values)):
+                mixing = found
+            else:
+                message = f"`rule` must return finite coefficients; got {values}. Mend it."
+        if message is not None and nonfinite == "raise":
+            raise FloatingPointError(message)
+        skip = message is not None
     return Step(names, weights, gram, mixing, losses, absent, skip)
 
 

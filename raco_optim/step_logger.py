@@ -97,7 +97,7 @@ class StepLogger:
             OSError: The file can't be written; what was logged is in it, and may be so later.
             TypeError: There is no `MultiObjectiveOptimizer` inside `optimizer`.
             ValueError: `step` is not above the last one, the logger is closed, or the file to go
-                on with is no log.
+                on with is no log, or that of other losses.
         """
         if self._closed:
             raise ValueError(
@@ -109,7 +109,7 @@ class StepLogger:
         if last is None or last is self._seen or not found.processes.first:
             return
         if self._file is None:
-            self._open()
+            self._open(last.names)
         step = self._next if step is None else _checked_step(step, self._least)
         self._unread.append(_fetched(step, last))
         self._seen = last
@@ -169,7 +169,7 @@ class StepLogger:
             raise self._not_writable(error) from error
         self._size += len(line)
 
-    def _open(self) -> None:
+    def _open(self, names: tuple[str, ...]) -> None:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             goes_on = self._resume and self._path.exists()
@@ -185,14 +185,20 @@ class StepLogger:
         except OSError as error:
             raise self._not_writable(error) from error
         try:
-            self._begin(step_log.parse(self._path))
+            self._begin(step_log.parse(self._path), names)
         except BaseException:
             self._file.close()
             self._file = None
             raise
 
-    def _begin(self, found: step_log.Parsed) -> None:
+    def _begin(self, found: step_log.Parsed, names: tuple[str, ...]) -> None:
         assert self._file is not None
+        if found.reports and found.reports[-1].names != names:
+            raise ValueError(
+                f"`path` must be the log of a run with the losses {list(names)}, to go on with it; "
+                f"got {str(self._path)!r}, whose losses are {list(found.reports[-1].names)}. Log "
+                f"each run to a file of its own."
+            )
         self._size = found.size
         try:
             self._file.truncate(found.size)

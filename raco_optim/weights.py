@@ -84,10 +84,14 @@ class LossWeights:
                 f"`losses` must be a mapping with the names {list(names)}; got a "
                 f"{type(losses).__name__}."
             )
-        if number not in (None, len(ordered)):
+        if number is not None and number != len(ordered):
+            remedy = (
+                "Pass None for a loss that is absent from this batch."
+                if len(ordered) < number
+                else "Give each loss a weight."
+            )
             raise ValueError(
-                f"`losses` must hold one loss per weight, {number}; got {len(ordered)}. Pass None "
-                f"for a loss that is absent from this batch."
+                f"`losses` must hold one loss per weight, {number}; got {len(ordered)}. {remedy}"
             )
         return tuple(str(i) for i in range(len(ordered))), ordered
 

@@ -97,7 +97,13 @@ class OptimizerWrapper(Optimizer):
         own = state_dict.pop(_STATE_KEY, None)
         if own is not None:
             self._check_own_state(own)
-        self.optimizer.load_state_dict(state_dict)
+        try:
+            self.optimizer.load_state_dict(state_dict)
+        except KeyError as error:
+            raise ValueError(
+                f"`state_dict` must be what `state_dict` of this optimizer, or of one like its "
+                f"inner optimizer, returned; got one without {error}."
+            ) from error
         self._reset()
         if own is not None:
             self._load_own_state(own)

@@ -43,6 +43,8 @@ from benchmarks.alignment import (
     training,
     tune,
 )
+from benchmarks.alignment.__main__ import main as study_main
+from benchmarks.harness import RESULTS
 from raco_optim.alignment import PairLogProbs
 
 # peft 0.21 asks transformers 5.23 by its old name.
@@ -809,6 +811,25 @@ def test_pictures(as_dict, records, tmp_path):
     figures.curves(tmp_path / "c.png", records)
     for name in "abc":
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("main", "option", "path"),
+    [
+        (study_main, "--output", "/dev/null/x"),
+        (figures.main, "--output", "/dev/null/x"),
+        (tables.main, "--records", "nowhere"),
+    ],
+    ids=["study", "figures", "tables"],
+)
+def test_folders_that_cannot_be_used_are_refused_in_one_line(main, option, path, capsys):
+    before = {path: path.stat().st_mtime_ns for path in RESULTS.iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        main([option, path])
+    assert stop.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"`{option}` must be a f" in line and path in line
+    assert before == {path: path.stat().st_mtime_ns for path in RESULTS.iterdir()}
 
 
 def test_plain_is_what_json_can_hold():

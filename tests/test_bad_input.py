@@ -231,6 +231,7 @@ BAD_STATES = {
     ),
     "MGDA": (lambda o: MGDA(o, dict(zip(NAMES, [0.6, 0.4], strict=True))), ["CAGradClip", "'c'"]),
     "nothing of its own": (lambda o: {**o.state_dict(), "raco_optim": {}}, ["lacks", "version"]),
+    "something else": (lambda o: {"x": 1}, ["`state_dict`", "without 'param_groups'"]),
     "two groups": (two_groups, ["different number of parameter groups"]),
 }
 
@@ -277,6 +278,9 @@ def test_bad_gradients():
         gram_matrix([[torch.ones(2)], [torch.ones(3)]])
     with pytest.raises(ValueError, match="`gradients` must be real; got complex"):
         gram_matrix([[torch.ones(2, dtype=torch.complex64)]])
+    for rows, kind in [([1, 2], "int"), ([[1.0], [torch.ones(1)]], "float")]:
+        with pytest.raises(TypeError, match=f"`gradients` must be rows of tensors.*with {kind}"):
+            gram_matrix(rows)
 
 
 def test_bad_losses_of_the_function():
@@ -289,3 +293,6 @@ def test_bad_losses_of_the_function():
         per_loss_gradients([None], [x])
     with pytest.raises(ValueError, match="loss '0' must depend on a parameter.*reaches none"):
         per_loss_gradients([x.sum()], [nn.Parameter(torch.ones(2))])
+    for parameters in ([], [torch.ones(2)]):
+        with pytest.raises(ValueError, match="one at least that requires gradients; got [01] that"):
+            per_loss_gradients([x.sum()], parameters)

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from raco_optim import CAGradClip, MultiObjectiveOptimizer
+from raco_optim import CAGradClip, MultiObjectiveOptimizer, Outcome
 from tests.problems_nn import (
     NAMES,
     Breaks,
     as_asked,
     batch,
+    bits,
     everything,
     inverse_norms,
     network,
@@ -177,8 +178,8 @@ BAD_LOSSES = {
     "single tensor": ("list", lambda a, b: a + b, TypeError, ["single Tensor", "[loss]"]),
     "single callable": ("list", lambda a, b: lambda: a, TypeError, ["got a single", "[loss]"]),
     "None": ("list", lambda a, b: None, TypeError, ["`losses`", "NoneType"]),
-    "too few": ("list", lambda a, b: [a], ValueError, ["one loss per weight", "2", "got 1"]),
-    "too many": ("list", lambda a, b: [a, b, a], ValueError, ["one loss per weight", "got 3"]),
+    "too few": ("list", lambda a, b: [a], ValueError, ["2; got 1. Pass None"]),
+    "too many": ("list", lambda a, b: [a, b, a], ValueError, ["2; got 3. Give each"]),
     "empty": ("list", lambda a, b: [], ValueError, ["one loss per weight", "got 0"]),
     "mapping": ("list", lambda a, b: {"x": a, "y": b}, ValueError, ["sequence", "'x', 'y'"]),
     "sequence": ("mapping", lambda a, b: [a, b], ValueError, ["mapping", *NAMES, "list"]),
@@ -225,6 +226,8 @@ BAD_RULE = {
     "list": (lambda gram: [0.5, 0.5], TypeError, ["`rule`", "got list"]),
     "complex": (lambda gram: gram[0] * 1j, ValueError, ["`rule`", "complex"]),
     "error": (raise_key_error, KeyError, ["a rule's own error"]),
+    "NaN": (lambda gram: gram[0] * math.nan, FloatingPointError, ["`rule`", "nan", "nonfinite"]),
+    "Inf": (lambda gram: gram[0] / 0, FloatingPointError, ["`rule`", "finite", "inf"]),
 }
 
 
@@ -238,6 +241,24 @@ def test_bad_rule(case):
     assert [f for f in fragments if f not in str(caught.value)] == []
     state.opt.rule = inverse_norms
     state.check()
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+def test_rule_that_returns_nan_without_an_exception(nonfinite):
+    model = network()
+    opt = MultiObjectiveOptimizer(
+        torch.optim.SGD(model.parameters(), 0.1), lambda gram: gram[0] * 0, nonfinite=nonfinite
+    )
+    opt.backward(good(model))
+    opt.rule = lambda gram: gram[0] * math.nan
+    before = bits([p.grad for p in model.parameters()])
+    opt.backward(good(model))
+    if nonfinite == "skip":
+        assert bits([p.grad for p in model.parameters()]) == before
+        assert (opt.report.outcome, opt.report.skipped) == (Outcome.SKIPPED, 1)
+    else:  # where a GradScaler sees it
+        assert all(p.grad.isnan().all() for p in model.parameters() if p.grad is not None)
+        assert opt.report.coefficients.isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ BAD = {
     "missing model": ({"model": "/nowhere/model"}, ["`--model`", "/nowhere/model"]),
     "missing gguf": ({"model": "weights.gguf"}, ["`--model`", "weights.gguf"]),
     "no model": ({"model": "tests"}, ["tests"]),
-    "missing YAML": ({"config": "nowhere.yaml"}, ["nowhere.yaml"]),
+    "missing YAML": ({"config": "nowhere.yaml"}, ["`--config`", "nowhere.yaml"]),
     "another way to resume": (
         {"resume_from_checkpoint": "true"},
         ["`--resume_from_checkpoint`", "resumes by itself"],
@@ -387,7 +387,7 @@ def test_record_of_a_sweep_is_the_result_of_align(folder, tmp_path):
         ({}, ["--method", "raco"], ["use `--methods`"]),
         ({}, ["--output-dir=x"], ["use `--output`"]),
         ({}, ["--seeds", "one"], ["--seeds", "'one'"]),
-        ({}, ["--methods", "magic"], ["'magic'"]),
+        ({}, ["--methods", "magic"], ["`--methods` must be of raco", "'magic'"]),
         ({}, ["--weights", "helpful=1", "harmless=1"], ["same objectives", "helpful"]),
         ({}, ["--weights", "helpful=0.5,harmless=0.6"], ["sum to 1"]),
         ({}, ["--methods", "modpo"], ["margin_harmless"]),

@@ -1,5 +1,6 @@
 """The study on real sets: its data, its methods, its records, its measures and its page."""
 
+import copy
 import dataclasses
 import json
 
@@ -10,6 +11,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import r2_score, roc_auc_score
 from torch.nn import functional
 
+from benchmarks import claims
 from benchmarks.multitask import analysis, many, summary, tables, toys
 from benchmarks.multitask import data as sets
 from benchmarks.multitask.__main__ import main
@@ -264,9 +266,12 @@ def test_command_line_refuses_in_one_line(whole, tmp_path, capsys, monkeypatch):
     blocked.write_text("")
     assert "`--output`" in refusal(["--output", str(blocked / "below")], capsys)
     mixed = refusal(["--sets", "digits", "--output", str(whole[0])], capsys)
-    assert "other settings" in mixed and "digits_tuning.jsonl" in mixed
-    (tmp_path / "digits_tuning.jsonl").write_text("not a record\n")
-    assert "not JSON" in refusal(["--sets", "digits", "--output", str(tmp_path)], capsys)
+    assert "other settings" in mixed and "digits.jsonl" in mixed
+    for name in ("digits.jsonl", "digits_tuning.jsonl"):
+        (tmp_path / name).write_text("not a record\n")
+        not_one = refusal(["--sets", "digits", "--output", str(tmp_path)], capsys)
+        assert "not JSON" in not_one and name in not_one
+        (tmp_path / name).unlink()
 
 
 def test_tuning_takes_the_lowest_sum_over_the_weights():
@@ -345,6 +350,14 @@ def test_seeds_that_are_not_complete_are_left_out():
         analysis.Results([records[0], records[-1]], replicates=2)
 
 
+def test_a_partial_run_of_another_seed_changes_no_summary():
+    records = made_up(lambda k, w, s: (1.0 + s, 1.0), [(0.5, 0.5), (0.2, 0.8)])
+    more = [copy.deepcopy(records[-1])]
+    more[0]["point"]["seed"] = 7
+    more[0]["extra"]["constant"][1] = [0.9, 0.1]
+    assert summary.summarise(records + more) == summary.summarise(records)
+
+
 def test_summary_tables_and_figures_of_a_study(whole, tmp_path):
     from benchmarks.multitask import figures
 
@@ -356,6 +369,16 @@ def test_summary_tables_and_figures_of_a_study(whole, tmp_path):
 
 
 # Claims
+
+
+@pytest.mark.parametrize("content", ['{"speed": [', "[1]", "notes"])
+def test_a_damaged_file_of_claims_is_refused_in_one_line(content, tmp_path, capsys):
+    path = tmp_path / "claims.json"
+    path.write_text(content)
+    assert claims.main(["--output", str(path)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"`--output` must hold what this program wrote; got {path}" in line
+    assert path.read_text() == content
 
 
 def test_descent_on_a_toy_is_that_of_the_optimizer():

@@ -157,6 +157,20 @@ def test_import_loads_no_optional_package() -> None:
     assert loaded & optional_modules() == set()
 
 
+@pytest.mark.parametrize("package", ["trl", "datasets"])
+def test_the_trainer_names_the_package_it_lacks_and_its_extra(package: str) -> None:
+    code = """
+    try:
+        import raco_optim.integrations.trl
+    except ImportError as error:
+        print(error)
+    """
+    assert run_python(HIDE + textwrap.dedent(code), package, path=ROOT) == (
+        f"raco_optim.integrations.trl needs {package}. Install it: pip install "
+        f'"raco_optim[align]"\n'
+    )
+
+
 def test_optional_packages_are_installed_here() -> None:
     # Or the two tests above would hold for no reason.
     optional = {"matplotlib", "moocore", "torchjd", "cvxpy", "tqdm", "transformers", "tokenizers"}
@@ -168,8 +182,7 @@ def test_constraints_pin_every_requirement_within_its_bounds() -> None:
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    extras = dict(config["options.extras_require"])
-    del extras["align"]  # no part of the pinned environment
+    extras = config["options.extras_require"]
     for line in "\n".join([config["options"]["install_requires"], *extras.values()]).split("\n"):
         if line and not line.startswith("raco_optim["):
             requirement = Requirement(line)

@@ -463,6 +463,17 @@ def one_run() -> list[StepReport]:
             "`window` must be an integer of at least 1; got 0.",
         ),
         (
+            lambda: plot.cosines(one_run(), ax=3),
+            TypeError,
+            "`ax` must be axes of matplotlib; got int. Leave it out for axes of a new figure.",
+        ),
+        (
+            lambda: plot.save("steps.jsonl", "steps.pdf"),
+            TypeError,
+            "`picture` must be axes or a figure, as `raco_optim.plot` makes them; got str. The "
+            "picture comes first, then the path.",
+        ),
+        (
             lambda: plot.front("steps.jsonl"),
             TypeError,
             "`runs` must be a sequence of logs, one for each run; got str. Put a single one into "

@@ -36,8 +36,7 @@ def test_every_picture_has_words_for_those_who_do_not_see_it(page):
     assert all(len(text) > 20 for text in words)
 
 
-def test_pictures_of_the_theory_are_drawn_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["theory_figures", str(tmp_path / "images")])
-    theory_figures.main()
+def test_pictures_of_the_theory_are_drawn_anew(tmp_path):
+    theory_figures.main([str(tmp_path / "images")])
     drawn = {path.name for path in (tmp_path / "images").iterdir()}
     assert drawn == {path.name for path in (DOCS / "images").glob("theory-*.png")}

@@ -10,7 +10,14 @@ from torch import nn
 
 pytest.importorskip("torchjd", reason="the competitor comes with the extra bench")
 
-from benchmarks import step_cost, step_cost_targets
+from benchmarks import (
+    communication,
+    fuzz_subproblem,
+    step_cost,
+    step_cost_figure,
+    step_cost_targets,
+    theory_figures,
+)
 from benchmarks.harness import spread
 from benchmarks.step_cost_candidates import NAMES, TORCHJD, WEIGHTED_SUM, C, Problem
 from benchmarks.step_cost_memory import measure_memory
@@ -225,16 +232,23 @@ def test_part_of_a_run_overwrites_no_results(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("program", "arguments", "message"),
     [
-        (["--cases", "mlp-0.3M", "rnn"], "--cases must be of mlp-0.3M, .*; got rnn"),
-        (["--candidates", "pcgrad"], "--candidates must be of floor, .*; got pcgrad"),
-        (["--rounds", "2"], "--rounds must be at least 5"),
+        (step_cost, ["--cases", "mlp-0.3M", "rnn"], "--cases must be of mlp-0.3M, .*; got rnn"),
+        (step_cost, ["--candidates", "pcgrad"], "--candidates must be of floor, .*; got pcgrad"),
+        (step_cost, ["--rounds", "2"], "--rounds must be at least 5"),
+        (step_cost_figure, [], "required: source, target"),
+        (step_cost_figure, ["nowhere.json", "a.png"], "`source` must be a JSON file; got nowhere"),
+        (theory_figures, [], "required: folder"),
+        (fuzz_subproblem, ["--only", "foo"], "`--only` must be KIND:M:SEED, .*; got 'foo'"),
+        (fuzz_subproblem, ["--only", "kink:0:1"], "`--only` must be KIND:M:SEED, of the kinds"),
+        (communication, ["--ranks", "0"], "`--ranks` must be 2 or more; got 0"),
+        (communication, ["--losses", "2", "0"], "`--losses` must be 1 or more; got 0"),
     ],
 )
-def test_what_is_not_known_is_one_line_on_stderr(arguments, message, capsys):
+def test_what_is_not_known_is_one_line_on_stderr(program, arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        step_cost.main(arguments)
+        program.main(arguments)
     assert stop.value.code == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1

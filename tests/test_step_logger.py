@@ -331,6 +331,22 @@ def test_the_logger_says_what_is_wrong(tmp_path):
     assert read_steps(tmp_path / "new.jsonl").steps == (5,)
 
 
+def test_a_run_with_other_losses_is_not_gone_on_with(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    write(path, steps=1)
+    data = path.read_bytes() + b'{"cut sho'
+    path.write_bytes(data)
+    x, opt = make(weights={"a": 0.2, "b": 0.8})
+    opt.backward({"a": x[0], "b": x[1]})
+    with pytest.raises(ValueError) as raised, StepLogger(path, resume=True) as logger:
+        logger.log(opt)
+    assert str(raised.value) == (
+        f"`path` must be the log of a run with the losses ['a', 'b'], to go on with it; got "
+        f"{str(path)!r}, whose losses are ['0', '1']. Log each run to a file of its own."
+    )
+    assert path.read_bytes() == data
+
+
 HEADER = '{"raco_optim": "step log", "version": 1, "run": "x"}\n'
 
 

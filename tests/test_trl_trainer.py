@@ -552,6 +552,11 @@ class TestBadInput:
             eval_rows=[{k: v for k, v in row.items() if k != "pref_harmless"} for row in rows],
         )
 
+    @pytest.mark.parametrize("column", ["chosen", "rejected"])
+    def test_missing_text(self, fails: Callable[..., None], column: str) -> None:
+        rows = [{k: v for k, v in row.items() if k != column} for row in tiny_pairs(4)]
+        fails(f"`train_dataset` must have the column `{column}`; it has prompt, .* A pair is", rows)
+
     @pytest.mark.parametrize("value", ["yes", 0.5, 2, True])
     def test_value_is_no_preference(self, fails: Callable[..., None], value: object) -> None:
         rows = [dict(row, pref_helpful=value) for row in tiny_pairs(4)]

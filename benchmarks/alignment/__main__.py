@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.alignment import study
+from benchmarks.harness import refusals_of
+from raco_optim.cli.errors import OneLineErrors
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineErrors(
         prog="python -m benchmarks.alignment",
         description="Runs the study on real text. Stopped at any time, it goes on where it was.",
     )
@@ -38,8 +40,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(options: argparse.Namespace) -> None:
+@refusals_of("alignment")
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs every size with every number of objectives."""
+    options = parse(arguments)
     for size in options.size:
         for m in options.objectives:
             plan = study.plan_for(size)
@@ -50,8 +54,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    options = parse()
     # Two runs side by side on one thread each do more than one run on two, and a sum's last digits
     # depend on how many threads share it.
     torch.set_num_threads(1)
-    main(options)
+    main()

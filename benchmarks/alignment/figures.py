@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,10 @@ from matplotlib.figure import Figure
 
 from benchmarks.alignment.study import OBJECTIVES, TRIALS
 from benchmarks.alignment.tables import TITLES
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, refusals_of
 from benchmarks.style import GREY, INK, STYLE
+from raco_optim.cli.errors import OneLineErrors
+from raco_optim.cli.files import make_folder
 from raco_optim.cli.grid import read_records
 
 # Okabe and Ito's colours, which differ for any colour vision; markers differ in print without
@@ -144,12 +145,13 @@ def curves(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         figure.savefig(path, dpi=160)
 
 
+@refusals_of("alignment.figures")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draws all pictures of all studies in benchmarks/results."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.alignment.figures")
+    parser = OneLineErrors(prog="python -m benchmarks.alignment.figures")
     parser.add_argument("--output", type=Path, default=Path("build/alignment"), help="folder")
     folder = parser.parse_args(arguments).output
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--output")
     for size, m in itertools.product(TRIALS, OBJECTIVES):
         kept = RESULTS / f"alignment_{size}_{m}.json"
         if not kept.exists():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -16,7 +15,8 @@ from benchmarks.alignment.claims import claims
 from benchmarks.alignment.data import statistics
 from benchmarks.alignment.study import FOLDER, OBJECTIVES, TRIALS, C, file_for
 from benchmarks.alignment.summary import Summary, plain
-from benchmarks.harness import RESULTS, markdown_table, write_results
+from benchmarks.harness import RESULTS, markdown_table, refusals_of, write_results
+from raco_optim.cli.errors import OneLineErrors, UsageError
 from raco_optim.cli.grid import read_records
 
 TITLES = {
@@ -230,20 +230,29 @@ def summarise(size: str, m: int, folder: Path = FOLDER) -> dict[str, Any]:
     return found
 
 
+@refusals_of("alignment.tables")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Summarises every study that there is and prints its tables."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.alignment.tables")
-    parser.add_argument("--records", type=Path, default=FOLDER, help="default: %(default)s")
+    parser = OneLineErrors(prog="python -m benchmarks.alignment.tables")
+    text = f"folder (default: {FOLDER}, and what is committed)"
+    parser.add_argument("--records", type=Path, help=text)
     parser.add_argument("--from-json", action="store_true", help="print what was summarised before")
     options = parser.parse_args(arguments)
+    studies = list(itertools.product(TRIALS, OBJECTIVES))
+    folder = options.records or FOLDER
+    if options.records and not any(file_for(*study, folder).exists() for study in studies):
+        raise UsageError(
+            f"`--records` must be a folder with records of the study; got {folder}, which has "
+            f"none. Leave it out for those that are committed."
+        )
     summaries = []
-    for size, m in itertools.product(TRIALS, OBJECTIVES):
+    for size, m in studies:
         kept = RESULTS / f"alignment_{size}_{m}.json"
         if options.from_json:
             if kept.exists():
                 summaries.append(json.loads(kept.read_text()))
-        elif any(file_for(size, m, folder).exists() for folder in (options.records, RESULTS)):
-            summaries.append(summarise(size, m, options.records))
+        elif any(file_for(size, m, place).exists() for place in (folder, RESULTS)):
+            summaries.append(summarise(size, m, folder))
     print("## The paper's claims", claims_table(summaries), sep="\n\n", end="\n\n")
     print("\n\n".join(section(summary) for summary in summaries))
 

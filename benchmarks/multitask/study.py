@@ -12,7 +12,7 @@ from benchmarks.harness import RESULTS, commit
 from benchmarks.multitask.data import SETS, Data, Sizes, constant_losses, constant_scores
 from benchmarks.multitask.methods import METHODS, Method
 from benchmarks.multitask.training import Recipe, Run, evaluate
-from raco_optim.cli.grid import Point, read_records, run_grid
+from raco_optim.cli.grid import Point, read_records, records_so_far, run_grid
 
 FOLDER = RESULTS / "multitask"
 TUNING_SEED = 100
@@ -95,6 +95,7 @@ class Study:
 
     def run(self) -> list[dict[str, Any]]:
         """Runs what is left and returns all records of the set."""
+        records_so_far(self.path, self.settings)  # refused before the tuning takes its time
         chosen = self.tune()
         points = [
             Point(method, weights, seed, chosen[method]["parameter"])

@@ -32,7 +32,7 @@ def write(name: str, folder: Path) -> Path:
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Everything that tables and figures show of a set.
+    """Everything that tables and figures show of a set, of its complete seeds.
 
     Raises:
         UsageError: There are no records, or no seed is complete.
@@ -40,6 +40,7 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if not records:
         raise UsageError("There are no records to summarise. Run the study first.")
     results = Results(records)
+    records = [record for record in records if record["point"]["seed"] in results.seeds]
     measures = results.measures()
     scores = results.scores()
     conflicts = results.training("conflicting_steps")

@@ -1,21 +1,4 @@
-r"""Preference losses of m objectives that judge the same pairs of completions.
-
-With the sign s in {+1, -1} of an objective on a pair, and the log-ratios
-:math:`\rho = \log \pi - \log \pi_{ref}` of the chosen and rejected completion,
-
-.. math::
-    \Delta &= s \, (\rho_{chosen} - \rho_{rejected}) \\
-    \text{dpo} &: -(1 - \epsilon) \log \sigma(\beta \Delta)
-        - \epsilon \log \sigma(-\beta \Delta) \\
-    \text{ipo} &: (\Delta - 1 / (2 \beta))^2, \quad \rho \text{ per token} \\
-    \text{simpo} &: \text{dpo with } \beta \Delta - \gamma \text{ for } \beta \Delta,
-        \quad \rho = \log \pi \text{ per token} \\
-    \text{kto} &: \tfrac12 [\sigma(-\beta (\rho_{winner} - z_{loser}))
-        + \sigma(-\beta (z_{winner} - \rho_{loser}))]
-
-where z is the mean of :math:`\rho` over the winners (losers) of the objective in the call, at
-least 0 and without a gradient.
-"""
+"""Preference losses of m objectives that judge the same pairs of completions."""
 
 from __future__ import annotations
 
@@ -54,8 +37,22 @@ def preference_losses(
     .. math:: L_k = \frac{1}{n_k} \sum_{b : s_{bk} \ne 0} \ell(b, s_{bk}),
         \quad n_k = |\{b : s_{bk} \ne 0\}|
 
-    with the loss of a pair :math:`\ell` as at the top of this module. All objectives share the
-    log-probabilities, so one forward pass serves them all.
+    With :math:`\rho = \log \pi - \log \pi_{ref}`, the log-ratio of a completion, the loss of a pair
+    :math:`\ell` is
+
+    .. math::
+        \Delta &= s \, (\rho_{chosen} - \rho_{rejected}) \\
+        \text{dpo} &: -(1 - \epsilon) \log \sigma(\beta \Delta)
+            - \epsilon \log \sigma(-\beta \Delta) \\
+        \text{ipo} &: (\Delta - 1 / (2 \beta))^2, \quad \rho \text{ per token} \\
+        \text{simpo} &: \text{dpo with } \beta \Delta - \gamma \text{ for } \beta \Delta,
+            \quad \rho = \log \pi \text{ per token} \\
+        \text{kto} &: \tfrac12 [\sigma(-\beta (\rho_{winner} - z_{loser}))
+            + \sigma(-\beta (z_{winner} - \rho_{loser}))]
+
+    where z is the mean of :math:`\rho` over the winners (losers) of the objective in the call, at
+    least 0 and without a gradient. All objectives share the log-probabilities, so one forward pass
+    serves them all.
 
     A tie and a missing label are both 0 in `signs`. Such a pair is in neither sum nor count, and
     its log-probabilities, NaN or not, reach neither loss nor gradient.

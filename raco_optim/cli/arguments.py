@@ -123,7 +123,10 @@ def parse(arguments: Sequence[str], command: str) -> Parsed:
         gradient_checkpointing=gpu or None,
         dataloader_pin_memory=gpu,
     )
-    with refusals("the arguments", ValueError, OSError, yaml.YAMLError):
+    with (
+        refusals("the arguments", ValueError),
+        refusals("`--config` must be a YAML file that can be read", OSError, yaml.YAMLError),
+    ):
         align, config, model, unknown = parser.parse_args_and_config(
             list(arguments), return_remaining_strings=True
         )

@@ -12,7 +12,15 @@ from raco_optim.cli.errors import UsageError
 from raco_optim.cli.files import check_writable, held
 from raco_optim.cli.records import append, end_last_line, plain, point_key, read_records
 
-__all__ = ["WITHOUT_WEIGHTS", "WITH_RADIUS", "Point", "grid_points", "read_records", "run_grid"]
+__all__ = [
+    "WITHOUT_WEIGHTS",
+    "WITH_RADIUS",
+    "Point",
+    "grid_points",
+    "read_records",
+    "records_so_far",
+    "run_grid",
+]
 
 # Methods that have a radius, and methods that ask for no weights.
 WITH_RADIUS = ("raco", "cagrad")
@@ -140,9 +148,7 @@ def run_grid(
     common = plain(settings)
     check_writable(path, "--output")
     with held(path, "--output"):
-        records = read_records(path) if path.exists() else []
-        for record in records:
-            _check_settings(path, record["settings"], common)
+        records = records_so_far(path, common)
         done = {point_key(record["point"]): record for record in records}
         end_last_line(path)
         left = [point for point, key in zip(points, keys, strict=True) if key not in done]
@@ -161,6 +167,28 @@ def run_grid(
                 done[point_key(record["point"])] = record
                 progress.update()
     return [done[key] for key in keys]
+
+
+def records_so_far(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Reads what a grid can go on with.
+
+    Args:
+        path: The JSONL file; there may be none.
+        settings: Those of the grid; see `run_grid`.
+
+    Raises:
+        UsageError: The file holds something else or runs with other settings.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from raco_optim.cli.grid import records_so_far
+        >>> records_so_far(Path("nowhere.jsonl"), {"steps": 8})
+        []
+    """
+    records, asked = read_records(path) if path.exists() else [], plain(settings)
+    for record in records:
+        _check_settings(path, record["settings"], asked)
+    return records
 
 
 def _check_settings(path: Path, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

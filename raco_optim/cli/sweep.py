@@ -49,9 +49,9 @@ def main(arguments: Sequence[str]) -> int:
             raise UsageError(f"`{name}` is set for each run: use `{_SET_HERE[name]}`.")
     check_writable(options.output, "--output")
     work = options.output.with_name(f"{options.output.name}.runs")
-    points = grid_points(
-        options.methods, _weights(training, options.weights), options.seeds, options.c
-    )
+    weights = _weights(training, options.weights)
+    _check_methods(options.methods)
+    points = grid_points(options.methods, weights, options.seeds, options.c)
     # All of them are checked before the first one takes its time.
     parsed = {point.method: _parsed(training, vars(point), work) for point in points}
     for of_method in parsed.values():
@@ -148,6 +148,15 @@ def _weights(training: Sequence[str], given: Sequence[str]) -> list[dict[str, fl
                 f"{', '.join(weights)}."
             )
     return [{name: weights[name] for name in first} for weights in found]
+
+
+def _check_methods(given: Sequence[str]) -> None:
+    """`raco align` would say what is wrong with `--method`, which nobody gave."""
+    from raco_optim.integrations.trl_config import METHODS  # needs TRL, which is there by now
+
+    for method in given:
+        if method not in METHODS:
+            raise UsageError(f"`--methods` must be of {', '.join(METHODS)}; got {method!r}.")
 
 
 def _parsed(training: Sequence[str], point: Mapping[str, Any], folder: Path) -> Parsed:

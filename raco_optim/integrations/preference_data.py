@@ -13,6 +13,13 @@ from torch import Tensor
 
 SIGNS = "signs"
 MARGINS = "margins"
+_TEXTS = ("chosen", "rejected")
+# By how the name of a column begins, why it is needed.
+_REMEDIES = (
+    ("pref_", "Every objective in `weights` needs one with +1, -1, 0 or null."),
+    ("margin_", "MODPO needs the reward margins of every objective but its own."),
+    ("", "A pair is a chosen and a rejected answer, and their prompt if it is not within them."),
+)
 
 
 def sign_column(objective: str) -> str:
@@ -113,11 +120,7 @@ def check_columns(present: Iterable[str], needed: Sequence[str], argument: str) 
     columns = list(present)
     for column in needed:
         if column not in columns:
-            remedy = (
-                "Every objective in `weights` needs one with +1, -1, 0 or null."
-                if column.startswith("pref_")
-                else "MODPO needs the reward margins of every objective but its own."
-            )
+            remedy = next(text for start, text in _REMEDIES if column.startswith(start))
             raise ValueError(
                 f"`{argument}` must have the column `{column}`; it has {', '.join(columns)}. "
                 f"{remedy}"
@@ -125,12 +128,12 @@ def check_columns(present: Iterable[str], needed: Sequence[str], argument: str) 
 
 
 def check_dataset(dataset: Any, columns: Sequence[str], argument: str) -> None:  # noqa: ANN401
-    """Raises `ValueError` unless a data set holds preferences in its columns.
+    """Raises `ValueError` unless a data set holds pairs, and preferences in its columns.
 
     Args:
         dataset: A `datasets.Dataset`, or a stream, whose columns alone are checked, from its first
             example: the values come later; or a mapping to several. What is neither is left to TRL.
-        columns: Those that are needed, ``pref_*`` and ``margin_*``.
+        columns: Those that are needed beside the pairs, ``pref_*`` and ``margin_*``.
         argument: What it was passed as.
     """
     for one in dataset.values() if isinstance(dataset, Mapping) else []:
@@ -142,7 +145,7 @@ def check_dataset(dataset: Any, columns: Sequence[str], argument: str) -> None: 
     if first is None:
         raise ValueError(f"`{argument}` must hold at least one pair; got none.")
     present = dataset.column_names if stored else list(first)
-    check_columns(present, columns, argument)
+    check_columns(present, [*_TEXTS, *columns], argument)
     if {"image", "images"} & set(present):
         raise ValueError(
             f"`{argument}` must not have images; it has the columns {', '.join(present)}. Vision "

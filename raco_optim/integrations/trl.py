@@ -14,16 +14,18 @@ They are combined in `training_step`: in ``optimizer.step()`` it would come afte
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if importlib.util.find_spec("trl") is None:
+if _missing := [name for name in ("trl", "datasets", "transformers") if find_spec(name) is None]:
     raise ImportError(
-        'raco_optim.integrations.trl needs TRL. Install it: pip install "raco_optim[align]"'
+        f"raco_optim.integrations.trl needs {', '.join(_missing)}. Install it: pip install "
+        f'"raco_optim[align]"',
+        name=_missing[0],
     )
 
 from trl import DPOTrainer

@@ -66,11 +66,21 @@ def axes_or_new(ax: Axes | None) -> Iterator[Axes]:
     """Gives the axes to draw into, those of a new figure if there are none.
 
     The figure is not one of pyplot: it opens no window, and is freed when nobody holds it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError: `ax` is something else.
     """
     with style(own=ax is None):
-        if ax is None:
-            ax = new_figure(SIZE).subplots()
-        yield ax
+        from matplotlib.axes import Axes
+
+        given: object = new_figure(SIZE).subplots() if ax is None else ax
+        if not isinstance(given, Axes):
+            raise TypeError(
+                f"`ax` must be axes of matplotlib; got {type(ax).__name__}. Leave it out for axes "
+                f"of a new figure."
+            )
+        yield given
 
 
 def new_figure(size: tuple[float, float]) -> Figure:
@@ -160,6 +170,7 @@ def save(picture: Axes | Figure, path: str | os.PathLike[str]) -> None:
 
     Raises:
         OSError: The file can't be written.
+        TypeError: `picture` is something else.
         ValueError: The suffix is of no format that matplotlib can write.
 
     Example:
@@ -172,8 +183,15 @@ def save(picture: Axes | Figure, path: str | os.PathLike[str]) -> None:
         ['empty.pdf']
     """
     import matplotlib
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, FigureBase
 
+    given: object = picture
+    if not isinstance(given, Axes | FigureBase):
+        raise TypeError(
+            f"`picture` must be axes or a figure, as `raco_optim.plot` makes them; got "
+            f"{type(given).__name__}. The picture comes first, then the path."
+        )
     path = Path(path)
     # The figure of a figure is the outermost one.
     figure = picture if isinstance(picture, Figure) else picture.figure.figure
