@@ -61,9 +61,15 @@ def summarise(folder: Path = study.FOLDER) -> dict[str, Any]:
             if task == "digits"
             else study.model_records("small", 2, folder)
         )
-        front = losses_of(read_records(folder / f"{task}_front.jsonl"))
+        front = losses_of(
+            [
+                *(record for record in records if record["point"]["method"] == "linear"),
+                *read_records(folder / f"{task}_front.jsonl"),
+            ]
+        )
         seeds = len(study.FRONT_SEEDS)
         points = {key: rows[:seeds] for key, rows in losses_of(records).items()}
+        front = {key: rows[:seeds] for key, rows in front.items()}
         ordered = sorted(front, key=lambda key: -key[1][0])
         generator = np.random.default_rng(0)
         drawn = generator.multinomial(seeds, [1 / seeds] * seeds, analysis.REPLICATES["model"])

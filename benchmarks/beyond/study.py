@@ -220,7 +220,8 @@ def run_fronts(folder: Path = FOLDER, seeds: Sequence[int] = FRONT_SEEDS) -> Non
     points = [Point("linear", dict(zip(names, w, strict=True)), s) for s in seeds for w in weights]
     path = folder / "digits_front.jsonl"
     run_grid(path, points, digits.settings, lambda point: digits.run_point(point, chosen))
-    plan = dataclasses.replace(llm.plan_for("small"), seeds=tuple(seeds), weights={2: weights})
+    between = [(0.2, 0.8), (0.4, 0.6), (0.6, 0.4), (0.8, 0.2)]  # those of the study
+    plan = dataclasses.replace(llm.plan_for("small"), seeds=tuple(seeds), weights={2: between})
     model = ModelStudy("small", 2, ("linear",), {}, dataclasses.replace(plan, curve_every=None))
     run_grid(folder / "small_2_front.jsonl", model.points(), model.settings, model.run)
 
