@@ -1,16 +1,21 @@
 """The candidates of `benchmarks.beyond`: their formulas, limit cases and what Theorem 3.1 needs."""
 
 import copy
+import json
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks.beyond import rules
-from benchmarks.beyond.candidates import CANDIDATES, candidate
+from benchmarks.beyond import analysis, fronts, rules, tables, toys
+from benchmarks.beyond.__main__ import main
+from benchmarks.beyond.candidates import CANDIDATES, COMPARED_NAMES, candidate
 from benchmarks.beyond.metric import InnerMetric, inverse_roots
 from benchmarks.beyond.rules import RULES
+from benchmarks.beyond.study import FOLDER
 from benchmarks.multitask.toys import random_quadratics
 from raco_optim import CAGradClip, mixing_coefficients, solve_subproblem
+from raco_optim.cli.errors import UsageError
 
 RADII = (0.0, 0.4, 0.8)
 
@@ -329,3 +334,101 @@ def test_the_lasting_conflict_is_the_bias_corrected_average():
         lasting = max(0.0, -average / (1 - 0.9**t))
         expected = mixing_coefficients(H, w, c * max(0.0, 1 - 2 * lasting)).coefficients
         torch.testing.assert_close(rule(H).coefficients, expected)
+
+
+# Measures, verdicts and the page
+
+
+def records_of(losses, seeds=3):
+    """Records of two tasks by method and weights, of sets; `losses(method, w, seed)` gives both."""
+    return [
+        {
+            "settings": {"set": "toy"},
+            "point": {"method": method, "weights": {"a": w, "b": 1 - w}, "seed": seed},
+            "evaluation": {
+                name: {"loss": loss, "score": 0.5}
+                for name, loss in zip("ab", losses(method, w, seed), strict=True)
+            },
+            "training": {"curve": [[1.0, 1.0], [0.5, 0.5], list(losses(method, w, seed))]},
+            "extra": {"constant": [[1.0, 1.0], [0.0, 0.0]]},
+        }
+        for seed in range(seeds)
+        for w in (0.2, 0.5)
+        for method in ("linear", "raco", "cone")
+    ]
+
+
+def test_a_method_that_is_better_everywhere_reaches_the_target(monkeypatch):
+    monkeypatch.setitem(analysis.REPLICATES, "set", 200)
+    shift = {"linear": 0.0, "raco": 0.1, "cone": 0.05}
+    found = analysis.of_set(
+        records_of(lambda method, w, s: (0.3 + shift[method] + s / 100, 0.4 + shift[method]))
+    )["methods"]
+    assert found["cone"]["measures"]["deviation"]["value"] == pytest.approx(
+        sum(0.05 / (0.31 * w + 0.4 * (1 - w)) for w in (0.2, 0.5)) / 2
+    )
+    assert found["cone"]["measures"]["distance"]["value"] == pytest.approx(0.05 * 2**0.5)
+    assert found["cone"]["reaches"] == {
+        "by distance": True,
+        "by deviation": True,
+        "told worse": False,
+    }
+    assert found["cone"]["against"]["linear"]["deviation"]["low"] > 0
+    assert found["raco"].keys() == {"measures", "against"}
+
+
+def test_a_method_with_a_smaller_hypervolume_does_not_reach_it_by_deviation(monkeypatch):
+    """Better where the weights look, much worse elsewhere."""
+    monkeypatch.setitem(analysis.REPLICATES, "set", 200)
+
+    def losses(method, w, seed):
+        if method == "raco":
+            return 0.30 + seed / 100, 0.30
+        return (0.9, 0.1) if w == 0.2 else (0.5, 0.09)
+
+    found = analysis.of_set(records_of(losses))["methods"]["cone"]
+    assert found["against"]["raco"]["deviation"]["high"] < 0
+    assert found["against"]["raco"]["hypervolume"]["value"] == pytest.approx(
+        0.5 * 0.91 - np.mean([(0.7 - seed / 100) * 0.7 for seed in range(3)])
+    )
+    assert not found["reaches"]["by deviation"]
+
+
+def test_seeds_that_lack_a_run_are_left_out_and_none_is_an_error():
+    records = records_of(lambda *_: (0.5, 0.5))
+    kept = analysis.of_complete_seeds(records[:-1])
+    assert {record["point"]["seed"] for record in kept} == {0, 1}
+    with pytest.raises(UsageError, match="No seed has a run of every method"):
+        analysis.of_complete_seeds([*records[:1], *records[-1:]])
+
+
+def test_a_point_on_the_curve_is_not_above_it_and_the_diagonal_measures_the_rest():
+    curve = np.array([[0.2, 0.8], [0.4, 0.4], [0.8, 0.2]])
+    assert fronts.above(np.array([0.3, 0.6]), curve) == pytest.approx(0)
+    assert fronts.above(np.array([0.5, 0.5]), curve) == pytest.approx(0.1)
+    assert fronts.above(np.array([0.35, 0.35]), curve) == pytest.approx(-0.05)
+    assert np.isnan(fronts.above(np.array([1.0, 0.0]), curve))
+
+
+def test_on_a_toy_every_method_with_radius_zero_descends_as_the_weighted_sum():
+    problem = random_quadratics(2, 3, seed=0)
+    start, w = torch.ones(1, 3, dtype=torch.float64), torch.tensor([[0.3, 0.7]]).double()
+    made = {
+        name: toys.run(problem, start, w, name, 0.0, lr=0.02, noise=0.3, adam=False, steps=5)
+        for name in COMPARED_NAMES
+    }
+    for losses in made.values():
+        torch.testing.assert_close(losses, made["linear"])
+
+
+def test_an_unknown_part_or_method_is_refused(capsys):
+    for arguments in (["--parts", "nonsense"], ["--methods", "nonsense"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        assert "invalid choice: 'nonsense'" in capsys.readouterr().err
+
+
+def test_the_page_shows_the_committed_results():
+    found = json.loads((FOLDER / tables.FILE).read_text())
+    assert tables.filled(tables.PAGE.read_text(), found) == tables.PAGE.read_text()

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.alignment import sampling
 from benchmarks.alignment.analysis import Array, Grid, steps_to_reach
-from benchmarks.beyond.candidates import CANDIDATES, COMPARED_NAMES
+from benchmarks.beyond.candidates import CANDIDATES
 from benchmarks.multitask.analysis import Results
 from raco_optim.cli.errors import UsageError
 
@@ -57,7 +57,7 @@ def of_set(records: Records) -> dict[str, Any]:
 def of_model(records: Records) -> dict[str, Any]:
     """Everything that the page says of a language model with some objectives.
 
-    The records are of one c a method.
+    The records are of one c a method. One without curves has no steps.
     """
     records = of_complete_seeds(records)
     settings = records[0]["settings"]
@@ -67,7 +67,7 @@ def of_model(records: Records) -> dict[str, Any]:
     signs = np.array([[pair.sign(name) or 0 for name in names] for pair in pairs])
     grid = Grid(records, signs, [pair.paper for pair in pairs], REPLICATES["model"])
     weights = list(dict.fromkeys(key.weights for key in grid.keys))
-    methods = [name for name in COMPARED_NAMES if any(k.method == name for k in grid.keys)]
+    methods = list(dict.fromkeys(key.method for key in grid.keys))
     rows = {
         name: [grid.where(lambda key, at=(name, w): key[:2] == at)[0] for w in weights]
         for name in methods

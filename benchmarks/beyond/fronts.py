@@ -131,3 +131,30 @@ def radii(folder: Path = study.FOLDER) -> dict[str, list[dict[str, Any]]]:
             for (method, c), rows in groups.items()
         ]
     return found
+
+
+def smaller_radii(folder: Path = study.FOLDER) -> dict[str, Any]:
+    """CAGrad-Clip with smaller c against itself with the c that tuning chose, as a candidate is.
+
+    By task and c: differences with intervals, and whether the target is reached.
+    """
+    found: dict[str, Any] = {}
+    for m in (2, 3):
+        records = [
+            record
+            for record in study.model_records("small", m, folder)
+            if record["point"]["method"] in BASELINES
+            and record["point"]["seed"] in study.FRONT_SEEDS
+        ]
+        for record in read_records(folder / f"small_{m}_radii.jsonl"):
+            point = {**record["point"], "method": f"{record['point']['c']:g}"}
+            records.append({**record, "point": point})
+        methods = analysis.of_model(records)["methods"]
+        found[f"small_{m}"] = {
+            f"{c:g}": {
+                "against": methods[f"{c:g}"]["against"]["raco"],
+                "reaches": methods[f"{c:g}"]["reaches"],
+            }
+            for c in study.SMALLER_RADII
+        }
+    return found

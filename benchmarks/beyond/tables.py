@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,8 +29,8 @@ def summarise(folder: Path = study.FOLDER) -> dict[str, Any]:
     tasks: dict[str, Any] = {}
     for name in SETS:
         tasks[name] = analysis.of_set(study.set_records(name, folder))
-    for size in study.MODEL_SEEDS:
-        for m in (2, 3):
+    for size, m in itertools.product(study.MODEL_SEEDS, (2, 3)):
+        if (folder / f"{size}_{m}.jsonl").exists():
             tasks[f"{size}_{m}"] = analysis.of_model(study.model_records(size, m, folder))
     found = {
         "level": analysis.LEVEL,
@@ -37,6 +38,7 @@ def summarise(folder: Path = study.FOLDER) -> dict[str, Any]:
         "chosen": study.chosen(folder),
         "fronts": fronts.summarise(folder),
         "radii": fronts.radii(folder),
+        "smaller radii": fronts.smaller_radii(folder),
         "trust": json.loads((folder / "trust.json").read_text())["rows"],
         "many": _many(json.loads((folder / "many.json").read_text())["rows"]),
         "toys": _toys(json.loads((folder / "toys.json").read_text())["rows"]),
@@ -84,6 +86,7 @@ def blocks(found: Summary) -> Iterator[tuple[str, str]]:
     yield "steps", steps(found["tasks"])
     yield "chosen", chosen(found["chosen"])
     yield "fronts", front_table(found["fronts"])
+    yield "smaller radii", smaller_table(found["smaller radii"])
     yield "radii", radius_table(found["radii"])
     yield "trust", trust_table(found["trust"])
     yield "many", many_table(found["many"])
@@ -180,6 +183,18 @@ def front_table(found: Summary) -> str:
     for method in (*BASELINES[1:], *CANDIDATES):
         rows.append([TITLES[method], *(_cell(found[task][method]) for task in found)])
     return markdown_table(["", *map(task_title, found)], rows)
+
+
+def smaller_table(found: Summary) -> str:
+    """CAGrad-Clip with smaller c, minus itself at the c of the study."""
+    measures = ("deviation", "hypervolume", "least weight", "hurting")
+    rows = []
+    for task, by_radius in found.items():
+        for c, row in by_radius.items():
+            cells = [task_title(task), c, *(_cell(row["against"][name]) for name in measures)]
+            reached = row["reaches"]["by distance"] or row["reaches"]["by deviation"]
+            rows.append([*cells, "yes" if reached else "no"])
+    return markdown_table(["", "c", *measures, "reaches the target"], rows)
 
 
 def radius_table(found: Summary) -> str:
