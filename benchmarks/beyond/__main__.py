@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from benchmarks.beyond import cost, study, tables, toys, trust_region
+from benchmarks.beyond import cost, figures, study, tables, toys, trust_region
 from benchmarks.beyond.candidates import RADII
-from benchmarks.harness import environment
+from benchmarks.harness import environment, refusals_of
 from benchmarks.multitask import many
 from benchmarks.multitask.data import SETS
-from raco_optim.cli.errors import UsageError
 from raco_optim.cli.files import make_folder, write_atomically
 
 MODELS = ("small_2", "small_3", "smollm2_2", "smollm2_3")
@@ -57,25 +55,22 @@ def run(part: str, seeds: Sequence[int] | None, methods: Sequence[str] | None) -
         write_atomically(path, json.dumps(FILES[part]()) + "\n")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Reads the command line; returns the exit code."""
+@refusals_of("beyond")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Reads the command line and runs."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.beyond", description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the protocol")
     parser.add_argument("--methods", nargs="+", choices=study.COMPARED, help="default: all")
     options = parser.parse_args(arguments)
-    try:
-        make_folder(study.FOLDER, "--output")
-        for part in options.parts:
-            run(part, options.seeds, options.methods)
-        if options.parts == list(PARTS):
-            tables.write()
-    except UsageError as error:
-        print(f"beyond: {error}", file=sys.stderr)
-        return 2
-    return 0
+    make_folder(study.FOLDER, "--output")
+    for part in options.parts:
+        run(part, options.seeds, options.methods)
+    if options.parts == list(PARTS):
+        tables.write()
+        figures.write()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(main())
+    main()

@@ -25,6 +25,7 @@ COLOURS = {
     "budget": "#000000",
     "persistent": "#997700",
 }
+MARKERS = "DsPXv^<>"
 
 
 def write(folder: Path = study.FOLDER, target: Path = IMAGES) -> list[Path]:
@@ -66,36 +67,31 @@ def deviations(path: Path, tasks: Summary) -> None:
 def prices(path: Path, found: Summary) -> None:
     """Weighted loss against hurting steps: CAGrad-Clip as c grows, and the candidates."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 4.4), layout="constrained")
-        for axes, (name, rows) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
+        figure = Figure(figsize=(10.4, 4.4), layout="constrained")
+        grid = figure.subplots(1, len(found))
+        for axes, (name, rows) in zip(grid, found.items(), strict=True):
             chain = sorted(
                 (row for row in rows if row["method"] in ("linear", "raco")),
                 key=lambda row: row["c"],
             )
-            axes.plot(
-                *_points(chain), "-o", color=COLOURS["raco"], label="CAGrad-Clip, c = 0 to 0.4"
-            )
-            for row, (x, y) in zip(chain, zip(*_points(chain), strict=True), strict=True):
-                axes.annotate(
-                    f"{row['c']:g}", (x, y), (4, 5), textcoords="offset points", color=GREY
+            x, y = _points(chain)
+            color = COLOURS["raco"]
+            axes.plot(x, y, "-o", color=color, label="CAGrad-Clip, c as written")
+            for row, at in zip(chain, zip(x, y, strict=True), strict=True):
+                axes.annotate(f"{row['c']:g}", at, (4, 5), textcoords="offset points", color=color)
+            for method in CANDIDATES:
+                of_method = [row for row in rows if row["method"] == method]
+                color, marker = COLOURS.get(method, GREY), MARKERS[CANDIDATES.index(method)]
+                axes.plot(
+                    *_points(of_method), marker, color=color, markersize=6, label=TITLES[method]
                 )
-            for row in rows:
-                if row["method"] in CANDIDATES:
-                    x, y = _points([row])
-                    color = COLOURS.get(row["method"], GREY)
-                    axes.plot(x, y, "D", markersize=5, color=color)
-                    axes.annotate(
-                        TITLES[row["method"]],
-                        (x[0], y[0]),
-                        (5, -9),
-                        textcoords="offset points",
-                        fontsize=7.5,
-                        color=color,
-                    )
             axes.set_title(task_title(name))
             axes.set_xlabel("weighted held-out loss above the weighted sum's")
+            axes.locator_params(axis="x", nbins=5)
             axes.set_ylabel("steps that hurt a loss, %")
-            axes.legend(frameon=False, fontsize=8)
+        figure.legend(
+            *grid[0].get_legend_handles_labels(), loc="outside right center", frameon=False
+        )
         figure.savefig(path, dpi=160)
 
 

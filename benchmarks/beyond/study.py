@@ -19,7 +19,7 @@ from benchmarks.multitask.data import SETS
 from benchmarks.multitask.methods import METHODS, Method
 from benchmarks.multitask.study import FOLDER as SETS_FOLDER
 from benchmarks.multitask.study import WEIGHTS, Plan, Study
-from raco_optim.cli.grid import Point, read_records, run_grid
+from raco_optim.cli.grid import Point, read_records, records_so_far, run_grid
 
 FOLDER = RESULTS / "beyond"
 SEEDS = tuple(range(10))  # of the sets
@@ -67,6 +67,7 @@ class SetStudy(Study):
 
     def run(self) -> list[dict[str, Any]]:
         """Runs what is left and returns the records of all methods."""
+        records_so_far(self.path, self.settings)  # before tuning takes its time
         chosen = self.tune()
         known = _known(self.name)
         done = {(r["point"]["method"], r["point"]["seed"]) for r in known}

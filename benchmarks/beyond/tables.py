@@ -68,7 +68,8 @@ def filled(page: str, found: Summary) -> str:
 def task_title(name: str) -> str:
     """A task's name for people."""
     size, _, m = name.partition("_")
-    return f"{'SmolLM2' if size == 'smollm2' else size}, {m} objectives" if m else name
+    model = "SmolLM2" if size == "smollm2" else "small model"
+    return f"{model}, {m} objectives" if m else name
 
 
 def blocks(found: Summary) -> Iterator[tuple[str, str]]:
@@ -146,7 +147,7 @@ def verdicts(tasks: Summary, cost: Summary) -> str:
                 ", ".join(extra) or "-",
             ]
         )
-    head = ["", "reaches the target on", "told worse than CAGrad-Clip on", "extra time of a step"]
+    head = ["", "reaches the target on", "worse than CAGrad-Clip on", "extra time of a step"]
     return markdown_table(head, rows, text=3)
 
 
@@ -265,7 +266,7 @@ def toy_table(found: Sequence[Summary]) -> str:
                 still = mine.get((0.0, c), mine.get((0.0, 0.0)))
                 noisy = mine.get((0.3, c), mine.get((0.3, 0.0)))
                 cells += [
-                    _steps(still["steps"]),
+                    _steps(still),
                     *(_of(row, "deviation") for row in (still, noisy)),
                 ]
             rows.append(cells)
@@ -343,8 +344,10 @@ def _number(x: float, sign: str = "") -> str:
     return f"{x:{sign}.3f}" if abs(x) >= 0.0095 or x == 0 else f"{x:{sign}.1g}"
 
 
-def _steps(x: float | None) -> str:
-    return "never" if x is None else f"{x:.0f}"
+def _steps(row: Mapping[str, Any]) -> str:
+    if "steps" not in row:
+        return "-"
+    return "never" if row["steps"] is None else f"{row['steps']:.0f}"
 
 
 def _of(row: Mapping[str, Any], name: str) -> str:

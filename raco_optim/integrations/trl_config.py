@@ -64,7 +64,8 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
             ``"modpo"``: that of MODPO (`raco_optim.alignment.modpo_loss`), with the reward margins
             of the columns ``margin_<objective>``.
         c: Radius of the correction relative to the weighted gradient; in [0, 1) for ``"raco"``,
-            >= 0 for ``"cagrad"``, not used otherwise.
+            >= 0 for ``"cagrad"``, not used otherwise. The default is the paper's; preferences that
+            keep conflicting were served better by 0.1 to 0.2 (docs/beyond.md).
         solver: ``"exact"``, ``"pgd"`` or ``"slsqp"``; see `raco_optim.solve_subproblem`.
         modpo_objective: The objective whose preferences MODPO learns from; the others enter with
             their margins. Default: the first of `weights`.
