@@ -135,7 +135,8 @@ def _summary(
         }
         if method != "raco":
             steps = interval(logs(method), LEVEL)
-            row["steps"] = {name: float(np.exp(x)) for name, x in steps.items()}
+            if np.isfinite(steps["value"]):
+                row["steps"] = {name: float(np.exp(x)) for name, x in steps.items()}
             row["reaches"] = reaches(row["against"]["raco"], measures["raco"])
         found[method] = row
     return {"seeds": list(seeds), "methods": found}

@@ -55,7 +55,7 @@ def deviations(path: Path, tasks: Summary) -> None:
             axes.axvline(0, color=INK, lw=0.8)
             axes.locator_params(axis="x", nbins=4)
             axes.set_yticks(range(len(others)), [TITLES[method] for method in others])
-            axes.set_title(f"{task_title(name)} ({len(task['seeds'])} seeds)", fontsize=9)
+            axes.set_title(f"{task_title(name)}\n{len(task['seeds'])} seeds", fontsize=9)
         for axes in list(grid.flat)[len(tasks) :]:
             axes.set_axis_off()
         figure.suptitle(
