@@ -122,17 +122,14 @@ def test_a_smoothed_gram_matrix_that_does_not_change_is_none():
         torch.testing.assert_close(rule(scale * H).coefficients, expected, rtol=1e-7, atol=1e-9)
 
 
-def test_the_smoothed_gram_matrix_is_the_average_from_the_first_on():
+def test_the_smoothed_gram_matrix_is_the_bias_corrected_average():
     w, rule = [0.3, 0.7], rules.smooth([0.3, 0.7], 0.4)
     made = list(grams(2))[:6]
-    for H in made:
-        found = rule(H)
-    shares = [1.0] + [0.1] * 5
-    decayed = sum(
-        s * 0.9 ** (5 - i) * H / H.trace()
-        for i, (s, H) in enumerate(zip(shares, made, strict=True))
-    )
-    torch.testing.assert_close(found.p, solve_subproblem(decayed, w, 0.4).p)
+    for t, H in enumerate(made, start=1):
+        average = sum(
+            0.1 * 0.9 ** (t - s) * G / G.trace() for s, G in enumerate(made[:t], start=1)
+        ) / (1 - 0.9**t)
+        torch.testing.assert_close(rule(H).p, solve_subproblem(average, w, 0.4).p)
 
 
 def test_without_conflict_the_radius_is_zero_and_between_opposites_all_of_c():

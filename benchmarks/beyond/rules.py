@@ -65,21 +65,17 @@ def soft(w: Sequence[float], c: float) -> Rule:
 def smooth(w: Sequence[float], c: float) -> Rule:
     r"""p of a Gram matrix that is smoothed over steps; all else from the one of this step.
 
-    .. math:: \bar H_t = 0.9 \bar H_{t - 1} + 0.1 H_t / \mathrm{tr} H_t, \qquad
-        \bar H_1 = H_1 / \mathrm{tr} H_1
+    .. math:: \bar H_t = \sum_{s \le t} 0.9^{t - s} \, H_s / \mathrm{tr} H_s \Big/
+        \sum_{s \le t} 0.9^{t - s}
 
-    Starting with the first matrix, the average has no bias to zero. Dividing by the trace keeps the
-    rule independent of a scale that changes between steps, as a GradScaler's does.
+    The bias-corrected exponential average. Dividing by the trace keeps the rule independent of a
+    scale that changes between steps, as a GradScaler's does.
     """
-    average: list[Tensor] = []
+    average = _average()
 
     def rule(gram: Tensor) -> MixingCoefficients:
-        weights = gram.new_tensor(w)
-        trace = gram.trace()
-        if trace > 0:
-            now = gram / trace
-            average[:] = [DECAY * average[0] + (1 - DECAY) * now if average else now]
-        p = solve_subproblem(average[0] if average else gram, w, c).p
+        weights, trace = gram.new_tensor(w), gram.trace()
+        p = solve_subproblem(average(gram / trace) if trace > 0 else gram, w, c).p
         return _corrected(gram, weights, c, p, torch.minimum(p, weights))
 
     return rule
@@ -106,13 +102,10 @@ def persistent(w: Sequence[float], c: float) -> Rule:
     out over steps is noise or passes, and CAGrad-Clip is left as it is; where it stays, its mean
     cosine at -1/2, the losses have to be traded, and that is what the weights say how to do.
     """
-    total, mass = torch.zeros(len(w), len(w), dtype=torch.float64), 0.0
+    average = _average()
 
     def rule(gram: Tensor) -> MixingCoefficients:
-        nonlocal total, mass
-        total = DECAY * total + (1 - DECAY) * _cosines(gram)
-        mass = DECAY * mass + (1 - DECAY)
-        lasting = max(0.0, -float(total.min()) / mass)
+        lasting = max(0.0, -float(average(_cosines(gram)).min()))
         return mixing_coefficients(gram, w, c * max(0.0, 1 - 2 * lasting))
 
     return rule
@@ -176,6 +169,18 @@ RULES: dict[str, Callable[[Sequence[float], float], Rule]] = {
     "cone": cone,
     "tail": tail,
 }
+
+
+def _average() -> Callable[[Tensor], Tensor]:
+    """Takes one matrix a step and returns their bias-corrected exponential average so far."""
+    total, mass = torch.zeros((), dtype=torch.float64), 0.0
+
+    def after(now: Tensor) -> Tensor:
+        nonlocal total, mass
+        total, mass = DECAY * total + (1 - DECAY) * now, DECAY * mass + (1 - DECAY)
+        return total / mass
+
+    return after
 
 
 def _cosines(gram: Tensor) -> Tensor:
