@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -127,6 +128,14 @@ def write_results(name: str, results: Mapping[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
     return path
+
+
+def filled(page: str, blocks: Iterable[tuple[str, str]]) -> str:
+    """The page with the text between `<!-- table NAME -->` and `<!-- end -->` made anew."""
+    for name, block in blocks:
+        pattern = rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)"
+        page = re.sub(pattern, lambda m, text=block: f"{m[1]}\n{text}\n\n{m[2]}", page, flags=re.S)
+    return page
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text: int = 1) -> str:

@@ -13,6 +13,7 @@ from benchmarks.beyond.candidates import CANDIDATES, COMPARED_NAMES, candidate
 from benchmarks.beyond.metric import InnerMetric, inverse_roots
 from benchmarks.beyond.rules import RULES
 from benchmarks.beyond.study import FOLDER
+from benchmarks.harness import filled
 from benchmarks.multitask.toys import random_quadratics
 from raco_optim import CAGradClip, mixing_coefficients, solve_subproblem
 from raco_optim.cli.errors import UsageError
@@ -428,4 +429,4 @@ def test_an_unknown_part_or_method_is_refused(capsys):
 
 def test_the_page_shows_the_committed_results():
     found = json.loads((FOLDER / tables.FILE).read_text())
-    assert tables.filled(tables.PAGE.read_text(), found) == tables.PAGE.read_text()
+    assert filled(tables.PAGE.read_text(), tables.blocks(found)) == tables.PAGE.read_text()

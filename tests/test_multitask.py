@@ -12,6 +12,7 @@ from sklearn.metrics import r2_score, roc_auc_score
 from torch.nn import functional
 
 from benchmarks import claims
+from benchmarks.harness import filled
 from benchmarks.multitask import analysis, many, summary, tables, toys
 from benchmarks.multitask import data as sets
 from benchmarks.multitask.__main__ import main
@@ -418,7 +419,7 @@ def test_pages_show_the_committed_results():
     page = tables.PAGE.read_text()
     found = tables.summaries(FOLDER)
     assert {"digits", "health", "papers", "timing"} <= set(found)
-    assert tables.filled(page, found) == page
+    assert filled(page, tables.blocks(found)) == page
     assert claims_filled() == (tables.PAGE.parent / "claims.md").read_text()
     for name in SETS:
         made = {r["settings"]["set"] for r in read_records(FOLDER / f"{name}.jsonl")}

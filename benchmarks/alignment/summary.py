@@ -46,9 +46,7 @@ class Summary:
         pairs: Sequence[data.Pair],
         replicates: int = REPLICATES,
     ) -> None:
-        names = records[0]["settings"]["objectives"]
-        signs = np.array([[pair.sign(name) or 0 for name in names] for pair in pairs])
-        self.grid = Grid(records, signs, [pair.paper for pair in pairs], replicates)
+        self.grid = grid_of(records, pairs, replicates)
         self.pairs, self.objectives = pairs, self.grid.objectives
         self.weights = [key.weights for key in self.grid.keys if key.method == "linear"]
         # The ablation's other radii are no part of what a method offers.
@@ -65,10 +63,7 @@ class Summary:
         compared on the same seeds.
         """
         records = complete(records)
-        settings = records[0]["settings"]
-        splits = sampling.Splits(tuple(settings["splits"]["train"]), settings["splits"]["held_out"])
-        count = settings["sizes"]["held_out"]
-        return cls(records, sampling.held_out_pairs(settings["objectives"], count, splits))
+        return cls(records, held_out_pairs(records))
 
     def rows(self, method: str) -> list[int]:
         """Positions of a method's points, those of the ablation left out."""
@@ -286,6 +281,23 @@ class Summary:
             "clipping": self.clipping(),
             "steps_to_reach_over_cagrad": self.reach(),
         }
+
+
+def held_out_pairs(records: Sequence[Mapping[str, Any]]) -> list[data.Pair]:
+    """The held-out pairs of a study, drawn again as it drew them."""
+    settings = records[0]["settings"]
+    splits = sampling.Splits(tuple(settings["splits"]["train"]), settings["splits"]["held_out"])
+    count = settings["sizes"]["held_out"]
+    return sampling.held_out_pairs(settings["objectives"], count, splits)
+
+
+def grid_of(
+    records: Sequence[Mapping[str, Any]], pairs: Sequence[data.Pair], replicates: int
+) -> Grid:
+    """The records as arrays, with the labels of the pairs that they were measured on."""
+    names = records[0]["settings"]["objectives"]
+    signs = np.array([[pair.sign(name) or 0 for name in names] for pair in pairs])
+    return Grid(records, signs, [pair.paper for pair in pairs], replicates)
 
 
 def complete(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

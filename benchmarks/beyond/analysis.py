@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.alignment import sampling
-from benchmarks.alignment.analysis import Array, Grid, steps_to_reach
+from benchmarks.alignment.analysis import Array, steps_to_reach
+from benchmarks.alignment.summary import grid_of, held_out_pairs
 from benchmarks.beyond.candidates import CANDIDATES
 from benchmarks.multitask.analysis import Results
+from benchmarks.multitask.training import Recipe
 from raco_optim.cli.errors import UsageError
 
 Records = Sequence[Mapping[str, Any]]
@@ -60,12 +61,7 @@ def of_model(records: Records) -> dict[str, Any]:
     The records are of one c a method. One without curves has no steps.
     """
     records = of_complete_seeds(records)
-    settings = records[0]["settings"]
-    splits = sampling.Splits(tuple(settings["splits"]["train"]), settings["splits"]["held_out"])
-    names = settings["objectives"]
-    pairs = sampling.held_out_pairs(names, settings["sizes"]["held_out"], splits)
-    signs = np.array([[pair.sign(name) or 0 for name in names] for pair in pairs])
-    grid = Grid(records, signs, [pair.paper for pair in pairs], REPLICATES["model"])
+    grid = grid_of(records, held_out_pairs(records), REPLICATES["model"])
     weights = list(dict.fromkeys(key.weights for key in grid.keys))
     methods = list(dict.fromkeys(key.method for key in grid.keys))
     rows = {
@@ -196,8 +192,7 @@ def _share(value: float, base: float) -> float | None:
 
 
 def _weighted(w: Sequence[float], training: Mapping[str, Any]) -> list[tuple[int, float]]:
-    every = 20
-    return [(every * i, float(np.dot(w, row))) for i, row in enumerate(training["curve"])]
+    return [(Recipe.every * i, float(np.dot(w, row))) for i, row in enumerate(training["curve"])]
 
 
 def _curve_of_model(w: Sequence[float], training: Mapping[str, Any]) -> list[tuple[int, float]]:

@@ -20,6 +20,7 @@ from benchmarks.multitask.methods import METHODS, Method
 from benchmarks.multitask.study import FOLDER as SETS_FOLDER
 from benchmarks.multitask.study import WEIGHTS, Plan, Study
 from raco_optim.cli.grid import Point, read_records, records_so_far, run_grid
+from raco_optim.cli.records import point_key
 
 FOLDER = RESULTS / "beyond"
 SEEDS = tuple(range(5))  # of the sets
@@ -151,11 +152,11 @@ def run_models(
     seeds = MODEL_SEEDS[size] if seeds is None else tuple(seeds)
     plan = dataclasses.replace(llm.plan_for(size), seeds=seeds)
     study = ModelStudy(size, m, methods or METHODS_OF[size], radii, plan)
-    wanted = {_key(vars(point)) for point in study.points()}
+    wanted = {point_key(vars(point)) for point in study.points()}
     before = read_records(llm.file_for(size, m, RESULTS))
-    known = [record for record in before if _key(record["point"]) in wanted]
-    done = {_key(record["point"]) for record in known}
-    left = [point for point in study.points() if _key(vars(point)) not in done]
+    known = [record for record in before if point_key(record["point"]) in wanted]
+    done = {point_key(record["point"]) for record in known}
+    left = [point for point in study.points() if point_key(vars(point)) not in done]
     path = folder / f"{size}_{m}.jsonl"
     return known + run_grid(path, left, study.settings, study.run)
 
@@ -225,7 +226,3 @@ def run_fronts(folder: Path = FOLDER, seeds: Sequence[int] = FRONT_SEEDS) -> Non
     plan = dataclasses.replace(llm.plan_for("small"), seeds=tuple(seeds), weights={2: between})
     model = ModelStudy("small", 2, ("linear",), {}, dataclasses.replace(plan, curve_every=None))
     run_grid(folder / "small_2_front.jsonl", model.points(), model.settings, model.run)
-
-
-def _key(point: Mapping[str, Any]) -> str:
-    return repr((point["method"], dict(point["weights"]), point["seed"], point["c"]))

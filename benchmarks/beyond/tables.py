@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from benchmarks.beyond import analysis, fronts, study
 from benchmarks.beyond.candidates import BASELINES, CANDIDATES, COMPARED_NAMES, RADII, TITLES
-from benchmarks.harness import environment, markdown_table
+from benchmarks.harness import environment, filled, markdown_table
 from benchmarks.multitask.data import SETS
 from raco_optim.cli.files import write_atomically
 
@@ -53,16 +52,8 @@ def write(folder: Path = study.FOLDER) -> Path:
     found = summarise(folder)
     write_atomically(path, json.dumps(found, indent=1) + "\n")
     if folder == study.FOLDER and PAGE.exists():
-        write_atomically(PAGE, filled(PAGE.read_text(), found))
+        write_atomically(PAGE, filled(PAGE.read_text(), blocks(found)))
     return path
-
-
-def filled(page: str, found: Summary) -> str:
-    """The page with the text between `<!-- table NAME -->` and `<!-- end -->` made anew."""
-    for name, block in blocks(found):
-        pattern = rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)"
-        page = re.sub(pattern, lambda m, text=block: f"{m[1]}\n{text}\n\n{m[2]}", page, flags=re.S)
-    return page
 
 
 def task_title(name: str) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from benchmarks.beyond.candidates import COMPARED_NAMES, RADII
 from benchmarks.beyond.metric import inverse_roots
 from benchmarks.beyond.rules import RULES, Rule
-from benchmarks.multitask.toys import grid, random_quadratics, steps_to
+from benchmarks.multitask.toys import grid, random_quadratics, steps_to, walk
 from benchmarks.problems import Problem, convex_quadratics, fonseca_fleming
 from raco_optim import MixingCoefficients, mixing_coefficients
 
@@ -81,32 +82,15 @@ def run(
         adam: Adam instead of gradient descent.
         steps: Number of steps.
     """
-    theta = starts.clone().requires_grad_()
-    optimizer = (torch.optim.Adam if adam else torch.optim.SGD)([theta], lr=lr)
-    rules: list[Callable[[Tensor], MixingCoefficients]] = [
-        rule_for(name, w, c) for w in weights.tolist()
-    ]
-    generator = torch.Generator().manual_seed(0)
-    trace, scale = [], None
-    for _ in range(steps):
-        losses = problem.losses(theta)
-        trace.append(torch.stack([loss.detach() for loss in losses], dim=-1))
-        J = torch.stack(
-            [torch.autograd.grad(x.sum(), theta, retain_graph=True)[0] for x in losses], dim=1
-        )
-        if noise:
-            scale = J.square().mean((1, 2), keepdim=True).sqrt() if scale is None else scale
-            J = J + noise * scale * torch.randn(J.shape, generator=generator, dtype=J.dtype)
-        measured = J
+    rules = [rule_for(name, w, c) for w in weights.tolist()]
+
+    def combine(J: Tensor, optimizer: Optimizer) -> Tensor:
         if name == "metric" and adam and (root := inverse_roots(optimizer)[0]) is not None:
-            measured = J * root[:, None]
-        grams = measured @ measured.mT
-        alpha = torch.stack([f(H).coefficients for f, H in zip(rules, grams, strict=True)])
-        theta.grad = torch.einsum("bm,bmd->bd", alpha, J)
-        optimizer.step()
-    with torch.no_grad():
-        trace.append(torch.stack(problem.losses(theta), dim=-1))
-    return torch.stack(trace)
+            J = J * root[:, None]
+        grams = J @ J.mT
+        return torch.stack([f(H).coefficients for f, H in zip(rules, grams, strict=True)])
+
+    return walk(problem, starts, combine, steps=steps, lr=lr, noise=noise, adam=adam)[0]
 
 
 def rows() -> Iterator[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.alignment.analysis import Estimate, steps_to_reach
-from benchmarks.harness import RESULTS, markdown_table
+from benchmarks.harness import RESULTS, filled, markdown_table
 from benchmarks.multitask.analysis import REPLICATES, Array
 from benchmarks.multitask.data import SETS
 from benchmarks.multitask.methods import METHODS
@@ -37,10 +36,7 @@ def claims_filled() -> str:
     """The page with the text between `<!-- table NAME -->` and `<!-- end -->` made anew."""
     page = PAGE.read_text()
     found = json.loads((RESULTS / "claims.json").read_text())
-    for name, block in blocks(found, summaries(FOLDER)):
-        pattern = rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)"
-        page = re.sub(pattern, lambda m, text=block: f"{m[1]}\n{text}\n\n{m[2]}", page, flags=re.S)
-    return page
+    return filled(page, blocks(found, summaries(FOLDER)))
 
 
 def blocks(found: Mapping[str, Rows], sets: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

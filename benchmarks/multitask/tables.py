@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import markdown_table
+from benchmarks.harness import filled, markdown_table
 from benchmarks.multitask import timing
 from benchmarks.multitask.analysis import MEASURES
 from benchmarks.multitask.data import SETS
@@ -25,9 +24,9 @@ def write(folder: Path = FOLDER) -> Path:
     """Writes `<folder>/tables.md`, and the page's tables where the folder is the committed one."""
     found = summaries(folder)
     path = folder / "tables.md"
-    write_atomically(path, "\n\n".join(f"## {name}\n\n{blocks}" for name, blocks in _all(found)))
+    write_atomically(path, "\n\n".join(f"## {name}\n\n{block}" for name, block in blocks(found)))
     if folder == FOLDER and PAGE.exists():
-        write_atomically(PAGE, filled(PAGE.read_text(), found))
+        write_atomically(PAGE, filled(PAGE.read_text(), blocks(found)))
     return path
 
 
@@ -39,15 +38,8 @@ def summaries(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
-def filled(page: str, found: Mapping[str, Any]) -> str:
-    """The page with the text between `<!-- table NAME -->` and `<!-- end -->` made anew."""
-    for name, block in _all(found):
-        pattern = rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)"
-        page = re.sub(pattern, lambda m, text=block: f"{m[1]}\n{text}\n\n{m[2]}", page, flags=re.S)
-    return page
-
-
-def _all(found: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def blocks(found: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Name and text of every table."""
     sets = {name: found[name] for name in SETS if name in found}
     if sets:
         yield "winners", winners(sets)

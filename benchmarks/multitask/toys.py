@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from benchmarks.problems import Problem, convex_quadratics
 from raco_optim import mixing_coefficients
@@ -60,10 +61,42 @@ def descend(
             mean square at the start; the same for every rule.
         adam: Adam instead of gradient descent, where losses are ill-conditioned.
     """
+    changed = torch.zeros(len(starts))
+
+    def combine(J: Tensor, _: Optimizer) -> Tensor:
+        alpha, turned = coefficients(J, weights, rule)
+        changed.add_(turned)
+        return alpha
+
+    found = walk(problem, starts, combine, steps=steps, lr=lr, noise=noise, adam=adam)
+    return Descent(*found, changed / steps)
+
+
+def walk(
+    problem: Problem,
+    starts: Tensor,
+    combine: Callable[[Tensor, Optimizer], Tensor],
+    *,
+    steps: int,
+    lr: float,
+    noise: float,
+    adam: bool,
+) -> tuple[Tensor, Tensor]:
+    """The losses on the way, ``[T + 1, B, m]``, and the end, ``[B, d]``; see `descend`.
+
+    Args:
+        problem: The losses.
+        starts: ``[B, d]``.
+        combine: From the gradients ``[B, m, d]`` and the optimizer to the coefficients ``[B, m]``.
+        steps: T.
+        lr: Learning rate.
+        noise: As in `descend`.
+        adam: As in `descend`.
+    """
     theta = starts.clone().requires_grad_()
     optimizer = (torch.optim.Adam if adam else torch.optim.SGD)([theta], lr=lr)
     generator = torch.Generator().manual_seed(0)
-    trace, changed, scale = [], torch.zeros(len(starts)), None
+    trace, scale = [], None
     for _ in range(steps):
         losses = problem.losses(theta)
         trace.append(torch.stack([loss.detach() for loss in losses], dim=-1))
@@ -73,13 +106,11 @@ def descend(
         if noise:
             scale = J.square().mean((1, 2), keepdim=True).sqrt() if scale is None else scale
             J = J + noise * scale * torch.randn(J.shape, generator=generator, dtype=J.dtype)
-        alpha, turned = coefficients(J, weights, rule)
-        changed += turned
-        theta.grad = torch.einsum("bm,bmd->bd", alpha, J)
+        theta.grad = torch.einsum("bm,bmd->bd", combine(J, optimizer), J)
         optimizer.step()
     with torch.no_grad():
         trace.append(torch.stack(problem.losses(theta), dim=-1))
-    return Descent(torch.stack(trace), theta.detach(), changed / steps)
+    return torch.stack(trace), theta.detach()
 
 
 def coefficients(J: Tensor, weights: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
