@@ -25,21 +25,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import RESULTS, environment
+from benchmarks.harness import RESULTS, UsageError, environment, make_folder, write_whole
 from benchmarks.multitask import many
 from benchmarks.multitask.claims_tables import fill_page
 from benchmarks.multitask.toys import Rule, descend, grid, random_quadratics, steps_to
 from benchmarks.multitask.training import Recipe
 from benchmarks.problems import Problem, cagrad_toy, convex_quadratics, fonseca_fleming
-from raco_optim.cli.errors import UsageError, refusals
-from raco_optim.cli.files import check_writable, held, write_atomically
 
 SEEDS = (0, 1, 2, 3, 4)
 RADII = (0.4, 0.8)
 TWO = ((0.2, 0.8), (0.5, 0.5), (0.8, 0.2))
 NAMES = {"linear": None, "cagrad": "none", "raco": "hard", "soft": "soft"}
 STARTS = 8
-_DAMAGED = (ValueError, TypeError)  # what is no JSON, or no object of it
+_DAMAGED = (OSError, ValueError, TypeError)  # what is no file, no JSON, or no object of it
 
 
 def rules(radii: Sequence[float] = RADII, *, soft: bool = False) -> Iterator[tuple[str, Rule]]:
@@ -186,16 +184,19 @@ def _list(values: Tensor) -> list[float | None]:
 
 def run(path: Path, parts: Sequence[str]) -> dict[str, Any]:
     """Runs the parts that the file lacks; a part is on the disk before the next one starts."""
-    check_writable(path, "--output")
-    with held(path, "--output"):
-        with refusals(f"`--output` must hold what this program wrote; got {path}", *_DAMAGED):
-            found = dict(json.loads(path.read_text())) if path.exists() else {}
-        for name in parts:
-            if name not in found:
-                print(name, flush=True)
-                found[name] = many.all_rows(PARTS[name]())
-                found["environment"] = environment(packages=["scikit-learn"])
-                write_atomically(path, json.dumps(found) + "\n")
+    make_folder(path.parent, "--output")
+    try:
+        found = dict(json.loads(path.read_text())) if path.exists() else {}
+    except _DAMAGED as error:
+        raise UsageError(
+            f"`--output` must hold what this program wrote; got {path} ({error})."
+        ) from error
+    for name in parts:
+        if name not in found:
+            print(name, flush=True)
+            found[name] = many.all_rows(PARTS[name]())
+            found["environment"] = environment(packages=["scikit-learn"])
+            write_whole(path, json.dumps(found) + "\n")
     return found
 
 

@@ -30,9 +30,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from benchmarks.harness import environment, markdown_table, refusals_of, spread, write_results
+from benchmarks.harness import (
+    Parser,
+    UsageError,
+    environment,
+    markdown_table,
+    refusals_of,
+    spread,
+    write_results,
+)
 from raco_optim import CAGradClip
-from raco_optim.cli.errors import OneLineErrors, UsageError
 
 WIDTH, DEPTH, BATCH = 512, 8, 16
 RANKS = (2, 4)
@@ -48,8 +55,8 @@ def formulas(m: int, number: int) -> dict[str, float]:
     return {
         "DDP, weighted sum": 2 * share,
         "raco_optim": (m + 1) * share,
-        'raco_optim, gram="representation"': 2 * share,
-        "raco_optim, solve_every=4": ((m + 1) + 3 * 2) * share / 4,
+        'raco_optim, gradients="representation"': 2 * share,
+        "raco_optim, gram_every=4": ((m + 1) + 3 * 2) * share / 4,
         "each gradient averaged by an all-reduce": 2 * m * share,
         # Two gatherings and a reduce-scatter, which in gloo sends as much as an all-reduce.
         "FSDP2, weighted sum": 4 * share,
@@ -81,8 +88,8 @@ def run(rank: int, number: int, m: int, way: str, folder: str) -> None:
     settings: dict[str, Any] = {}
     if "representation" in way:
         settings["gram"] = "representation"
-    if "solve_every" in way:
-        settings["solve_every"] = 4
+    if "gram_every" in way:
+        settings["gram_every"] = 4
     opt = CAGradClip(adamw, [1 / m] * m, **settings)
     sent = []
     for _ in range(2 * STEPS):  # the first half warms up
@@ -125,7 +132,7 @@ def measure(m: int, number: int, way: str) -> dict[str, Any]:
         mp.spawn(run, (number, m, way, folder), number)
         found = torch.load(f"{folder}/result")
     sent = found["sent"]
-    mean = sum(sent) / len(sent)  # of as many steps as solve_every has
+    mean = sum(sent) / len(sent)  # of as many steps as gram_every has
     return {
         "way": way,
         "m": m,
@@ -160,7 +167,7 @@ def _bytes_sent() -> int:
 @refusals_of("communication")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures all ways, writes the JSON and prints the table."""
-    parser = OneLineErrors(prog="python -m benchmarks.communication")
+    parser = Parser(prog="python -m benchmarks.communication")
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
     parser.add_argument("--losses", nargs="+", type=int, default=list(LOSSES))
     options = parser.parse_args(arguments)

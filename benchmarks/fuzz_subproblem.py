@@ -30,9 +30,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.harness import environment, refusals_of, write_results
+from benchmarks.harness import Parser, UsageError, environment, refusals_of, write_results
 from raco_optim import solve_subproblem
-from raco_optim.cli.errors import OneLineErrors, UsageError
 from tests.oracles import EPS, certificate, distance_to_closest, exact_minimum, excess_gap
 from tests.samplers import SAMPLERS, Problem, problem
 
@@ -195,7 +194,7 @@ def named(text: str) -> tuple[str, int, int]:
 @refusals_of("fuzz_subproblem")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Checks all problems, writes the JSON and prints what failed."""
-    parser = OneLineErrors(
+    parser = Parser(
         prog="python -m benchmarks.fuzz_subproblem", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--count", type=int, default=108_000, help="number of Gram matrices")

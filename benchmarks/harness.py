@@ -6,6 +6,7 @@ disturbs all of them alike, and their ratio outlives what a second run would cha
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
 import importlib.metadata
@@ -19,14 +20,22 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from raco_optim.cli.errors import UsageError
+from raco_optim.cli import UsageError
 
 RESULTS = Path(__file__).parent / "results"
 _ROOT = Path(__file__).parent.parent
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are `UsageError`, which `refusals_of` prints as one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises `UsageError` with the message and where to read on."""
+        raise UsageError(f"{message}. See `{self.prog} --help`.")
 
 
 @contextlib.contextmanager
@@ -122,11 +131,28 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "lower_quartile": low, "upper_quartile": high, "n": len(values)}
 
 
+def make_folder(folder: Path, option: str) -> None:
+    """Makes a folder and those above it; `UsageError` names the option if that cannot be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"`{option}` must be a folder to write to; got {folder} ({error.strerror})."
+        ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file: a process that is killed leaves the old text or the new one."""
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def write_results(name: str, results: Mapping[str, Any]) -> Path:
     """Writes `benchmarks/results/<name>.json` and returns its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    write_whole(path, json.dumps(results, indent=1) + "\n")
     return path
 
 

@@ -9,7 +9,7 @@ costs that looks at each loss's gradient. `weighted_sum` has one backward pass. 
 modes and TorchJD.
 
 A ratio is that of two times of the same round, as median and quartiles over the rounds. With
-``solve_every=4`` both times are means over four rounds in a row, of which one solves.
+``gram_every=4`` both times are means over four rounds in a row, of which one solves.
 
 Memory is counted in torch's allocator, and compared as the peak above what the weighted sum holds
 between two steps (parameters and AdamW's state): what a candidate holds itself counts as its own.
@@ -59,7 +59,7 @@ ALL = (2, 4, 8, 16, 40)
 SLOWER = ("torchjd_autojac",)
 SLOWER_BATCH = ("torchjd_autojac", "torchjd_autogram")
 # Left out where what the candidates hold does not fit into memory together.
-LARGER = (*SLOWER, "solve_every")
+LARGER = (*SLOWER, "gram_every")
 MANY = 8  # losses; above, `SLOWER` is left out
 CASES = {
     "mlp-0.3M": Case("mlp", "MLP", 176, 10, 256, losses=ALL, errors=True),

@@ -25,8 +25,8 @@ SOLVE_EVERY = 4
 # Small, so that hundreds of steps leave the case what it was.
 LEARNING_RATE = 1e-5
 
-FLOOR, WEIGHTED_SUM, MATERIALIZED, GHOST = "floor", "weighted_sum", "materialized", "ghost"
-APPROXIMATIONS = ("representation", "last_layer", "solve_every")
+FLOOR, WEIGHTED_SUM, MATERIALIZED, GHOST = "floor", "weighted_sum", "dense", "ghost"
+APPROXIMATIONS = ("representation", "last_layer", "gram_every")
 TORCHJD = ("torchjd_autojac", "torchjd_autojac_gram", "torchjd_autogram")
 NAMES = (FLOOR, WEIGHTED_SUM, MATERIALIZED, GHOST, *APPROXIMATIONS, *TORCHJD)
 
@@ -76,10 +76,10 @@ class Problem:
             FLOOR: self._floor,
             WEIGHTED_SUM: self._weighted_sum,
             MATERIALIZED: self._ours,
-            GHOST: lambda: self._ours(gram="ghost"),
+            GHOST: lambda: self._ours(gradients="ghost"),
             "representation": self._representation,
-            "last_layer": lambda: self._ours(gram=self.model.last_layer()),
-            "solve_every": lambda: self._ours(cycle=SOLVE_EVERY, solve_every=SOLVE_EVERY),
+            "last_layer": lambda: self._ours(gradients=self.model.last_layer()),
+            "gram_every": lambda: self._ours(cycle=SOLVE_EVERY, gram_every=SOLVE_EVERY),
             "torchjd_autojac": lambda: self._autojac(per_parameter_gram=False),
             "torchjd_autojac_gram": lambda: self._autojac(per_parameter_gram=True),
             "torchjd_autogram": self._autogram,
@@ -121,7 +121,7 @@ class Problem:
         return Candidate(fill, optimizer.step, self.parameters, cycle, optimizer)
 
     def _representation(self) -> Candidate:
-        made = self._ours(gram="representation")
+        made = self._ours(gradients="representation")
         optimizer: Any = made.optimizer
 
         def fill(batch: Batch) -> None:

@@ -15,10 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
-from benchmarks.harness import refusals_of
+from benchmarks.harness import Parser, UsageError, make_folder, refusals_of
 from benchmarks.style import GREY, INK, STYLE
-from raco_optim.cli.errors import OneLineErrors, refusals
-from raco_optim.cli.files import check_writable
 
 CASE = "mlp-10M"  # of the left panel
 M = 8  # of the right panel
@@ -39,9 +37,9 @@ STYLES: dict[str, dict[str, Any]] = {
         "linestyle": "-",
         "linewidth": 1,
     },
-    "materialized": {"label": "materialized (default)", "color": "#0072B2", "marker": "o"},
+    "dense": {"label": "materialized (default)", "color": "#0072B2", "marker": "o"},
     "ghost": {"label": "ghost", "color": "#D55E00", "marker": "D"},
-    "solve_every": {
+    "gram_every": {
         "label": "solved every 4 steps",
         "color": "#56B4E9",
         "marker": "s",
@@ -190,13 +188,17 @@ def _millions(n: int) -> str:
 @refusals_of("step_cost_figure")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draws the picture anew."""
-    parser = OneLineErrors(prog="python -m benchmarks.step_cost_figure")
+    parser = Parser(prog="python -m benchmarks.step_cost_figure")
     parser.add_argument("source", type=Path, help="the JSON of benchmarks.step_cost")
     parser.add_argument("target", type=Path, help="the picture")
     options = parser.parse_args(arguments)
-    with refusals(f"`source` must be a JSON file; got {options.source}", OSError, ValueError):
+    try:
         results = json.loads(options.source.read_text())
-    check_writable(options.target, "target")
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"`source` must be a JSON file; got {options.source} ({error})."
+        ) from error
+    make_folder(options.target.parent, "the folder of target")
     draw(options.target, results)
 
 

@@ -17,12 +17,10 @@ from matplotlib.patches import Circle
 from torch import Tensor
 from torch.optim import Optimizer
 
-from benchmarks.harness import refusals_of
+from benchmarks.harness import Parser, make_folder, refusals_of
 from benchmarks.problems import convex_quadratics
 from benchmarks.style import GREY, INK, STYLE
 from raco_optim import CAGrad, CAGradClip, LinearScalarization, mixing_coefficients
-from raco_optim.cli.errors import OneLineErrors
-from raco_optim.cli.files import make_folder
 
 GRADIENTS = torch.tensor([[1.0, -4.0], [-1.0, 1.0]], dtype=torch.float64)  # of tests/test_theory.py
 C = 0.5
@@ -125,7 +123,7 @@ def paths(path: Path, steps: int = 300) -> None:
 @refusals_of("theory_figures")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draws both."""
-    parser = OneLineErrors(prog="python -m benchmarks.theory_figures")
+    parser = Parser(prog="python -m benchmarks.theory_figures")
     parser.add_argument("folder", type=Path, help="where the pictures go, such as docs/images")
     folder = parser.parse_args(arguments).folder
     make_folder(folder, "folder")

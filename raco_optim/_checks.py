@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 Choice = TypeVar("Choice", bound=str)
 
@@ -20,13 +22,22 @@ _SUM_TOLERANCE = 1e-6
 _GRAM_TOLERANCE = 1e-4
 
 
+def add_note(error: BaseException, note: str) -> None:
+    """Adds a note to an exception, which keeps its class (PEP 678; Python 3.10 shows none)."""
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:
+        error.__notes__ = [*getattr(error, "__notes__", []), note]
+
+
 def checked_weights(weights: Any) -> list[float]:  # noqa: ANN401  # that is what it checks
     """Returns `weights` as floats that sum to 1 exactly, or raises `ValueError`."""
-    values = weights.values() if isinstance(weights, Mapping) else weights
+    given = weights.values() if isinstance(weights, Mapping) else weights
     try:
-        if isinstance(values, str | bytes | Set) or any(isinstance(x, str) for x in values):
+        values = list(given)
+        if isinstance(given, str | bytes | Set) or any(isinstance(x, str) for x in values):
             raise TypeError
-        w = [float(x) for x in values]
+        w = [float(x.detach() if isinstance(x, Tensor) else x) for x in values]
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"`weights` must be a sequence of numbers or a mapping from name to number; "
@@ -71,63 +82,6 @@ def checked_choice(argument: str, value: Choice, choices: Sequence[str]) -> Choi
     return value
 
 
-def checked_mode(
-    gram: Any,  # noqa: ANN401  # that is what it checks
-    modes: Sequence[str],
-    known: list[Tensor],
-) -> Any:  # noqa: ANN401  # a mode or a list of parameters
-    """Returns the mode or, as a list, the parameters, or raises."""
-    if isinstance(gram, str):
-        return checked_choice("gram", gram, modes)
-    if isinstance(gram, Tensor) or not isinstance(gram, Iterable):
-        expected = ", ".join(repr(mode) for mode in modes)
-        raise TypeError(
-            f"`gram` must be one of {expected}, or an iterable of parameters; got "
-            f"{'a single tensor' if isinstance(gram, Tensor) else repr(gram)}."
-        )
-    parameters = checked_parameters("gram", gram, known)
-    return list({id(p): p for p in parameters}.values())
-
-
-def check_fit(
-    mode: str | list[Tensor],
-    losses: Sequence[object],
-    representation: Any,  # noqa: ANN401  # that is what it checks
-    exact: bool,
-    accumulate: bool,
-    sharded: bool,
-) -> None:
-    """Raises unless what was passed to `backward` is what the mode needs."""
-    wanted = mode == "representation"
-    if wanted and not isinstance(representation, Tensor):
-        raise TypeError(
-            f"`representation` must be the tensor that all losses are computed from, which "
-            f'gram="representation" needs; got {type(representation).__name__}.'
-        )
-    if representation is not None and not wanted:
-        raise ValueError(
-            f'`representation` is used with gram="representation" alone; got one, of type '
-            f"{type(representation).__name__}. Leave it out, or choose that mode."
-        )
-    if exact:
-        return
-    if sharded:
-        raise ValueError(
-            "`gram` and `solve_every` must be exact for DTensor parameters; got an approximation. "
-            'Choose gram="materialized" and solve_every=1.'
-        )
-    if accumulate:
-        raise ValueError(
-            "`accumulate` must be False with an approximate Gram matrix; got True. Choose "
-            'gram="materialized" and solve_every=1.'
-        )
-    if not all(loss is None or isinstance(loss, Tensor) for loss in losses):
-        raise TypeError(
-            "`losses` must hold tensors with an approximate Gram matrix; got a callable or another "
-            'object. Choose gram="materialized" and solve_every=1 for callables.'
-        )
-
-
 def checked_count(argument: str, value: Any) -> int:  # noqa: ANN401  # that is what it checks
     """Returns `value` if it is an integer of at least 1, or raises `ValueError`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -138,15 +92,23 @@ def checked_count(argument: str, value: Any) -> int:  # noqa: ANN401  # that is 
 def as_gram(gram: Tensor | Sequence[Sequence[float]], *, batched: bool = False) -> Tensor:
     """Returns `gram` as a float64 tensor of shape ``[m, m]`` (or ``[..., m, m]``).
 
-    The shape alone is checked, so that a Gram matrix on an accelerator is not waited for.
+    It does not look at the values, so that nothing waits for an accelerator.
     """
-    try:
-        # A tensor stays where it is, whatever the default device.
-        tensor = gram if isinstance(gram, Tensor) else torch.as_tensor(gram)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"`gram` must be a square matrix of numbers; got {gram!r}.") from error
-    if tensor.is_complex():
-        raise ValueError(f"`gram` must be real; got {tensor.dtype}.")
+    if isinstance(gram, Tensor):
+        tensor, kind, dtype = gram, "c" if gram.is_complex() else "f", str(gram.dtype)
+    else:
+        try:  # numpy, because torch rounds Python's numbers to float32
+            array = np.asarray(gram)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"`gram` must be a square matrix of numbers; got {gram!r}.") from error
+        kind, dtype = array.dtype.kind, str(array.dtype)
+        if kind not in "biufc":
+            raise ValueError(f"`gram` must be a square matrix of numbers; got {gram!r}.")
+        tensor = torch.from_numpy(array.real.astype(np.float64))
+    if kind == "c":
+        raise ValueError(f"`gram` must be real; got {dtype}. Pass gram.real.")
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"`gram` must be dense; got {tensor.layout}. Pass gram.to_dense().")
     shape = tuple(tensor.shape)
     if (
         len(shape) < 2
@@ -172,7 +134,7 @@ def check_gram_values(rows: list[list[float]]) -> None:
         if row[i] < 0:
             raise ValueError(
                 f"`gram` must have a non-negative diagonal, <g_i, g_i>; got {row[i]!r} at "
-                f"[{i}, {i}]."
+                f"[{i}, {i}]. Is it a Gram matrix of gradients?"
             )
     for i, row in enumerate(rows):
         for j in range(i):
@@ -180,7 +142,7 @@ def check_gram_values(rows: list[list[float]]) -> None:
             if abs(row[j] - rows[j][i]) > _GRAM_TOLERANCE * scale:
                 raise ValueError(
                     f"`gram` must be symmetric; got {row[j]!r} at [{i}, {j}] and {rows[j][i]!r} "
-                    f"at [{j}, {i}]."
+                    f"at [{j}, {i}]. Pass (gram + gram.T) / 2 if that is rounding."
                 )
             if abs(row[j]) > (1 + _GRAM_TOLERANCE) * scale:
                 raise ValueError(
@@ -211,8 +173,10 @@ def checked_parameters(
     argument: str,
     parameters: Any,  # noqa: ANN401  # that is what it checks
     known: list[Tensor],
+    *,
+    frozen: bool = False,
 ) -> list[Tensor]:
-    """Returns the parameters as a list if all of them are known, or raises."""
+    """Returns the parameters as a list if all are known (or `frozen` and so), or raises."""
     advice = "Pass for example model.trunk.parameters()."
     single = isinstance(parameters, Tensor) or not isinstance(parameters, Iterable)
     chosen = [parameters] if single else list(parameters)
@@ -220,11 +184,14 @@ def checked_parameters(
     for p in chosen:
         if not isinstance(p, Tensor):
             raise TypeError(f"`{argument}` must be tensors; got {type(p).__name__}. {advice}")
-        if id(p) not in identities:
+        joins_later = frozen and isinstance(p, Parameter) and not p.requires_grad
+        if id(p) not in identities and not joins_later:
             raise ValueError(
                 f"`{argument}` must be parameters of `inner`; got another one, of shape "
                 f"{list(p.shape)}. {advice}"
             )
-    if not chosen:
-        raise ValueError(f"`{argument}` must hold one at least; got none. {advice}")
+    if not any(id(p) in identities for p in chosen):
+        raise ValueError(
+            f"`{argument}` must hold one at least that `inner` holds; got none. {advice}"
+        )
     return chosen

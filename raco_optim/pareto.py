@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from raco_optim.simplex import min_norm_point
+from raco_optim.subproblem import min_norm_point
 
 
 def pareto_front(points: Tensor | npt.ArrayLike) -> Tensor:
@@ -157,7 +157,7 @@ def pareto_criticality(gram: Tensor | Sequence[Sequence[float]]) -> Tensor:
     References:
         Desideri, "Multiple-gradient descent algorithm", 2012; Theorem 3.1 of arXiv 2602.02495.
     """
-    return min_norm_point(gram).value.cpu()
+    return min_norm_point(gram).norm.cpu()
 
 
 def _as_points(values: Tensor | npt.ArrayLike, argument: str) -> Tensor:

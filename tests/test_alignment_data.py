@@ -1,4 +1,4 @@
-"""Preference data from real papers: labels by hand, drawing, what is written for `raco align`."""
+"""Preference data from real papers: labels by hand, drawing, the files for `raco-optim align`."""
 
 import collections
 import itertools

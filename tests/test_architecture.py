@@ -19,7 +19,7 @@ LONGEST = 300
 LEAVES = {"_checks", "report"}
 SOLVERS = {"active_set", "pgd", "slsqp"}
 STAGES = {"gradients", "gram", "simplex", "coefficients", "combine"}
-MODES = {"materialized", "ghost", "surrogate"}
+MODES = {"dense", "ghost", "surrogate"}
 MAY_IMPORT = {
     "_checks": set(),
     "report": {"_checks"},
@@ -33,18 +33,18 @@ MAY_IMPORT = {
     "combine": LEAVES,
     "per_example": {"gradients"},
     "graph": set(),
-    "materialized": {"gradients", "gram", "combine"},
-    "ghost": {"gradients", "gram", "combine", "graph", "materialized"},
+    "dense": {"gradients", "gram", "combine"},
+    "ghost": {"gradients", "gram", "combine", "graph", "dense"},
     "surrogate": {"gradients", "gram", "combine", "processes", "replicated"},
     "schedule": set(),
     "processes": LEAVES,
-    "replicated": {"_checks", "gradients", "combine", "materialized", "processes"},
-    "sharded": {"gradients", "combine", "materialized", "processes"},
+    "replicated": {"_checks", "gradients", "combine", "dense", "processes"},
+    "sharded": {"gradients", "combine", "dense", "processes"},
     "step": LEAVES | STAGES | MODES | {"processes", "replicated", "sharded"},
-    "weights": {"_checks", "gradients", "materialized"},
+    "weights": {"_checks", "gradients", "dense"},
     "wrapper": set(),
     "optimizer": LEAVES
-    | {"wrapper", "gradients", "materialized", "processes", "schedule", "step", "weights"},
+    | {"wrapper", "gradients", "dense", "processes", "schedule", "step", "weights"},
     "unwrap": {"optimizer", "weights"},
     "methods": LEAVES | {"simplex", "coefficients", "step", "optimizer", "weights"},
     "step_log": LEAVES,
@@ -60,7 +60,7 @@ MAY_IMPORT_SCIPY = {"linear_algebra", "active_set", "slsqp"}
 INNER_MAY_IMPORT = {
     "alignment": {"_checks"},
     "integrations": LEAVES
-    | {"simplex", "coefficients", "per_example", "gradients", "materialized", "processes", "step"}
+    | {"simplex", "coefficients", "per_example", "gradients", "dense", "processes", "step"}
     | {"alignment"},
     "cli": {"_checks", "pareto", "processes", "integrations", "plot"},
     "plot": LEAVES | {"pareto", "step_log"},

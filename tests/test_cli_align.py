@@ -1,5 +1,6 @@
-"""`raco align` and `raco sweep` with TRL's trainer and a model with random weights."""
+"""`raco-optim align` and `raco-optim sweep` with TRL's trainer and a model with random weights."""
 
+import hashlib
 import json
 import math
 import os
@@ -168,7 +169,7 @@ def test_yaml_file_says_the_same_and_the_command_line_overrides_it(folder, tmp_p
         "output_dir": str(tmp_path / "out"),
     }
     (path := tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    parsed = parse(["--config", str(path), "--c", "0.3"], "raco align")
+    parsed = parse(["--config", str(path), "--c", "0.3"], "raco-optim align")
     assert parsed.config.objective_weights == {"helpful": 0.7, "harmless": 0.3}
     assert (parsed.config.method, parsed.config.c) == ("cagrad", 0.3)
     assert parsed.config.learning_rate == 0.01
@@ -178,7 +179,7 @@ def test_yaml_file_says_the_same_and_the_command_line_overrides_it(folder, tmp_p
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="these are the defaults of a CPU")
 def test_defaults_suit_the_cpu(folder):
-    parsed = parse([*training(folder), "--weights", "helpful=1"], "raco align")
+    parsed = parse([*training(folder), "--weights", "helpful=1"], "raco-optim align")
     assert not parsed.config.bf16
     assert not parsed.config.gradient_checkpointing
 
@@ -198,6 +199,28 @@ def test_the_same_command_again_does_nothing_and_another_one_is_refused(folder, 
     assert align(folder, output, max_steps=1, data=tmp_path / "train.jsonl") == 2
     assert "data_sha256 is" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
+
+
+@pytest.mark.parametrize("option", ["data", "eval_data"])
+def test_a_file_that_changed_under_its_name_is_refused_on_resumption(
+    option, folder, tmp_path, capsys
+):
+    file = jsonl(tmp_path / "pairs.jsonl", tiny_pairs(16, seed=3))
+    output = tmp_path / "out"
+    assert align(folder, output, max_steps=1, **{option: file}) == 0
+    run = run_file(output)
+    del run["result"]
+    (output / RUN_FILE).write_text(json.dumps({**run, "status": "training"}))  # as if killed
+    old = hashlib.sha256(file.read_bytes()).hexdigest()
+    rows = tiny_pairs(16, seed=3)
+    rows[0]["pref_helpful"] *= -1
+    new = hashlib.sha256(jsonl(file, rows).read_bytes()).hexdigest()
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert align(folder, output, max_steps=1, **{option: file}) == 2
+    error = capsys.readouterr().err
+    assert f"{option}_sha256 is '{old}' there and '{new}' here" in error
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
 def test_resumes_from_the_last_complete_checkpoint(folder, tmp_path, capsys):
@@ -229,7 +252,7 @@ BAD = {
     "unknown method": ({"method": "magic"}, ["method", "'magic'", "raco"]),
     "radius": ({"c": 1.5}, ["`c` must be in [0, 1)", "1.5"]),
     "no number": ({"max_steps": "few"}, ["max_steps", "few"]),
-    "unknown option": ({"speed": "high"}, ["no --speed", "raco align --help"]),
+    "unknown option": ({"speed": "high"}, ["no --speed", "raco-optim align --help"]),
     "missing data": ({"data": "nowhere.jsonl"}, ["nowhere.jsonl", "no such file"]),
     "missing held-out data": ({"eval_data": "nowhere.csv"}, ["`--eval_data`", "nowhere.csv"]),
     "no data": ({"data": None}, ["required: --data"]),
@@ -257,7 +280,7 @@ def test_what_cannot_be_done_is_said_in_one_line(case, folder, tmp_path, capsys)
     assert align(folder, tmp_path / "out", **changed) == 2
     printed = capsys.readouterr()
     *_, last = printed.err.splitlines()
-    assert last.startswith("raco: ")
+    assert last.startswith("raco-optim: ")
     assert [f for f in fragments if f not in last] == []
     assert "Traceback" not in printed.err
     assert printed.out == ""
@@ -268,7 +291,7 @@ def test_what_cannot_be_done_is_said_in_one_line(case, folder, tmp_path, capsys)
 def test_loss_that_becomes_nan_stops_with_one_line(folder, tmp_path, capsys):
     assert align(folder, tmp_path / "out", learning_rate=1e30, max_grad_norm=1e30) == 2
     *_, last = capsys.readouterr().err.splitlines()
-    assert last.startswith("raco: the training stopped: ")
+    assert last.startswith("raco-optim: the training stopped: ")
 
 
 def test_gguf_is_unpacked_once(tmp_path, monkeypatch):
@@ -278,7 +301,7 @@ def test_gguf_is_unpacked_once(tmp_path, monkeypatch):
         unpacked.append(file)
         folder.mkdir()
 
-    monkeypatch.setattr("raco_optim.cli.models.unpack", unpack)
+    monkeypatch.setattr("raco_optim.cli.models.unpack_gguf", unpack)
     (file := tmp_path / "a.gguf").write_text("weights")
     first = loadable_model(str(file), tmp_path)
     assert loadable_model(str(file), tmp_path) == first
@@ -290,7 +313,7 @@ def test_gguf_is_unpacked_once(tmp_path, monkeypatch):
 def test_missing_extra_is_named(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     assert align(folder, tmp_path / "out") == 2
-    error = 'raco: trl is not installed. Run `pip install "raco_optim[align]"`.\n'
+    error = 'raco-optim: trl is not installed. Run `pip install "raco_optim[align]"`.\n'
     assert capsys.readouterr().err == error
 
 
@@ -369,6 +392,18 @@ def test_killed_sweep_goes_on_as_if_nothing_had_happened(folder, tmp_path, capsy
     assert main(["report", str(killed), "--output", str(tmp_path / "report.html")]) == 0
 
 
+def test_a_sweep_refuses_a_held_out_file_that_changed(folder, tmp_path, capsys):
+    held_out = jsonl(tmp_path / "test.jsonl", tiny_pairs(6, seed=1))
+    arguments = sweep_arguments(folder, tmp_path / "r.jsonl", eval_data=held_out, max_steps=1)
+    assert main([*arguments, "--methods", "mgda"]) == 0
+    before = (tmp_path / "r.jsonl").read_bytes()
+    jsonl(held_out, tiny_pairs(6, seed=2))
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "holds runs with other settings (eval_data_sha256 = " in error
+    assert (tmp_path / "r.jsonl").read_bytes() == before
+
+
 def test_record_of_a_sweep_is_the_result_of_align(folder, tmp_path):
     arguments = sweep_arguments(folder, tmp_path / "r.jsonl")
     one = [*arguments[:2], "helpful=0.7,harmless=0.3", "--methods", "raco", "--c", "0.2"]
@@ -399,5 +434,5 @@ def test_sweep_that_cannot_be_done_is_refused_before_any_run(
 ):
     assert main([*sweep_arguments(folder, tmp_path / "r.jsonl", **changed), *extra]) == 2
     *_, last = capsys.readouterr().err.splitlines()
-    assert [f for f in ["raco: ", *fragments] if f not in last] == []
+    assert [f for f in ["raco-optim: ", *fragments] if f not in last] == []
     assert {path.name for path in tmp_path.iterdir()} <= {"cache"}

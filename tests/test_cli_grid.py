@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from raco_optim.cli.errors import UsageError
 from raco_optim.cli.files import held
 from raco_optim.cli.grid import Point, grid_points, read_records, run_grid
+from raco_optim.cli.records import append
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {"model": "tiny", "steps": 3}
@@ -79,6 +81,54 @@ def test_what_json_has_no_number_for_is_null(path):
     assert record["training"]["x"] == [None]
     assert "NaN" not in path.read_text()
     assert run_grid(path, POINTS[:1], {"radius": float("inf")}, run) == [record]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_nan_in_a_record_is_refused(path, value):
+    """Neither written, where a caller forgot `plain`, nor read, where another program wrote it."""
+    run_grid(path, POINTS[:1], SETTINGS, Runs())
+    before = path.read_bytes()
+    record = read_records(path)[0] | {"training": {"seconds": [value]}}
+    with pytest.raises(ValueError):
+        append(path, record)
+    assert path.read_bytes() == before
+    for content in (json.dumps(record) + "\n", json.dumps(record)):  # the last line, too
+        path.write_text(content)
+        message = refusal(path)
+        assert "line 1, is not JSON" in message and "a number must be finite" in message
+
+
+def test_a_record_is_on_the_disk_before_the_next_run_starts(path, monkeypatch):
+    synced = b""
+
+    def fsync(descriptor):
+        nonlocal synced
+        assert os.path.samestat(os.fstat(descriptor), path.stat())
+        synced = path.read_bytes()  # all of it has left the process
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    runs, seen = Runs(), []
+
+    def run(point):
+        seen.append(len(synced.splitlines()))
+        return runs(point)
+
+    run_grid(path, POINTS, SETTINGS, run)
+    assert seen == [0, 1, 2, 3]
+    assert synced == path.read_bytes()
+
+
+def test_a_full_disk_takes_nothing_of_a_record(path):
+    run_grid(path, POINTS[:1], SETTINGS, Runs())
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, hard))
+        with pytest.raises(OSError, match="must be a file that can be written; got .*File too"):
+            append(path, json.loads(before))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
 
 
 def test_only_what_is_missing_runs_and_all_records_come_back_in_order(path):

@@ -1,5 +1,7 @@
-"""`raco` itself: help and version at once, one line for an error, a traceback for a bug."""
+"""`raco-optim` itself: help and version at once, one line for an error, a traceback for a bug."""
 
+import ast
+import configparser
 import os
 import subprocess
 import sys
@@ -7,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from raco_optim.cli import COMMANDS, main
+from raco_optim import cli
+from raco_optim.cli import COMMANDS, grid, main
 from raco_optim.cli.errors import UsageError, needs_extra, refusals
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +48,7 @@ def test_help_imports_nothing_heavy():
 def test_module_is_the_command():
     done = python("-m", "raco_optim.cli", "report", "missing.jsonl", "--output", "/tmp/r.html")
     assert done.returncode == 2
-    assert done.stderr == "raco: missing.jsonl cannot be read (No such file or directory).\n"
+    assert done.stderr == "raco-optim: missing.jsonl cannot be read (No such file or directory).\n"
     assert done.stdout == ""
 
 
@@ -56,12 +59,33 @@ def test_version(capsys):
     assert capsys.readouterr().out.startswith("raco_optim ")
 
 
+def test_the_command_is_installed_under_its_name():
+    """`raco` is Racket's."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    scripts = settings["options.entry_points"]["console_scripts"].split("\n")
+    assert [line for line in scripts if line] == ["raco-optim = raco_optim.cli:main"]
+
+
+def test_benchmarks_import_what_is_public_here():
+    public = {"raco_optim.cli": cli.__all__, "raco_optim.cli.grid": grid.__all__}
+    private = [
+        f"{path.relative_to(ROOT)}: {node.module}.{alias.name}"
+        for path in ROOT.glob("benchmarks/**/*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("raco_optim.cli")
+        for alias in node.names
+        if alias.name not in public.get(node.module, [])
+    ]
+    assert private == []
+
+
 @pytest.mark.parametrize("arguments", [[], ["alight"], ["--unknown"]])
 def test_unknown_command(arguments, capsys):
     assert main(arguments) == 2
     printed = capsys.readouterr()
-    assert printed.err.startswith("raco: ")
-    assert printed.err.endswith("See `raco --help`.\n")
+    assert printed.err.startswith("raco-optim: ")
+    assert printed.err.endswith("See `raco-optim --help`.\n")
     assert printed.err.count("\n") == 1
     assert printed.out == ""
 
@@ -71,7 +95,7 @@ def test_help_of_a_command(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
     assert end.value.code == 0
-    assert f"usage: raco {command}" in capsys.readouterr().out
+    assert f"usage: raco-optim {command}" in capsys.readouterr().out
 
 
 def test_interruption_says_how_to_go_on(monkeypatch, capsys):

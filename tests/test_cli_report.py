@@ -1,4 +1,4 @@
-"""`raco report`: what it prints and writes, and which files it refuses."""
+"""`raco-optim report`: what it prints and writes, and which files it refuses."""
 
 import base64
 import html.parser

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raco_optim import min_norm_coefficients, min_norm_point, mixing_coefficients, solve_subproblem
+from raco_optim import mixing_coefficients, solve_subproblem
 from tests.oracles import exact_minimum
 from tests.samplers import SAMPLERS, Problem, problem
 
@@ -104,6 +104,22 @@ def test_the_step_lies_on_the_ball_around_g0(clip):
         direction = mixing.p_clipped.numpy() @ g
         expected = g0 + 0.4 * np.linalg.norm(g0) * direction / np.linalg.norm(direction)
         np.testing.assert_allclose(combined, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("c", [0.4, 0.9])
+@pytest.mark.parametrize("exponent", [-10, -16, -20])
+def test_the_correction_has_its_length_where_most_of_it_cancels(clip, c, exponent):
+    """|G0 - g0| = c |g0| where |G~| is 1e-3 to 5e-7 of its terms; powers of two make H exact."""
+    small = 2.0**exponent
+    g = np.array([[3.0, 2 * small, 0.0], [-3.0, small, 0.0], [0.0, 0.0, 1.0]])
+    w = np.array([0.25, 0.25, 0.5])
+    mixing = mixing_coefficients(g @ g.T, w, c, clip=clip)
+    q, step = mixing.p_clipped.numpy(), (mixing.coefficients.numpy() - w) @ np.longdouble(g)
+    left = np.linalg.norm(q @ g) / (q @ np.linalg.norm(g, axis=1))
+    assert small / 10 < left < small * 10
+    length = c * np.linalg.norm(w @ g)
+    assert float(np.sqrt(step @ step)) == pytest.approx(length, rel=1e-15 / left**2)
 
 
 def test_without_clipping_the_worst_improvement_is_the_best_possible():
@@ -284,13 +300,6 @@ def test_hard_clipping_and_the_exact_solver_are_the_defaults():
     default = mixing_coefficients(case.gram, case.weights, 0.4)
     explicit = mixing_coefficients(case.gram, case.weights, 0.4, clip="hard", solver="exact")
     assert torch.equal(default.coefficients, explicit.coefficients)
-
-
-def test_min_norm_coefficients_are_the_min_norm_point():
-    gram = torch.from_numpy(problem("conflicting", 4, 0).gram)
-    mixing, solution = min_norm_coefficients(gram), min_norm_point(gram)
-    assert torch.equal(mixing.coefficients, solution.p)
-    assert torch.equal(mixing.gap, solution.gap)
 
 
 # --- Bad input -----------------------------------------------------------------------------------

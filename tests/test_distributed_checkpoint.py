@@ -50,7 +50,7 @@ class Run:
             fully_shard(self.model, mesh=init_device_mesh("cpu", (number,)))
         adamw = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         every = 3 if kind == "whole" else 1
-        self.opt = CAGradClip(adamw, WEIGHTS, c=0.4, nonfinite="skip", solve_every=every)
+        self.opt = CAGradClip(adamw, WEIGHTS, c=0.4, nonfinite="skip", gram_every=every)
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.opt, 0.9)
         self.forward = DistributedDataParallel(self.model) if kind == "whole" else self.model
         self.rank, self.number = rank, number
@@ -119,7 +119,7 @@ def test_resumed_run_is_the_same_to_the_last_bit(
     two_ranks: Ranks, tmp_path: Path, kind: str
 ) -> None:
     expected = two_ranks.run(trained, 2, kind, tmp_path / "none", STEPS)
-    # With solve_every=3, the Gram matrix of the step before the checkpoint serves the one after it.
+    # With gram_every=3, the Gram matrix of the step before the checkpoint serves the one after it.
     two_ranks.run(trained, 2, kind, tmp_path, 11, True)
     resumed = two_ranks.run(trained, 2, kind, tmp_path, STEPS)
     for (parameters, own, first), (wanted, wanted_own, _) in zip(resumed, expected, strict=True):

@@ -13,6 +13,7 @@ import pytest
 
 import raco_optim
 import raco_optim.alignment
+import raco_optim.integrations.gguf
 import raco_optim.integrations.trl
 import raco_optim.pareto
 import raco_optim.plot
@@ -94,6 +95,7 @@ def own_names(module: ModuleType) -> list[str]:
             for module in (
                 raco_optim,
                 raco_optim.alignment,
+                raco_optim.integrations.gguf,
                 raco_optim.integrations.trl,
                 raco_optim.plot,
             )

@@ -59,7 +59,7 @@ def step(mode, model, losses, weights=None, *, parameters=None, c=0.4, **options
     inner = torch.optim.SGD(model.parameters() if parameters is None else parameters(model), lr=0.1)
     if "shared" in options:
         options["shared_parameters"] = options.pop("shared")(model)
-    opt = CAGradClip(inner, weights or uniform(terms), c=c, gram=mode, **options)
+    opt = CAGradClip(inner, weights or uniform(terms), c=c, gradients=mode, **options)
     opt.backward(terms)
     return opt, model
 
@@ -101,7 +101,7 @@ def assert_grads(found, expected, tolerance):
 def assert_equal(model, losses, tolerance, weights=None, **options):
     """One step in both modes; returns the one in mode "ghost"."""
     opt, found = step("ghost", model, losses, weights, **options)
-    expected_opt, expected = step("materialized", model, losses, weights, **options)
+    expected_opt, expected = step("dense", model, losses, weights, **options)
     report, expected_report = opt.report, expected_opt.report
     assert_gram(report.gram, expected_report.gram, tolerance)
     torch.testing.assert_close(report.p, expected_report.p, rtol=0, atol=100 * tolerance)
@@ -306,10 +306,10 @@ def test_random_networks(operations, losses, seed):
     found = []
     with pytest.MonkeyPatch.context() as patch:
         cover_all(patch)
-        for mode in ("ghost", "materialized"):
+        for mode in ("ghost", "dense"):
             copied = copy.deepcopy(model)
             opt = MultiObjectiveOptimizer(
-                torch.optim.SGD(copied.parameters(), lr=0.1), lambda _: alpha, gram=mode
+                torch.optim.SGD(copied.parameters(), lr=0.1), lambda _: alpha, gradients=mode
             )
             torch.manual_seed(0)
             opt.backward(copied.losses())
@@ -451,7 +451,7 @@ def test_callables(forced):
 
     for form in (callables, lambda m: [*of_x(m)[:2], callables(m)[2]]):
         opt, found = step("ghost", model, form)
-        expected_opt, expected = step("materialized", model, of_x)
+        expected_opt, expected = step("dense", model, of_x)
         assert_gram(opt.report.gram, expected_opt.report.gram, 1e-12)
         assert_grads(found, expected, 1e-12)
 
@@ -460,9 +460,9 @@ def test_callables(forced):
 def test_micro_batches(absent, forced):
     model = mlp().double()
     results = []
-    for mode in ("ghost", "materialized"):
+    for mode in ("ghost", "dense"):
         copied = copy.deepcopy(model)
-        opt = CAGradClip(torch.optim.SGD(copied.parameters(), lr=0.1), uniform(range(3)), gram=mode)
+        opt = CAGradClip(torch.optim.SGD(copied.parameters(), lr=0.1), uniform(range(3)), gradients=mode)
         for t in range(3):
             losses = three(copied(data(6, 5, seed=t)))
             if absent is not None and t == 1:
@@ -479,12 +479,12 @@ def test_grad_that_is_there_is_added_to(forced):
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     results = []
-    for mode in ("ghost", "materialized"):
+    for mode in ("ghost", "dense"):
         copied = copy.deepcopy(model)
         for p in copied.parameters():
             p.grad = torch.ones_like(p)
         held = [p.grad for p in copied.parameters()]
-        opt = CAGradClip(torch.optim.SGD(copied.parameters(), lr=0.1), uniform(range(3)), gram=mode)
+        opt = CAGradClip(torch.optim.SGD(copied.parameters(), lr=0.1), uniform(range(3)), gradients=mode)
         opt.backward(of_x(copied))
         assert all(p.grad is g for p, g in zip(copied.parameters(), held, strict=True))
         results.append(copied)
@@ -498,7 +498,7 @@ def test_named_losses(forced):
     def losses(model):
         return dict(zip("abc", of_x(model), strict=True))
 
-    results = [step(mode, model, losses, weights) for mode in ("ghost", "materialized")]
+    results = [step(mode, model, losses, weights) for mode in ("ghost", "dense")]
     assert results[0][0].report.names == ("c", "a", "b")
     assert_gram(results[0][0].report.gram, results[1][0].report.gram, 1e-12)
     assert_grads(results[0][1], results[1][1], 1e-12)
@@ -545,12 +545,12 @@ def test_some_parameters_of_the_model(forced):
 def test_other_rules(forced):
     model = mlp().double()
     results = []
-    for mode in ("ghost", "materialized"):
+    for mode in ("ghost", "dense"):
         copied = copy.deepcopy(model)
         opt = MultiObjectiveOptimizer(
             torch.optim.SGD(copied.parameters(), lr=0.1),
             lambda gram: gram.diagonal().rsqrt(),
-            gram=mode,
+            gradients=mode,
         )
         opt.backward(of_x(copied))
         results.append((opt.report.gram, copied))
@@ -561,13 +561,13 @@ def test_other_rules(forced):
 def test_one_gram_for_several_steps(forced):
     model = mlp().double()
     results = []
-    for mode in ("ghost", "materialized"):
+    for mode in ("ghost", "dense"):
         copied = copy.deepcopy(model)
         opt = CAGradClip(
             torch.optim.SGD(copied.parameters(), lr=0.1),
             uniform(range(3)),
-            gram=mode,
-            solve_every=2,
+            gradients=mode,
+            gram_every=2,
         )
         for t in range(4):
             opt.zero_grad()
@@ -582,10 +582,10 @@ def test_training_stays_together(make, forced):
     results = []
     torch.manual_seed(0)
     model = make()
-    for mode in ("ghost", "materialized"):
+    for mode in ("ghost", "dense"):
         copied = copy.deepcopy(model)
         opt = CAGradClip(
-            torch.optim.AdamW(copied.parameters(), lr=0.01), uniform(range(3)), gram=mode
+            torch.optim.AdamW(copied.parameters(), lr=0.01), uniform(range(3)), gradients=mode
         )
         for t in range(20):
             if make is Tied:
@@ -602,9 +602,9 @@ def test_training_stays_together(make, forced):
 
 def test_without_gradients_around_backward(forced):
     model = mlp().double()
-    expected_opt, expected = step("materialized", model, of_x)
+    expected_opt, expected = step("dense", model, of_x)
     losses = of_x(model)
-    opt = CAGradClip(torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gram="ghost")
+    opt = CAGradClip(torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gradients="ghost")
     with torch.no_grad():
         opt.backward(losses)
     assert_gram(opt.report.gram, expected_opt.report.gram, 1e-12)
@@ -842,7 +842,7 @@ def test_checkpoint_is_recomputed_once_for_each_loss(cover, monkeypatch):
         return three(checkpoint(model, X.float(), use_reentrant=False))
 
     _, found = step("ghost", model, losses)
-    _, expected = step("materialized", model, losses)
+    _, expected = step("dense", model, losses)
     assert expected.passes == 4
     assert found.passes <= expected.passes + cover
 
@@ -900,10 +900,10 @@ def test_low_precision(name, dtype, form, forced):
     J = witness(model, losses)
     alpha = torch.tensor([0.5, 0.3, 0.2], dtype=DOUBLE)
     errors, grams, grads = {}, {}, {}
-    for mode in ("ghost", "materialized"):
+    for mode in ("ghost", "dense"):
         copied = copy.deepcopy(model)
         opt = MultiObjectiveOptimizer(
-            torch.optim.SGD(copied.parameters(), lr=0.1), lambda _: alpha, gram=mode
+            torch.optim.SGD(copied.parameters(), lr=0.1), lambda _: alpha, gradients=mode
         )
         terms = losses(copied)
         with torch.autocast("cpu", dtype, enabled=form == "autocast around backward"):
@@ -914,10 +914,10 @@ def test_low_precision(name, dtype, form, forced):
             float(((grams[mode] - J @ J.T) / (size[:, None] * size)).abs().max()),
             error(grads[mode], alpha @ J),
         )
-    assert_gram(grams["ghost"], grams["materialized"], 2e-2)
-    assert error(grads["ghost"], grads["materialized"]) < 2e-2
+    assert_gram(grams["ghost"], grams["dense"], 2e-2)
+    assert error(grads["ghost"], grads["dense"]) < 2e-2
     floor = torch.finfo(dtype).eps / 4
-    for found, expected in zip(errors["ghost"], errors["materialized"], strict=True):
+    for found, expected in zip(errors["ghost"], errors["dense"], strict=True):
         assert found <= 2 * max(expected, floor)
     if (form, dtype) != ("parameters", torch.float16):  # these may fall back, since they overflow
         assert covered(model, losses)
@@ -965,7 +965,7 @@ def test_gradients_much_smaller_than_their_terms(dtype, distance, forced):
     model = nn.Linear(5, 7, bias=False).to(dtype)
     losses = nearly_solved(model, distance)
     J = witness(model, losses)
-    expected = step("materialized", model, losses)[0].report.gram
+    expected = step("dense", model, losses)[0].report.gram
     found = step("ghost", model, losses)[0].report.gram
     size = expected.diagonal().sqrt()
     scale = size[:, None] * size
@@ -997,7 +997,7 @@ def test_inputs_with_a_large_mean_before_batch_normalization(forced):
 
     model[0].weight.data = model[0].weight.data.bfloat16().float()
     parameters = lambda m: [m[0].weight]  # noqa: E731
-    expected = step("materialized", model, losses, parameters=parameters)[0].report.gram
+    expected = step("dense", model, losses, parameters=parameters)[0].report.gram
     J = witness(model, losses)[:, :35]
     size = (J @ J.T).diagonal().sqrt()
     found = step("ghost", model, losses, parameters=parameters)[0].report.gram
@@ -1063,7 +1063,7 @@ def test_nearly_equal_losses(distance, forced):
         return [(y * q[0]).sum(), (y * (q[0] + distance * q[1])).sum(), (y * (q[2] - q[0])).sum()]
 
     _, found = step("ghost", model, losses, [0.2, 0.5, 0.3])
-    _, expected = step("materialized", model, losses, [0.2, 0.5, 0.3])
+    _, expected = step("dense", model, losses, [0.2, 0.5, 0.3])
     assert_grads(found, expected, 1e-5)
 
 
@@ -1112,7 +1112,7 @@ def test_not_finite(name, nonfinite, shared, forced):
         options["shared"] = lambda m: m[0].parameters()
     if nonfinite == "raise":
         messages = []
-        for mode in ("ghost", "materialized"):
+        for mode in ("ghost", "dense"):
             with pytest.raises(FloatingPointError) as caught:
                 step(mode, model, losses, **options)
             messages.append(str(caught.value))
@@ -1120,7 +1120,7 @@ def test_not_finite(name, nonfinite, shared, forced):
         assert "loss '1'" in messages[0]
         return
     opt, found = step("ghost", model, losses, **options)
-    expected_opt, expected = step("materialized", model, losses, **options)
+    expected_opt, expected = step("dense", model, losses, **options)
     assert opt.report.outcome == expected_opt.report.outcome
     assert torch.equal(opt.report.gram.isfinite(), expected_opt.report.gram.isfinite())
     torch.testing.assert_close(opt.report.p, expected_opt.report.p, equal_nan=True)
@@ -1151,7 +1151,7 @@ def test_bad_inputs_of_another_loss(absent, forced):
         return [None if absent else model(X).square().mean(), nothing_of(bad) + model(X).mean()]
 
     model = nn.Linear(5, 7).double()
-    messages = [message_of(mode, model, losses) for mode in ("materialized", "ghost")]
+    messages = [message_of(mode, model, losses) for mode in ("dense", "ghost")]
     assert "the gradient of loss '1'" in messages[0]
     assert messages[1] == messages[0]
 
@@ -1169,7 +1169,7 @@ def test_bad_gradient_of_a_head_that_no_output_gradient_shows(bad, forced):
 
     model = Net(lambda m: None, a=nn.Linear(5, 7), b=nn.Linear(7, 4))
     options = {"shared": lambda m: m.a.parameters()}
-    messages = [message_of(mode, model, losses, **options) for mode in ("materialized", "ghost")]
+    messages = [message_of(mode, model, losses, **options) for mode in ("dense", "ghost")]
     assert messages[1] == messages[0]
 
 
@@ -1179,7 +1179,7 @@ def test_gradient_that_overflows_its_parameter(forced):
         return [100 * y.sum(), -7000 * y.sum()]
 
     model = nn.Linear(5, 7, bias=False).half()
-    messages = [message_of(mode, model, losses) for mode in ("materialized", "ghost")]
+    messages = [message_of(mode, model, losses) for mode in ("dense", "ghost")]
     assert messages[1] == messages[0]
 
 
@@ -1241,7 +1241,7 @@ def failure(mode, model, losses):
     terms = losses(model)
     for p in model.parameters():
         p.grad = None
-    opt = CAGradClip(torch.optim.SGD(model.parameters(), lr=0.1), uniform(terms), gram=mode)
+    opt = CAGradClip(torch.optim.SGD(model.parameters(), lr=0.1), uniform(terms), gradients=mode)
     with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
         opt.backward(terms)
     assert all(p.grad is None for p in model.parameters())
@@ -1253,7 +1253,7 @@ def failure(mode, model, losses):
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors(name, forced):
     model = mlp().double()
-    found, expected = (failure(mode, model, ERRORS[name]) for mode in ("ghost", "materialized"))
+    found, expected = (failure(mode, model, ERRORS[name]) for mode in ("ghost", "dense"))
     assert type(found) is type(expected)
     assert str(found) == str(expected)
 
@@ -1261,7 +1261,7 @@ def test_errors(name, forced):
 def test_sparse_embedding_is_refused(forced):
     model = nn.Embedding(9, 5, sparse=True)
     losses = lambda m: three(m(torch.tensor([1, 2])))  # noqa: E731
-    found, expected = (failure(mode, model, losses) for mode in ("ghost", "materialized"))
+    found, expected = (failure(mode, model, losses) for mode in ("ghost", "dense"))
     assert "sparse=False" in str(found)
     assert str(found) == str(expected)
 
@@ -1270,7 +1270,7 @@ def test_complex_parameter_is_refused(forced):
     model = Net(lambda m, x: (torch.complex(x, x) @ m.w).abs(), w=matrix(5, 7))
     model.w = nn.Parameter(torch.complex(model.w.detach(), model.w.detach()))
     losses = lambda m: three(m(X.float()))  # noqa: E731
-    found, expected = (failure(mode, model, losses) for mode in ("ghost", "materialized"))
+    found, expected = (failure(mode, model, losses) for mode in ("ghost", "dense"))
     assert str(found) == str(expected)
 
 
@@ -1287,7 +1287,7 @@ def activations(model, x):
 def test_nothing_is_held_after_backward_and_the_graph_is_freed(forced):
     model = mlp()
     losses, h, y = activations(model, X.float())
-    opt = CAGradClip(torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gram="ghost")
+    opt = CAGradClip(torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gradients="ghost")
     opt.backward(losses)
     with pytest.raises(RuntimeError, match="second time"):
         losses[0].backward()
@@ -1300,7 +1300,7 @@ def test_nothing_is_held_after_backward_and_the_graph_is_freed(forced):
 def test_grad_does_not_hold_the_graph(forced):
     model = mlp()
     losses, h, y = activations(model, X.float())
-    opt = CAGradClip(torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gram="ghost")
+    opt = CAGradClip(torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gradients="ghost")
     opt.backward(losses)
     del losses
     assert not any(p.grad.requires_grad for p in model.parameters())
@@ -1321,7 +1321,7 @@ def test_inputs_of_a_first_layer_are_freed_too(forced):
     losses = three(model(x))
     held = weakref.ref(x)
     del x
-    opt = CAGradClip(torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gram="ghost")
+    opt = CAGradClip(torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gradients="ghost")
     opt.backward(losses)
     assert held() is None
 
@@ -1330,7 +1330,7 @@ def test_failed_backward_holds_nothing(forced):
     model = mlp()
     losses, h, y = activations(model, X.float())
     losses[1] = losses[1] * math.nan
-    opt = CAGradClip(torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gram="ghost")
+    opt = CAGradClip(torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gradients="ghost")
     with pytest.raises(FloatingPointError):
         opt.backward(losses)
     del losses
@@ -1369,7 +1369,7 @@ def test_step_waits_for_nothing(shared, dtype, forced):
         [0.25] * 4,
         solver="pgd",
         nonfinite="propagate",
-        gram="ghost",
+        gradients="ghost",
         shared_parameters=model.tied.parameters() if shared else None,
     )
     names = {

@@ -121,7 +121,7 @@ def test_an_accelerator_keeps_its_own():
 def test_an_approximation_needs_none(gram):
     weight = nn.Parameter(torch.ones(SIDE, SIDE))
     opt = CAGradClip(
-        torch.optim.SGD([weight], 0.1), [0.5, 0.5], gram=[weight] if gram == "subset" else gram
+        torch.optim.SGD([weight], 0.1), [0.5, 0.5], gradients=[weight] if gram == "subset" else gram
     )
     z = weight.mean(0)
     losses = [z.sum(), z.square().sum()]

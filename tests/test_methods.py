@@ -257,9 +257,9 @@ def test_context_around_backward_changes_nothing(context, solver, nonfinite):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("names", [("b", "a"), ("0", "1"), (0, 1), ("", "a b.c")], ids=str)
+@pytest.mark.parametrize("names", [("b", "a"), ("0", "1"), ("", "a b.c")], ids=str)
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_names_may_be_anything_that_a_mapping_takes(names, accumulate):
+def test_names_may_be_any_strings(names, accumulate):
     model = network()
     opt = CAGradClip(sgd(model), dict(zip(names, [0.6, 0.4], strict=True)))
     plain = CAGradClip(sgd(model), [0.6, 0.4])

@@ -153,7 +153,7 @@ def test_diff_changes_the_import_and_one_line() -> None:
 
 def command() -> list[str]:
     name, *arguments = shlex.split(DIFFS["The paper's code"].after.replace("\\\n", " "))
-    assert name == "raco"
+    assert name == "raco-optim"
     return arguments
 
 
@@ -195,4 +195,4 @@ def in_place_of(option: str) -> str:
 )
 def test_options_of_the_papers_script_have_a_counterpart(option, field, value):
     arguments = [*command()[1:], "--use_cpu", "True", *in_place_of(option).split()]
-    assert getattr(parse(arguments, "raco align").config, field) == value
+    assert getattr(parse(arguments, "raco-optim align").config, field) == value

@@ -129,16 +129,16 @@ def test_no_number_is_fetched_alone(solver, nonfinite):
 APPROXIMATIONS = {
     "representation": ("representation", 1),
     "subset": ("subset", 1),
-    "solve_every": ("materialized", 2),
-    "representation, solve_every": ("representation", 2),
-    "subset, solve_every": ("subset", 2),
+    "gram_every": ("dense", 2),
+    "representation, gram_every": ("representation", 2),
+    "subset, gram_every": ("subset", 2),
 }
 
 
 def approximate(model, gram, every, **kwargs):
     gram = model.trunk.parameters() if gram == "subset" else gram
     inner = torch.optim.AdamW(model.parameters(), foreach=True)
-    return CAGradClip(inner, [0.5, 0.2, 0.3], gram=gram, solve_every=every, **kwargs)
+    return CAGradClip(inner, [0.5, 0.2, 0.3], gradients=gram, gram_every=every, **kwargs)
 
 
 def backward_of(model, opt, gram, x):
@@ -150,7 +150,7 @@ def backward_of(model, opt, gram, x):
 @pytest.mark.parametrize(
     ("name", "steps", "with_heads", "rule"),
     # The solver's fixed number of iterations takes a second of a step on the meta device.
-    [("representation", 1, True, None), ("subset", 1, False, None), ("solve_every", 2, True, None)]
+    [("representation", 1, True, None), ("subset", 1, False, None), ("gram_every", 2, True, None)]
     + [
         (name, 5, with_heads, inverse_norms)
         for name in APPROXIMATIONS
@@ -203,7 +203,7 @@ def test_one_number_is_fetched_alone_where_the_combination_is_checked(name, nonf
         with Copies() as copies:
             backward_of(model, opt, gram, batch(t)[:, :3])
         found.append(copies.scalars)
-        exact = gram == "materialized" and t % every == 0
+        exact = gram == "dense" and t % every == 0
         expected.append(0 if exact or nonfinite == "propagate" else 1)
         opt.step()
     assert found == expected

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from raco_optim import per_loss_gradients
-from raco_optim.per_example import LinearLayerGradients
+from raco_optim.gradients.per_example import LinearLayerGradients
 from tests.tiny_language_models import FAMILIES, tiny_model
 
 Gradients = list[list[Tensor | None]]

@@ -22,7 +22,7 @@ from raco_optim import (
     CAGradClip,
     LinearScalarization,
     MultiObjectiveOptimizer,
-    min_norm_coefficients,
+    min_norm_point,
 )
 from tests.ranks import Ranks, slices
 from tests.test_replicated import WEIGHTS, Model, batches, equal, losses_of, relative
@@ -117,11 +117,11 @@ def again(opt, losses, **settings):
 
 
 def other_mode(opt, model, losses, rank):
-    again(opt, losses, gram="ghost" if rank == BAD else "materialized")
+    again(opt, losses, gradients="ghost" if rank == BAD else "dense")
 
 
 def other_schedule(opt, model, losses, rank):
-    again(opt, losses, solve_every=1 + rank)
+    again(opt, losses, gram_every=1 + rank)
 
 
 def other_shared(opt, model, losses, rank):
@@ -129,11 +129,11 @@ def other_shared(opt, model, losses, rank):
 
 
 def other_layer(opt, model, losses, rank):
-    again(opt, losses, gram=model.trunk[2 * rank].parameters())
+    again(opt, losses, gradients=model.trunk[2 * rank].parameters())
 
 
 def resumed_here_alone(opt, model, losses, rank):
-    mine, other = (CAGradClip(opt.optimizer, WEIGHTS, solve_every=3) for _ in range(2))
+    mine, other = (CAGradClip(opt.optimizer, WEIGHTS, gram_every=3) for _ in range(2))
     gradients = [p.grad.clone() for p in model.parameters()]
     mine.backward(losses_of(model(batches()[1][0]), batches()[1][1]))
     for p, g in zip(model.parameters(), gradients, strict=True):
@@ -155,7 +155,7 @@ def other_handling(opt, model, losses, rank):
 
 
 def other_absent(opt, model, losses, rank):
-    again(opt, losses | {"c": None} if rank == BAD else losses, solve_every=2)
+    again(opt, losses | {"c": None} if rank == BAD else losses, gram_every=2)
 
 
 def other_number(opt, model, losses, rank):
@@ -231,10 +231,10 @@ FAULTS = {
     all_absent: (ValueError, "`losses` must hold at least one loss; got None for all of them."),
     other_weights: (ValueError, "`weights` must be the same in all processes; got {'a': 0.5,"),
     other_radius: (ValueError, "`c` must be the same in all processes; got 0.4 on rank 0, 0.5 on"),
-    other_mode: (ValueError, "`gram` must be the same in all processes; got 'materialized' on"),
-    other_schedule: (ValueError, "`solve_every` must be the same in all processes; got 1 on"),
+    other_mode: (ValueError, "`gradients` must be the same in all processes; got 'dense' on"),
+    other_schedule: (ValueError, "`gram_every` must be the same in all processes; got 1 on"),
     other_shared: (ValueError, "`shared_parameters` must be the same in all processes; got 'all'"),
-    other_layer: (ValueError, "`gram` must be the same in all processes; got [0, 1] on rank 0"),
+    other_layer: (ValueError, "parameters in `gradients` must be the same in all processes; got"),
     resumed_here_alone: (ValueError, "whether the Gram matrix is due must be the same in all"),
     fails_in_the_rule: (ZeroDivisionError, "rank 1: ZeroDivisionError: division by zero"),
     other_handling: (ValueError, "`nonfinite` must be the same in all processes; got 'raise' on"),
@@ -360,12 +360,15 @@ def asked_for_the_first_ones_coefficients(rank):
         MGDA,
         partial(LinearScalarization, weights=[0.5, 0.5]),
         partial(CAGradClip, weights=[0.5, 0.5]),
-        partial(MultiObjectiveOptimizer, rule=min_norm_coefficients),
+        partial(MultiObjectiveOptimizer, rule=lambda gram: min_norm_point(gram).p),
     ):
         opt = method(torch.optim.SGD([x]))
-        with mock.patch.object(opt.processes, "by_first", wraps=opt.processes.by_first) as by_first:
+        group = opt._core.group
+        with mock.patch.object(
+            group, "broadcast_from_first", wraps=group.broadcast_from_first
+        ) as broadcast:
             opt.backward([x.sum(), 2 * x[0]])
-        asked.append(by_first.called)
+        asked.append(broadcast.called)
     return asked
 
 

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raco_optim import MGDA, CAGradClip, LinearScalarization, replicated
+from raco_optim import MGDA, CAGradClip, LinearScalarization
+from raco_optim.distributed import replicated
 from tests.ranks import Ranks, slices
 
 STEPS = 20
@@ -171,15 +172,15 @@ def min_norm(model):
 
 
 def every_third(model):
-    return clipped(model, solve_every=3)
+    return clipped(model, gram_every=3)
 
 
 def of_a_layer(model):
-    return clipped(model, gram=model.trunk[2].parameters())
+    return clipped(model, gradients=model.trunk[2].parameters())
 
 
 def ghost(model):
-    return clipped(model, gram="ghost")
+    return clipped(model, gradients="ghost")
 
 
 def run(rank, number, feed, wrap=unwrapped, method=clipped, kind=Model):
@@ -400,7 +401,7 @@ def test_adds_to_the_gradient_that_ddp_averaged(two_ranks: Ranks, set_to_none: b
 def with_representation(rank, number):
     torch.manual_seed(0)
     model = Model()
-    opt = with_heads(model, gram="representation")
+    opt = with_heads(model, gradients="representation")
     reports = []
     for batch in batches():
         x, y = batch if rank is None else slices(batch, rank, number)
@@ -416,7 +417,7 @@ def test_representation_of_the_joint_batch(two_ranks: Ranks) -> None:
     check(two_ranks.run(with_representation, 2), with_representation(None, 1))
 
 
-def test_ghost_is_materialized(two_ranks: Ranks) -> None:
+def test_ghost_is_dense(two_ranks: Ranks) -> None:
     exact, ghosts = (two_ranks.run(run, 2, whole, ddp, method) for method in (clipped, ghost))
     assert equal(exact[0][0], ghosts[0][0])
 
@@ -486,7 +487,7 @@ def renewed(rank, number, kind):
     """Trains with a schedule; model and optimizer are replaced by copies in the middle."""
     torch.manual_seed(0)
     model = Model()
-    opt = clipped(model, solve_every=2)
+    opt = clipped(model, gram_every=2)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.9)
     wrapped = model if rank is None else ddp(model)
     for t in range(8):
@@ -502,7 +503,7 @@ def renewed(rank, number, kind):
                 model, opt = pickle.loads(pickle.dumps((model, opt)))
             else:
                 state, model = copy.deepcopy(opt.state_dict()), copy.deepcopy(model)
-                opt = clipped(model, solve_every=2)
+                opt = clipped(model, gram_every=2)
                 opt.load_state_dict(state)
             wrapped = model if rank is None else ddp(model)
             schedule = scheduler.state_dict()
@@ -524,7 +525,7 @@ def test_schedules_and_copies_go_on_as_if_uninterrupted(two_ranks: Ranks, kind: 
 
 def copies(rank):
     opt = clipped(Model(), process_group=dist.new_subgroups(group_size=1)[0])
-    assert copy.deepcopy(opt).processes.group is opt.processes.group
+    assert copy.deepcopy(opt)._core.group.group is opt._core.group.group
     return pickle.dumps(opt)
 
 

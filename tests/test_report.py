@@ -200,8 +200,8 @@ def test_outcomes_explain_themselves():
     assert issubclass(Outcome, enum.Enum)
     assert all(len(outcome.value) > 20 for outcome in Outcome)
     assert [field.name for field in dataclasses.fields(StepReport)] == [
-        *("names", "weights", "gram", "cosines", "p", "p_clipped", "coefficients", "gap"),
-        *("clip_angle", "outcome", "losses", "absent", "skipped", "age"),
+        *("names", "weights", "gram", "coefficients", "losses", "p", "p_clipped", "gap"),
+        *("absent", "skip", "skipped", "gram_age", "gradients"),
     ]
 
 

@@ -258,7 +258,7 @@ def train_in_a_way(
     rank: int, kind: str, backward: Backward, heads: bool, trained: str, gram: str
 ) -> Result:
     model, part, parts = model_of(kind, 2)
-    return run(model, part, parts, backward, chosen(model, heads, trained, gram=gram))
+    return run(model, part, parts, backward, chosen(model, heads, trained, gradients=gram))
 
 
 WAYS: list[tuple[str, Backward, dict[str, Any]]] = [
@@ -273,7 +273,7 @@ WAYS: list[tuple[str, Backward, dict[str, Any]]] = [
     ("fsdp", with_a_penalty, {}),
     ("fsdp", together, {"heads": True}),
     ("tensor", together, {"heads": True}),
-    ("fsdp", together, {"gram": "ghost"}),
+    ("fsdp", together, {"gradients": "ghost"}),
     ("fsdp", together, {"trained": "blocks.1"}),
 ]
 
@@ -286,7 +286,7 @@ WAYS: list[tuple[str, Backward, dict[str, Any]]] = [
 def test_however_the_losses_come(
     two_ranks: Ranks, kind: str, backward: Backward, settings: dict[str, Any]
 ) -> None:
-    settings = {"heads": False, "trained": "", "gram": "materialized"} | settings
+    settings = {"heads": False, "trained": "", "gradients": "dense"} | settings
     results = two_ranks.run(train_in_a_way, kind, backward, *settings.values())
     way = together if backward in (one_by_one, in_micro_batches) else backward
     check_same_steps(results, alone(way, settings["heads"], settings["trained"]))
@@ -467,15 +467,15 @@ def test_nan_in_one_process_is_met_by_all(two_ranks: Ranks, policy: str) -> None
 def unfit(what: str) -> tuple[Model, CAGradClip]:
     """Returns a model and an optimizer that do not fit each other, or what is done with them."""
     number = dist.get_world_size()
-    if what in ("absent", "micro", "accumulate", "representation", "gram", "solve_every", "group"):
+    if what in ("absent", "micro", "accumulate", "representation", "gram", "gram_every", "group"):
         model, *_ = model_of("fsdp", number)
         settings: dict[str, Callable[[], dict[str, Any]]] = {
             "absent": dict,
             "micro": dict,
             "accumulate": dict,
-            "representation": lambda: {"gram": "representation"},
-            "gram": lambda: {"gram": model.blocks.parameters()},
-            "solve_every": lambda: {"solve_every": 2},
+            "representation": lambda: {"gradients": "representation"},
+            "gram": lambda: {"gradients": model.blocks.parameters()},
+            "gram_every": lambda: {"gram_every": 2},
             "group": lambda: {"process_group": dist.new_subgroups(group_size=number // 2)[0]},
         }
         return model, optimizer(model, **settings[what]())
@@ -520,7 +520,7 @@ def refused(rank: int, what: str) -> str:
         ("plain heads", "those of loss 'a' have norms from"),
         ("representation", "must be exact for DTensor parameters"),
         ("gram", "must be exact for DTensor parameters"),
-        ("solve_every", "must be exact for DTensor parameters"),
+        ("gram_every", "must be exact for DTensor parameters"),
     ],
 )
 def test_what_can_not_be_right_is_refused_by_all(two_ranks: Ranks, what: str, message: str) -> None:
@@ -564,5 +564,5 @@ def test_callable_that_fails_in_one_process_fails_in_all(two_ranks: Ranks) -> No
     assert isinstance(second.error, LookupError)
     assert "rank 1: LookupError: no such label" in str(first.error)
     # And they are in step.
-    results = two_ranks.run(train_in_a_way, "fsdp", together, False, "", "materialized")
+    results = two_ranks.run(train_in_a_way, "fsdp", together, False, "", "dense")
     check_same_steps(results, alone())

@@ -255,6 +255,54 @@ def test_what_was_wrong_once(name, solver):
         np.testing.assert_allclose(solution.p, truth.p, atol=1e-6)
 
 
+# --- Cancellation --------------------------------------------------------------------------------
+
+
+def opposed(rng: np.random.Generator, m: int, factor: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients along one line, the last against the others, but for a part in `factor`."""
+    line, lengths = rng.integers(-2, 3, 4), rng.integers(1, 8, m)
+    line[0], lengths[-1] = 2, -lengths[-1]
+    g = factor * np.outer(lengths, line) + rng.integers(-3, 4, (m, 4))
+    return g.astype(float), simplex_point(rng.dirichlet(np.ones(m)) + 0.05)
+
+
+def almost_stationary(rng: np.random.Generator, m: int, factor: int) -> tuple[np.ndarray, ...]:
+    """The weighted gradient is zero, but for a part in `factor`."""
+    w, g = rng.integers(1, 8, m), rng.integers(-3, 4, (m, 4))
+    g[-1] = -(w[:-1] @ g[:-1])
+    g[:-1] *= w[-1]
+    return (factor * g + rng.integers(-3, 4, (m, 4))).astype(float), simplex_point(w)
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).eps > 1e-18, reason="no extended precision here")
+@pytest.mark.parametrize("m", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("family", "radii"), [(opposed, (1.25, 1.5, 2, 5)), (almost_stationary, (0.4, 0.9, 1.5))]
+)
+def test_digits_that_cancel_are_not_lost(family, radii, m):
+    """Next to G_p = 0 or g_0 = 0, float64 would be off by 2e-3 in p and 1 % in Phi.
+
+    Integer gradients make H exact. What cancels leaves a share r of its terms, so that H, which
+    holds squares, leaves r^2: 16 digits would be good to 1e-16 / r^2, those of 80-bit numbers are
+    to a thousandth of that.
+    """
+    checked = 0
+    for exponent in (14, 16, 18, 20):
+        for seed in range(10):
+            rng = np.random.default_rng([seed, m, exponent])
+            g, w = family(rng, m, 2**exponent)
+            H, c = g @ g.T, float(rng.choice(radii))
+            truth, norms = exact_minimum(H, w, c), np.sqrt(H.diagonal())
+            left = min(np.linalg.norm(q @ g) / (q @ norms) for q in (truth.p, w))
+            if left < 2e-7:  # zero to rounding
+                continue
+            checked += 1
+            solution, tolerance = solve_subproblem(H, w, c), 5e-18 / left**2 + 1e-9
+            np.testing.assert_allclose(solution.p, truth.p, atol=tolerance)
+            assert float(solution.value) == pytest.approx(truth.value, rel=tolerance)
+    assert checked > 20
+
+
 # --- Symmetries ----------------------------------------------------------------------------------
 
 
@@ -412,7 +460,7 @@ def test_min_norm_point(kind):
             if case.rounding == 0 or kind in GENERIC:
                 assert float(solution.gap) <= GAP
                 norm = exact_min_norm(case.gram)
-                assert float(solution.value) == pytest.approx(norm, abs=3e-8 * largest)
+                assert float(solution.norm) == pytest.approx(norm, abs=3e-8 * largest)
                 assert np.sqrt(max(p @ case.gram @ p, 0)) <= norm + 3e-8 * largest
 
 
@@ -434,6 +482,7 @@ BAD_SHAPES = {
     "text": "H",
     "nothing": None,
     "complex": np.eye(2) * 1j,
+    "sparse": torch.eye(2).to_sparse(),
 }
 BAD_ENTRIES = {
     "asymmetric": [[1.0, 0.5], [0.2, 1.0]],
@@ -446,6 +495,9 @@ BAD_ENTRIES = {
     "a product larger than the norms": [[1.0, 3.0], [3.0, 1.0]],
     "a product with a zero gradient": [[0.0, 1.0], [1.0, 1.0]],
     "a product of zero gradients": [[0.0, 1.0], [1.0, 0.0]],
+    "a cosine of 1.05": [[1.0, 2.1], [2.1, 4.0]],
+    "a cosine just above 1": [[1.0, 2.00021], [2.00021, 4.0]],
+    "an asymmetry just above rounding": [[1.0, 1.0], [1.00021, 4.0]],
 }
 
 
@@ -503,11 +555,41 @@ def test_bad_solver(solver):
         solve_subproblem(EYE, [0.5, 0.5], 0.4, solver=solver)
 
 
-def test_rounding_is_no_mistake():
-    g = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
-    gram = g @ g.T
-    gram[0, 1] *= 1 + 1e-6  # asymmetric as a sum in another order would be
-    solve_subproblem(gram, [0.2, 0.3, 0.5 + 5e-7], 0.4)
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("m", [2, 3])
+def test_rounding_is_no_mistake(m, solver):
+    """The asymmetry, the cosine above 1 and the sum of weights of float32 arithmetic."""
+    w = [0.2, 0.8 + 5e-7, 0.0][:m]
+    for rounded in ([[1.0, 1.0], [1.00019, 4.0]], [[1.0, 2.00019], [2.00019, 4.0]]):
+        gram = np.eye(m)
+        gram[:2, :2] = rounded
+        mended = np.minimum((gram + gram.T) / 2, np.sqrt(np.outer(*[gram.diagonal()] * 2)))
+        p = solve_subproblem(gram, w, 0.4, solver=solver).p
+        expected = solve_subproblem(mended, [0.2, 0.8, 0.0][:m], 0.4, solver=solver).p
+        np.testing.assert_allclose(p, expected, atol=1e-5)
+
+
+def test_messages_show_plain_numbers():
+    for gram in ([[1.0, 0.5], [0.2, 1.0]], [[1.0, -1.5], [-1.5, 1.0]], [[-1.0, 0.0], [0.0, 1.0]]):
+        opposed = np.array([[1, -1, 0, 0], [-1, 1, 0, 0], *np.zeros((2, 4))])
+        opposed[2:, 2:] = gram
+        for solve_it in (
+            lambda: min_norm_point(gram),  # noqa: B023  # called here
+            lambda: solve_subproblem(np.longdouble(gram), [0.5, 0.5], 0.4),  # noqa: B023
+            lambda: solve_subproblem(opposed, [0.5, 0.5, 0, 0], 0.4),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match="`gram` must") as error:
+                solve_it()
+            assert "np." not in str(error.value)
+
+
+def test_numbers_of_python_are_not_rounded_to_single_precision():
+    gram = [[0.1, -0.3], [-0.3, 1.7]]
+    for solver in SOLVERS:
+        listed = solve_subproblem(gram, [0.3, 0.7], 0.4, solver=solver)
+        double = torch.tensor(gram, dtype=torch.float64)
+        assert torch.equal(listed.p, solve_subproblem(double, [0.3, 0.7], 0.4, solver=solver).p)
+    assert torch.equal(min_norm_point(gram).p, min_norm_point(double).p)
 
 
 def test_a_mapping_of_weights_counts_in_its_order():

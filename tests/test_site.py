@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import raco_optim
+import raco_optim.integrations.gguf
 import raco_optim.integrations.trl
 import raco_optim.plot
 from benchmarks import theory_figures
@@ -21,7 +22,12 @@ def test_every_public_name_has_its_place_in_the_api():
     placed = re.findall(r"^\.\. auto(?:class|function):: (\S+)$", page, re.MULTILINE)
     expected = {
         f"{module.__name__}.{name}"
-        for module in (raco_optim, raco_optim.integrations.trl, raco_optim.plot)
+        for module in (
+            raco_optim,
+            raco_optim.integrations.gguf,
+            raco_optim.integrations.trl,
+            raco_optim.plot,
+        )
         for name in module.__all__
     }
     assert expected == set(placed)

@@ -111,12 +111,12 @@ def test_exact_candidates_agree(case):
     model, batches = make(case, 3, seed=0)
     problem = Problem(model)
     found = {}
-    for name in ("materialized", "ghost", *TORCHJD):
+    for name in ("dense", "ghost", *TORCHJD):
         candidate = problem.candidate(name)
         candidate.zero_grad()
         candidate.fill(batches[0])
         found[name] = flat(problem.parameters)
-    torch.testing.assert_close(found["ghost"], found["materialized"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found["ghost"], found["dense"], rtol=1e-4, atol=1e-6)
     # TorchJD doesn't clip.
     CAGrad(problem.adamw, [1 / 3] * 3, c=C).zero_grad()
     CAGrad(problem.adamw, [1 / 3] * 3, c=C).backward(model(*batches[0])[0])
@@ -197,7 +197,7 @@ def test_quick_run_writes_table_json_and_picture(tmp_path, capsys):
         case = step_cost.CASES[row["case"]]
         assert row["candidates"].keys() == set(NAMES) - set(case.without)
         for name, found in row["candidates"].items():
-            windows = 2 if name == "solve_every" else 5
+            windows = 2 if name == "gram_every" else 5
             assert found["seconds"]["n"] == found["over_floor"]["n"] == windows
             assert found["memory"]["peak_bytes"] > 0
             assert found["memory"]["held_bytes"] >= 0
@@ -209,7 +209,7 @@ def test_quick_run_writes_table_json_and_picture(tmp_path, capsys):
             assert all(e["gram_error"] < 1e-5 for e in ghost.values())
             assert all(e["gradient_error"] < 1e-4 for e in ghost.values())
             # At its first step it is exact.
-            assert row["errors"]["solve_every"]["1"]["p_error"] < 1e-9
+            assert row["errors"]["gram_every"]["1"]["p_error"] < 1e-9
 
 
 def test_part_of_a_run_overwrites_no_results(capsys):

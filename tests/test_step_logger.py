@@ -82,7 +82,7 @@ def strictly(line: str) -> object:
     ("method", "kwargs"),
     [
         (CAGradClip, {}),
-        (CAGradClip, {"solve_every": 3}),
+        (CAGradClip, {"gram_every": 3}),
         (CAGradClip, {"solver": "pgd", "nonfinite": "propagate"}),
         (MGDA, {}),
         (LinearScalarization, {}),
@@ -102,6 +102,39 @@ def test_reports_come_back_to_the_last_bit(tmp_path, method, kwargs):
     assert [bits(report) for report in log.reports] == [bits(report) for report in expected]
     lines = (tmp_path / "steps.jsonl").read_text().splitlines()
     assert [strictly(line)["step"] for line in lines[1:]] == list(log.steps)
+
+
+def cosine(u, v):
+    return u @ v / math.sqrt((u @ u) * (v @ v))
+
+
+def test_other_readers_find_what_a_report_derives(tmp_path):
+    """From the gradients themselves, which were chosen: three that conflict."""
+    x = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    rows = torch.tensor([[3.0, 0, 1], [-1, 2, 0], [0, -2, 1]], dtype=torch.float64)
+    opt = CAGradClip(torch.optim.SGD([x], 0.1), [0.6, 0.3, 0.1], 0.4)
+    with StepLogger(tmp_path / "steps.jsonl") as logger:
+        opt.backward([row @ x for row in rows])
+        logger.log(opt)
+    entry = strictly((tmp_path / "steps.jsonl").read_text().splitlines()[1])
+    expected = [[float(cosine(u, v)) for v in rows] for u in rows]
+    assert torch.allclose(torch.tensor(entry["cosines"]), torch.tensor(expected))
+    p, p_clipped = (torch.tensor(entry[n], dtype=torch.float64) for n in ("p", "p_clipped"))
+    turned = 1 - float(cosine(p @ rows, p_clipped @ rows))
+    assert turned > 1e-3, "clipping turns the correction, so that there is something to see"
+    assert entry["clip_angle"] == pytest.approx(turned, rel=1e-6)
+    assert entry["outcome"] == "CORRECTED"
+    assert entry["gradients"] == opt.report.gradients
+
+
+def test_a_bare_nan_in_a_log_is_refused(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    write(path, steps=2)
+    lines = path.read_text().splitlines(keepends=True)
+    entry = json.loads(lines[1]) | {"gap": math.nan}
+    path.write_text("".join([lines[0], json.dumps(entry) + "\n", lines[2]]))
+    with pytest.raises(ValueError, match="whose line 2 is not one of its lines"):
+        read_steps(path)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -227,6 +260,21 @@ def test_nothing_is_read_from_a_device_until_a_hundred_steps_are_under_way(tmp_p
         opt.backward([x[0], x[1]])
         other.log(opt)
         _ = 1 / 0  # says more than what closing the log raises
+
+
+def test_a_step_under_way_keeps_its_numbers(tmp_path, monkeypatch):
+    """As on an accelerator: nothing has arrived yet, and the rule uses its memory again."""
+    monkeypatch.setattr("raco_optim.step_log.logger._Unread.arrived", False)
+    x = nn.Parameter(torch.tensor([2.0, 3.0]))
+    kept = torch.zeros(2, dtype=torch.float64)
+    opt = MultiObjectiveOptimizer(torch.optim.SGD([x], 0.1), lambda _: kept.add_(1))
+    with StepLogger(tmp_path / "steps.jsonl") as logger:
+        for _ in range(3):
+            opt.backward([x[0], x[1]])
+            logger.log(opt)
+        assert len((tmp_path / "steps.jsonl").read_text().splitlines()) == 1, "the header alone"
+    reports = read_steps(tmp_path / "steps.jsonl").reports
+    assert [r.coefficients.tolist() for r in reports] == [[1, 1], [2, 2], [3, 3]]
 
 
 def test_a_full_disk_leaves_whole_lines_and_loses_nothing(tmp_path):
@@ -390,9 +438,14 @@ def test_a_damaged_line_is_refused(tmp_path):
     damages = [
         {"gram": [[1.0]]},
         {"weights": [1.0, "one"]},
-        {"outcome": "FINE"},
         {"losses": None},
         {"names": 3},
+        {"names": ["a", 3]},
+        {"absent": "a"},
+        {"skip": "no"},
+        {"skipped": 1.5},
+        {"gradients": None},
+        {"step": "1"},
     ]
     for damage in damages:
         path = tmp_path / "bad.jsonl"

@@ -433,7 +433,8 @@ def test_raco_align(two_ranks: Ranks, tmp_path: Path) -> None:
     assert again[0] == 0 and "this run is finished; nothing to do" in again[2]
     for code, out, err in two_ranks.run(raco, arguments("two", 4), tmp_path):
         assert (code, out) == (2, "")
-        assert not err or err.startswith("raco: ") and "per_device_train_batch_size is 2" in err
+        assert not err or err.startswith("raco-optim: ")
+        assert not err or "per_device_train_batch_size is 2" in err
     assert "processes is 2 there and None here" in raco(None, arguments("two", 2), tmp_path)[2]
     (code, _, err), _ = two_ranks.run(raco, ["report", "x.jsonl", "--output", "y"], tmp_path)
-    assert (code, err) == (2, "raco: `raco report` must be started without torchrun.\n")
+    assert (code, err) == (2, "raco-optim: `raco-optim report` must be started without torchrun.\n")

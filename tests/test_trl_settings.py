@@ -29,9 +29,9 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, TrainerCallback
 from trl import TrlParser
 
+from raco_optim.gradients.per_example import LinearLayerGradients
 from raco_optim.integrations import trl as trl_module
 from raco_optim.integrations.trl import MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer
-from raco_optim.per_example import LinearLayerGradients
 from tests import oracles
 from tests import test_trl_trainer as base
 from tests.test_trl_trainer import (
@@ -219,7 +219,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     def watched(*arguments: Any) -> Any:
         found = original(*arguments)
-        calls.append(found is not None)
+        calls.append(found[0] is not None)
         return found
 
     monkeypatch.setattr(LinearLayerGradients, "gradients", watched)
@@ -271,7 +271,7 @@ class TestAdapters:
         end = trained(settings, rows, peft_config=config, **changed)
         assert served == [together] * 4
         assert any(not torch.equal(start[name], end[name]) for name in start)
-        monkeypatch.setattr(LinearLayerGradients, "gradients", lambda *_: None)
+        monkeypatch.setattr(LinearLayerGradients, "gradients", lambda *_: (None, "off"))
         assert_close(trained(settings, rows, peft_config=config, **changed), end, 1e-5)
 
     @pytest.mark.parametrize("changed", [{}, {"gradient_checkpointing": True}], ids=["", "ckpt"])

@@ -5,8 +5,8 @@
                models.py, prefix.py
 
 ``python -m benchmarks.alignment`` runs the study, ``python -m benchmarks.alignment.data`` writes
-the preference data for ``raco align``, ``python -m benchmarks.alignment.cost`` times a training
-step.
+the preference data for ``raco-optim align``, ``python -m benchmarks.alignment.cost`` times a
+training step.
 """
 
 import os

@@ -10,13 +10,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.alignment import study
-from benchmarks.harness import refusals_of
-from raco_optim.cli.errors import OneLineErrors
+from benchmarks.harness import Parser, refusals_of
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = OneLineErrors(
+    parser = Parser(
         prog="python -m benchmarks.alignment",
         description="Runs the study on real text. Stopped at any time, it goes on where it was.",
     )

@@ -201,7 +201,7 @@ def scales(pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 def rows(pairs: Iterable[Pair], scale: Mapping[str, float]) -> Iterator[dict[str, Any]]:
-    """Rows for ``raco align``: prompt, chosen, rejected and, per objective, sign and margin.
+    """Rows for ``raco-optim align``: prompt, chosen, rejected and, per objective, sign and margin.
 
     ``margin_<name>``, which only MODPO reads, is the difference of the scores over `scale`, which
     comes from the training pairs: scores in units of what a pair usually differs by.
@@ -283,10 +283,10 @@ def write(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes preference data for ``raco align`` and prints what is in it."""
+    """Writes preference data for ``raco-optim align`` and prints what is in it."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.alignment.data",
-        description="Writes preference pairs of aclsum, one JSONL file a split, for raco align.",
+        description="Writes pairs of aclsum, one JSONL file a split, for raco-optim align.",
     )
     parser.add_argument("--objectives", nargs="+", default=["outcome", "short"], choices=OBJECTIVES)
     parser.add_argument("--output", type=Path, default=Path("build/alignment/data"), help="folder")

@@ -15,10 +15,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.alignment.study import OBJECTIVES, TRIALS
 from benchmarks.alignment.tables import TITLES
-from benchmarks.harness import RESULTS, refusals_of
+from benchmarks.harness import RESULTS, Parser, make_folder, refusals_of
 from benchmarks.style import GREY, INK, STYLE
-from raco_optim.cli.errors import OneLineErrors
-from raco_optim.cli.files import make_folder
 from raco_optim.cli.grid import read_records
 
 # Okabe and Ito's colours, which differ for any colour vision; markers differ in print without
@@ -148,7 +146,7 @@ def curves(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 @refusals_of("alignment.figures")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draws all pictures of all studies in benchmarks/results."""
-    parser = OneLineErrors(prog="python -m benchmarks.alignment.figures")
+    parser = Parser(prog="python -m benchmarks.alignment.figures")
     parser.add_argument("--output", type=Path, default=Path("build/alignment"), help="folder")
     folder = parser.parse_args(arguments).output
     make_folder(folder, "--output")

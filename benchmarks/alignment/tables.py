@@ -15,8 +15,14 @@ from benchmarks.alignment.claims import claims
 from benchmarks.alignment.data import statistics
 from benchmarks.alignment.study import FOLDER, OBJECTIVES, TRIALS, C, file_for
 from benchmarks.alignment.summary import Summary, plain
-from benchmarks.harness import RESULTS, markdown_table, refusals_of, write_results
-from raco_optim.cli.errors import OneLineErrors, UsageError
+from benchmarks.harness import (
+    RESULTS,
+    Parser,
+    UsageError,
+    markdown_table,
+    refusals_of,
+    write_results,
+)
 from raco_optim.cli.grid import read_records
 
 TITLES = {
@@ -233,7 +239,7 @@ def summarise(size: str, m: int, folder: Path = FOLDER) -> dict[str, Any]:
 @refusals_of("alignment.tables")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Summarises every study that there is and prints its tables."""
-    parser = OneLineErrors(prog="python -m benchmarks.alignment.tables")
+    parser = Parser(prog="python -m benchmarks.alignment.tables")
     text = f"folder (default: {FOLDER}, and what is committed)"
     parser.add_argument("--records", type=Path, help=text)
     parser.add_argument("--from-json", action="store_true", help="print what was summarised before")

@@ -11,10 +11,9 @@ import torch
 
 from benchmarks.beyond import cost, figures, study, tables, toys, trust_region
 from benchmarks.beyond.candidates import RADII
-from benchmarks.harness import environment, refusals_of
+from benchmarks.harness import environment, make_folder, refusals_of, write_whole
 from benchmarks.multitask import many
 from benchmarks.multitask.data import SETS
-from raco_optim.cli.files import make_folder, write_atomically
 
 MODELS = ("small_2", "small_3", "smollm2_2", "smollm2_3")
 
@@ -52,7 +51,7 @@ def run(part: str, seeds: Sequence[int] | None, methods: Sequence[str] | None) -
     elif part == "radii":
         study.run_radii()
     elif not (path := study.FOLDER / f"{part}.json").exists():
-        write_atomically(path, json.dumps(FILES[part]()) + "\n")
+        write_whole(path, json.dumps(FILES[part]()) + "\n")
 
 
 @refusals_of("beyond")

@@ -10,9 +10,9 @@ import numpy as np
 from benchmarks.alignment.analysis import Array, steps_to_reach
 from benchmarks.alignment.summary import grid_of, held_out_pairs
 from benchmarks.beyond.candidates import CANDIDATES
+from benchmarks.harness import UsageError
 from benchmarks.multitask.analysis import Results
 from benchmarks.multitask.training import Recipe
-from raco_optim.cli.errors import UsageError
 
 Records = Sequence[Mapping[str, Any]]
 

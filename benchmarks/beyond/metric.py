@@ -101,7 +101,7 @@ class InnerMetric(MultiObjectiveOptimizer):
         self._made = make_report(
             names=[str(i) for i in range(len(losses))],
             weights=weights.tolist(),
-            gram=gram,
+            gradients=gram,
             p=mixing.p,
             p_clipped=mixing.p_clipped,
             coefficients=mixing.coefficients,

@@ -19,8 +19,7 @@ from benchmarks.multitask.data import SETS
 from benchmarks.multitask.methods import METHODS, Method
 from benchmarks.multitask.study import FOLDER as SETS_FOLDER
 from benchmarks.multitask.study import WEIGHTS, Plan, Study
-from raco_optim.cli.grid import Point, read_records, records_so_far, run_grid
-from raco_optim.cli.records import point_key
+from raco_optim.cli.grid import Point, point_key, read_records, records_so_far, run_grid
 
 FOLDER = RESULTS / "beyond"
 SEEDS = tuple(range(5))  # of the sets

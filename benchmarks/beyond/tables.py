@@ -12,9 +12,8 @@ import numpy as np
 
 from benchmarks.beyond import analysis, fronts, study
 from benchmarks.beyond.candidates import BASELINES, CANDIDATES, COMPARED_NAMES, RADII, TITLES
-from benchmarks.harness import environment, filled, markdown_table
+from benchmarks.harness import environment, filled, markdown_table, write_whole
 from benchmarks.multitask.data import SETS
-from raco_optim.cli.files import write_atomically
 
 PAGE = Path(__file__).parents[2] / "docs" / "beyond.md"
 FILE = "summary.json"
@@ -50,9 +49,9 @@ def write(folder: Path = study.FOLDER) -> Path:
     """Writes the summary and, if it is the committed folder's, fills the page."""
     path = folder / FILE
     found = summarise(folder)
-    write_atomically(path, json.dumps(found, indent=1) + "\n")
+    write_whole(path, json.dumps(found, indent=1) + "\n")
     if folder == study.FOLDER and PAGE.exists():
-        write_atomically(PAGE, filled(PAGE.read_text(), blocks(found)))
+        write_whole(PAGE, filled(PAGE.read_text(), blocks(found)))
     return path
 
 

@@ -8,17 +8,16 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.harness import Parser, UsageError, make_folder
 from benchmarks.multitask import figures, summary, tables, timing
 from benchmarks.multitask.data import SETS
 from benchmarks.multitask.methods import METHODS
 from benchmarks.multitask.study import FOLDER, Plan, Study
-from raco_optim.cli.errors import OneLineErrors, UsageError
-from raco_optim.cli.files import make_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line, runs and reports; returns the exit code."""
-    parser = OneLineErrors(
+    parser = Parser(
         prog="python -m benchmarks.multitask",
         description="Runs the study on real sets. Stopped at any time, it goes on where it was.",
     )

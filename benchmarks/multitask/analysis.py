@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy.stats import rankdata
 
 from benchmarks.alignment.analysis import worse_by
-from raco_optim.cli.errors import UsageError
+from benchmarks.harness import UsageError
 from raco_optim.pareto import hypervolume, pareto_front
 
 Array = npt.NDArray[np.float64]

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.alignment.analysis import Estimate, steps_to_reach
-from benchmarks.harness import RESULTS, filled, markdown_table
+from benchmarks.harness import RESULTS, filled, markdown_table, write_whole
 from benchmarks.multitask.analysis import REPLICATES, Array
 from benchmarks.multitask.data import SETS
 from benchmarks.multitask.methods import METHODS
 from benchmarks.multitask.study import FOLDER
 from benchmarks.multitask.tables import interval, summaries
-from raco_optim.cli.files import write_atomically
 
 PAGE = Path(__file__).parents[2] / "docs" / "claims.md"
 TITLES = {
@@ -29,7 +28,7 @@ Rows = Sequence[Mapping[str, Any]]
 def fill_page() -> None:
     """Writes the tables of the committed results into the page, if there is one."""
     if PAGE.exists():
-        write_atomically(PAGE, claims_filled())
+        write_whole(PAGE, claims_filled())
 
 
 def claims_filled() -> str:

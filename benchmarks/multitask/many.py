@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from raco_optim.coefficients import Clip
 from torch import Tensor
 
 from benchmarks.multitask.data import Data, Sizes, Split, Task, digits
 from benchmarks.multitask.methods import METHODS, Method
 from benchmarks.multitask.training import Recipe, Run, evaluate, losses
 from raco_optim import CAGradClip, gram_matrix, mixing_coefficients, per_loss_gradients
-from raco_optim.coefficients import Clip
 
 LR = 5e-3
 SOFT = Method(

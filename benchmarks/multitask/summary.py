@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.alignment.analysis import Estimate
-from benchmarks.harness import environment
+from benchmarks.harness import UsageError, environment, write_whole
 from benchmarks.multitask.analysis import MEASURES, Array, Results
 from benchmarks.multitask.methods import METHODS
-from raco_optim.cli.errors import UsageError
-from raco_optim.cli.files import write_atomically
 from raco_optim.cli.grid import read_records
 
 AGAINST = ("raco", "linear")
@@ -25,7 +23,7 @@ def write(name: str, folder: Path) -> Path:
     path = folder / f"{name}_summary.json"
     packages = ("torchjd", "scikit-learn", "statsmodels", "aclsum")
     found = summarise(read_records(folder / f"{name}.jsonl"))
-    write_atomically(
+    write_whole(
         path, json.dumps({**found, "environment": environment(packages=packages)}, indent=1) + "\n"
     )
     return path

@@ -7,13 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import filled, markdown_table
+from benchmarks.harness import filled, markdown_table, write_whole
 from benchmarks.multitask import timing
 from benchmarks.multitask.analysis import MEASURES
 from benchmarks.multitask.data import SETS
 from benchmarks.multitask.methods import METHODS
 from benchmarks.multitask.study import FOLDER
-from raco_optim.cli.files import write_atomically
 
 PAGE = Path(__file__).parents[2] / "docs" / "multitask-results.md"
 SHOWN = ("mean rank", "gap", "hypervolume, loss", "hypervolume, error", "distance, loss")
@@ -24,9 +23,9 @@ def write(folder: Path = FOLDER) -> Path:
     """Writes `<folder>/tables.md`, and the page's tables where the folder is the committed one."""
     found = summaries(folder)
     path = folder / "tables.md"
-    write_atomically(path, "\n\n".join(f"## {name}\n\n{block}" for name, block in blocks(found)))
+    write_whole(path, "\n\n".join(f"## {name}\n\n{block}" for name, block in blocks(found)))
     if folder == FOLDER and PAGE.exists():
-        write_atomically(PAGE, filled(PAGE.read_text(), blocks(found)))
+        write_whole(PAGE, filled(PAGE.read_text(), blocks(found)))
     return path
 
 

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import environment, interleaved, spread
+from benchmarks.harness import environment, interleaved, spread, write_whole
 from benchmarks.multitask.data import SETS, Data, Sizes
 from benchmarks.multitask.methods import METHODS, Method
 from benchmarks.multitask.study import FOLDER
 from benchmarks.multitask.training import Recipe, Run
-from raco_optim.cli.files import write_atomically
 
 FILE = "timing.json"
 
@@ -25,7 +24,7 @@ def write(folder: Path = FOLDER, *, rounds: int = 30, burst: float = 0.05) -> Pa
     found = {name: times(name, rounds=rounds, burst=burst) for name in SETS}
     path = folder / FILE
     found["environment"] = environment(seed=0, packages=["torchjd"])
-    write_atomically(path, json.dumps(found, indent=1) + "\n")
+    write_whole(path, json.dumps(found, indent=1) + "\n")
     return path
 
 

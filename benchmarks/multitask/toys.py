@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from raco_optim.coefficients import Clip
 from torch import Tensor
 from torch.optim import Optimizer
 
 from benchmarks.problems import Problem, convex_quadratics
 from raco_optim import mixing_coefficients
-from raco_optim.coefficients import Clip
 
 
 @dataclass(frozen=True)

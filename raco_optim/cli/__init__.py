@@ -1,8 +1,9 @@
-"""The command line `raco`; each command is a module, imported when it is called.
+"""The command line `raco-optim`; each command is a module, imported when it is called.
 
-raco align    align.py    one training run: arguments.py, data.py, models.py, processes.py, runs.py
-raco sweep    sweep.py    a grid of them: grid.py, records.py
-raco report   report.py   what came of it: statistics.py, tables.py, figures.py, page.py
+raco-optim align    align.py    one training run: arguments.py, data.py, models.py, processes.py,
+                                runs.py
+raco-optim sweep    sweep.py    a grid of them: grid.py, records.py
+raco-optim report   report.py   what came of it: statistics.py, tables.py, figures.py, page.py
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from collections.abc import Sequence
 from raco_optim.cli.environment import version_of
 from raco_optim.cli.errors import OneLineErrors, UsageError
 from raco_optim.cli.processes import is_first
-from raco_optim.processes import launched
+from raco_optim.distributed.group import launched_world_size
+
+__all__ = ["COMMANDS", "UsageError", "main"]
 
 COMMANDS = {
     "align": "train a language model on several preferences at once",
@@ -28,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        arguments: What follows ``raco``; None for those of the process.
+        arguments: What follows ``raco-optim``; None for those of the process.
 
     Returns:
         The exit code: 0, 2 for what cannot be done as asked (one line on stderr says why), 130
@@ -41,29 +44,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         options = _parser().parse_args(arguments)
-        if options.command != "align" and launched() > 1:
-            raise UsageError(f"`raco {options.command}` must be started without torchrun.")
+        if options.command != "align" and launched_world_size() > 1:
+            raise UsageError(f"`raco-optim {options.command}` must be started without torchrun.")
         command = importlib.import_module(f"raco_optim.cli.{options.command}")
         code: int = command.main(options.arguments)
     except UsageError as error:
         if is_first(on_this_machine=True):
-            sys.stderr.write(f"raco: {error}\n")
+            sys.stderr.write(f"raco-optim: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("\nraco: stopped. The same command goes on from there.\n")
+        sys.stderr.write("\nraco-optim: stopped. The same command goes on from there.\n")
         return 130
     return code
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineErrors(
-        prog="raco",
+        prog="raco-optim",
         description="Multi-objective alignment of language models with CAGrad-Clip.",
         epilog="commands:\n" + "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     version = version_of("raco_optim") or "(not installed: run from its source)"
     parser.add_argument("--version", action="version", version=f"raco_optim {version}")
-    parser.add_argument("command", choices=COMMANDS, help="see `raco COMMAND --help`")
+    parser.add_argument("command", choices=COMMANDS, help="see `raco-optim COMMAND --help`")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the command")
     return parser

@@ -1,4 +1,4 @@
-"""``python -m raco_optim.cli`` is ``raco``."""
+"""``python -m raco_optim.cli`` is ``raco-optim``."""
 
 import sys
 

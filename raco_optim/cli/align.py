@@ -1,4 +1,4 @@
-"""`raco align`: preference pairs + a model -> an aligned model; killed, it resumes."""
+"""`raco-optim align`: preference pairs + a model -> an aligned model; killed, it resumes."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ SCORES = ("loss", "margin", "accuracy", "labelled")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs `raco align`.
+    """Runs `raco-optim align`.
 
     Args:
-        arguments: What follows ``raco align`` on the command line.
+        arguments: What follows ``raco-optim align`` on the command line.
 
     Returns:
         The exit code.
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         UsageError: The arguments, the data, the model or the output folder are not usable.
     """
-    parsed = parse(arguments, "raco align")
+    parsed = parse(arguments, "raco-optim align")
     folder = Path(parsed.config.output_dir)
     result = align(parsed, folder, save_model=True)
     if not is_first():

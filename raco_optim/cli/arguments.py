@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from raco_optim.cli.errors import OneLineErrors, UsageError, needs_extra, refusals
-from raco_optim.processes import launched
+from raco_optim.distributed.group import launched_world_size
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -79,13 +79,13 @@ class Parsed:
         training = json.loads(self.config.to_json_string())
         model = dataclasses.asdict(self.model)
         both = {"model": self.align.model, **hashes, **model, **training}
-        if launched() > 1:  # each takes a batch of its own
-            both["processes"] = launched()
+        if launched_world_size() > 1:  # each takes a batch of its own
+            both["processes"] = launched_world_size()
         return {name: value for name, value in both.items() if name not in _WITHOUT_EFFECT}
 
 
 def parse(arguments: Sequence[str], command: str) -> Parsed:
-    """Parses a command line of `raco align`, with a YAML file by ``--config`` as TRL has it.
+    """Parses a command line of `raco-optim align`, with a YAML file by ``--config`` as TRL has it.
 
     Where neither says otherwise, bfloat16 is used on a GPU that has it and gradient checkpointing
     and pinned memory on a GPU; TRL's defaults are all three, everywhere.
@@ -100,7 +100,7 @@ def parse(arguments: Sequence[str], command: str) -> Parsed:
 
     Example:
         >>> from raco_optim.cli.arguments import parse
-        >>> parse(["--model", "model", "--data", "pairs.jsonl"], "raco align")
+        >>> parse(["--model", "model", "--data", "pairs.jsonl"], "raco-optim align")
         Traceback (most recent call last):
         raco_optim.cli.errors.UsageError: the arguments: `weights` must be a mapping ...
     """

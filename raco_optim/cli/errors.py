@@ -11,8 +11,8 @@ from typing import NoReturn
 class UsageError(ValueError):
     """What was asked cannot be done, and the message says what to change.
 
-    `raco` prints the message on stderr and exits with code 2; any other exception is a bug and
-    keeps its traceback.
+    `raco-optim` prints the message on stderr and exits with code 2; any other exception is a bug
+    and keeps its traceback.
 
     Example:
         >>> from raco_optim.cli.errors import UsageError
@@ -26,9 +26,9 @@ class OneLineErrors(argparse.ArgumentParser):
 
     Example:
         >>> from raco_optim.cli.errors import OneLineErrors
-        >>> OneLineErrors(prog="raco").parse_args(["--speed"])
+        >>> OneLineErrors(prog="raco-optim").parse_args(["--speed"])
         Traceback (most recent call last):
-        raco_optim.cli.errors.UsageError: unrecognized arguments: --speed. See `raco --help`.
+        raco_optim.cli.errors.UsageError: unrecognized arguments: --speed. See `raco-optim --help`.
     """
 
     def error(self, message: str) -> NoReturn:

@@ -17,6 +17,7 @@ __all__ = [
     "WITH_RADIUS",
     "Point",
     "grid_points",
+    "point_key",
     "read_records",
     "records_so_far",
     "run_grid",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 from raco_optim.cli.errors import UsageError, needs_extra, refusals
 from raco_optim.cli.files import sha256
+from raco_optim.integrations.gguf import unpack_gguf
 
 
 def loadable_model(name: str, folder: Path) -> str:
@@ -46,34 +45,5 @@ file.
         with needs_extra("align", "gguf"):
             import gguf  # noqa: F401  # transformers would report it in many lines
         with refusals(f"`--model` {name} cannot be read", OSError, ValueError):
-            unpack(file, unpacked)
+            unpack_gguf(file, unpacked)
     return str(unpacked)
-
-
-def unpack(file: Path, folder: Path) -> None:
-    """Writes model and tokenizer of a .gguf file as float32 that can be trained and saved.
-
-    Args:
-        file: The .gguf file.
-        folder: Where to, whole or not at all; the folder above it is made if missing.
-
-    Raises:
-        OSError, ValueError: The file cannot be read.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    partial = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
-    )
-    # The weights are dequantised by now, but what is marked as quantised is not trained or saved.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    model.config.__dict__.pop("quantization_config", None)
-    partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    os.replace(partial, folder)

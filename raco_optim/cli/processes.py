@@ -1,4 +1,4 @@
-"""`raco align` in several processes, started by torchrun: the first keeps the run's folder."""
+"""`raco-optim align` in several processes (torchrun): the first keeps the run's folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from raco_optim.cli.errors import UsageError
-from raco_optim.processes import launched
+from raco_optim.distributed.group import launched_world_size
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ def is_first(*, on_this_machine: bool = False) -> bool:
         True
     """
     rank = os.environ.get("LOCAL_RANK" if on_this_machine else "RANK", "0")
-    return launched() == 1 or rank == "0"
+    return launched_world_size() == 1 or rank == "0"
 
 
 def tell(text: str) -> None:
@@ -52,7 +52,7 @@ def by_first(action: Callable[[], T]) -> T:
         >>> by_first(lambda: 3)
         3
     """
-    if launched() == 1:
+    if launched_world_size() == 1:
         return action()
     import torch.distributed as dist
 

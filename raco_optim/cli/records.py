@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from raco_optim.cli.errors import UsageError
+from raco_optim.step_log import jsonl
 
 # Every record starts like this: how a line that was cut short is told from another file's content.
 _HEAD = b'{"point": '
@@ -36,10 +35,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         >>> read_records(pathlib.Path(os.devnull))
         []
     """
-    try:
-        return _parse(path, path.read_bytes())
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}).") from error
+    return _checked(path, _read(path).entries)
 
 
 def point_key(point: Mapping[str, Any]) -> str:
@@ -56,18 +52,22 @@ def point_key(point: Mapping[str, Any]) -> str:
     return json.dumps(plain(point), sort_keys=True)
 
 
-def _parse(path: Path, data: bytes) -> list[dict[str, Any]]:
-    lines = data.split(b"\n")
-    tail = lines.pop()  # what stands behind the last newline: nothing, or what a kill left
-    if tail and not _is_torn(tail):
-        lines.append(tail)
-    records: list[dict[str, Any]] = []
+def _read(path: Path) -> jsonl.Records:
+    try:
+        found = jsonl.read(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}).") from error
+    except jsonl.BadLine as error:
+        raise UsageError(f"{path}, line {error.number}, is not JSON ({error}).") from error
+    if not jsonl.may_begin(found.torn, _HEAD):
+        number = len(found.entries) + 1
+        raise UsageError(f"{path}, line {number}, is not JSON, and no record that was cut short.")
+    return found
+
+
+def _checked(path: Path, entries: list[Any]) -> list[dict[str, Any]]:
     seen: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"{path}, line {number}, is not JSON ({error}).") from error
+    for number, record in enumerate(entries, start=1):
         if not _is_record(record):
             raise UsageError(
                 f"{path}, line {number}, is no record of a run: one has {', '.join(_PARTS)}."
@@ -78,8 +78,7 @@ def _parse(path: Path, data: bytes) -> list[dict[str, Any]]:
                 f"{path}, line {number}, repeats the point of line {seen[key]}. Remove one of them."
             )
         seen[key] = number
-        records.append(record)
-    return records
+    return entries
 
 
 def end_last_line(path: Path) -> None:
@@ -100,25 +99,12 @@ def end_last_line(path: Path) -> None:
     """
     if not path.exists():
         return
-    data = path.read_bytes()
-    tail = data[data.rfind(b"\n") + 1 :]
-    if tail and _is_torn(tail):
+    found = _read(path)
+    if found.torn or not found.ended:
+        with jsonl.Appender(path) as file:
+            file.cut(found)
+    if found.torn:
         sys.stderr.write(f"{path}: dropped the end of a record that was cut short.\n")
-        os.truncate(path, len(data) - len(tail))
-    elif tail:
-        with path.open("ab") as file:
-            file.write(b"\n")
-
-
-def _is_torn(tail: bytes) -> bool:
-    # An object that is cut short is no JSON, wherever the cut is.
-    if not (tail.startswith(_HEAD) or _HEAD.startswith(tail)):
-        return False
-    try:
-        json.loads(tail)
-    except ValueError:
-        return True
-    return False
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
@@ -129,7 +115,8 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
         record: What JSON can hold; see `plain`.
 
     Raises:
-        OSError: The file cannot be written.
+        OSError: The file cannot be written. It is as it was.
+        ValueError: A number is NaN or infinite, for which JSON has none.
 
     Example:
         >>> import pathlib, tempfile
@@ -139,11 +126,9 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
         ...     pathlib.Path(folder, "results.jsonl").read_text()
         '{"point": {}}\n'
     """
-    line = json.dumps(record, allow_nan=False) + "\n"
-    with path.open("ab") as file:
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    with jsonl.Appender(path) as file:
+        file.append(record)
+        file.sync()
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401  # anything that JSON can hold
@@ -157,13 +142,7 @@ def plain(value: Any) -> Any:  # noqa: ANN401  # anything that JSON can hold
         >>> plain({"range": (0.0, float("inf"))})
         {'range': [0.0, None]}
     """
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(name): plain(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    return value
+    return jsonl.plain(value, nonfinite=lambda _: None)
 
 
 def _is_record(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""`raco report`: JSONL files of a grid -> tables in the terminal and one HTML page."""
+"""`raco-optim report`: JSONL files of a grid -> tables in the terminal and one HTML page."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ BASELINE = "linear"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs `raco report`.
+    """Runs `raco-optim report`.
 
     Args:
-        arguments: What follows ``raco report`` on the command line.
+        arguments: What follows ``raco-optim report`` on the command line.
 
     Returns:
         The exit code.
@@ -38,10 +38,11 @@ def main(arguments: Sequence[str]) -> int:
         raco_optim.cli.errors.UsageError: no such file cannot be read (No such file or directory).
     """
     parser = OneLineErrors(
-        prog="raco report", description="Tables, plots and one HTML page of a grid's results."
+        prog="raco-optim report",
+        description="Tables, plots and one HTML page of a grid's results.",
     )
     parser.add_argument(
-        "files", nargs="+", type=Path, help="JSONL files, such as `raco sweep` makes"
+        "files", nargs="+", type=Path, help="JSONL files, such as `raco-optim sweep` makes"
     )
     parser.add_argument("--output", type=Path, required=True, help="the HTML page to write")
     options = parser.parse_args(arguments)
@@ -77,14 +78,14 @@ def checked_records(paths: Sequence[Path]) -> list[Record]:
         >>> from raco_optim.cli.report import checked_records
         >>> checked_records([pathlib.Path(os.devnull)])
         Traceback (most recent call last):
-        raco_optim.cli.errors.UsageError: /dev/null holds no record. Run `raco sweep` first.
+        raco_optim.cli.errors.UsageError: /dev/null holds no record. Run `raco-optim sweep` first.
     """
     found: list[Record] = []
     seen: dict[str, Path] = {}
     for path in paths:
         records = read_records(path)
         if not records:
-            raise UsageError(f"{path} holds no record. Run `raco sweep` first.")
+            raise UsageError(f"{path} holds no record. Run `raco-optim sweep` first.")
         for record in records:
             _check_values(path, record)
             expected = (found or records)[0]

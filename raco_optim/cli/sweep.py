@@ -1,4 +1,4 @@
-"""`raco sweep`: weights x methods x seeds -> one JSONL file of results; killed, it goes on."""
+"""`raco-optim sweep`: weights x methods x seeds -> one JSONL file; killed, it goes on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from raco_optim.cli.files import check_writable
 from raco_optim.cli.grid import Point, grid_points, run_grid
 from raco_optim.cli.records import point_key
 
-COMMAND = "raco sweep"
+COMMAND = "raco-optim sweep"
 
 # Name of the folder of a run.
 _RUN = re.compile(r"[0-9a-f]{16}")
@@ -31,10 +31,10 @@ _SET_HERE = {"--method": "--methods", "--seed": "--seeds", "--output_dir": "--ou
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs `raco sweep`.
+    """Runs `raco-optim sweep`.
 
     Args:
-        arguments: What follows ``raco sweep`` on the command line.
+        arguments: What follows ``raco-optim sweep`` on the command line.
 
     Returns:
         The exit code.
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     sweep(options.output, points, training, work)
     sys.stdout.write(
         f"\n{len(points)} runs: {options.output}\n"
-        f"next: raco report {options.output} --output {options.output.with_suffix('.html')}\n"
+        f"next: raco-optim report {options.output} --output {options.output.with_suffix('.html')}\n"
     )
     return 0
 
@@ -74,7 +74,7 @@ def sweep(path: Path, points: Sequence[Point], training: Sequence[str], work: Pa
     Args:
         path: The JSONL file.
         points: What to run.
-        training: The options of `raco align` that all runs share.
+        training: The options of `raco-optim align` that all runs share.
         work: The folder for the runs.
 
     Raises:
@@ -108,8 +108,8 @@ def _parser() -> argparse.ArgumentParser:
         prog=COMMAND,
         description="Trains and evaluates at each of weights x methods x seeds; one JSONL line a "
         "run. The same command again goes on where it was stopped.",
-        epilog="All other options are those of `raco align`, such as --model, --data and "
-        "--eval_data, which are needed, and hold for every run; see `raco align --help`.",
+        epilog="All other options are those of `raco-optim align`, such as --model, --data and "
+        "--eval_data, which are needed, and hold for every run; see `raco-optim align --help`.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -151,7 +151,7 @@ def _weights(training: Sequence[str], given: Sequence[str]) -> list[dict[str, fl
 
 
 def _check_methods(given: Sequence[str]) -> None:
-    """`raco align` would say what is wrong with `--method`, which nobody gave."""
+    """`raco-optim align` would say what is wrong with `--method`, which nobody gave."""
     from raco_optim.integrations.trl_config import METHODS  # needs TRL, which is there by now
 
     for method in given:

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
+from torch import Tensor
 
-from raco_optim.processes import Processes, is_sharded, launched
+from raco_optim.distributed.agreement import parameter_settings, raise_together
+from raco_optim.distributed.group import Group, launched_world_size
+from raco_optim.wrapper.parameters import Parameters
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
-# What all processes must be told alike: what is minimised, on which pairs, and when they meet.
-_ALIKE = (
-    *("weights", "method", "c", "solver", "modpo_objective", "loss_type", "beta"),
+# Settings that must be the same in all processes: what is minimised, on which pairs, and when the
+# processes meet.
+_SETTINGS = (
+    *("weights", "method", "c", "solver", "nonfinite", "modpo_objective", "loss_type", "beta"),
     *("label_smoothing", "simpo_gamma", "seed", "data_seed", "train_sampling_strategy"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"),
     *("num_train_epochs", "logging_strategy", "logging_steps", "eval_strategy", "eval_steps"),
     *("save_strategy", "save_steps"),
 )
+
+
+def current_group() -> Group | None:
+    """Returns the processes that train together; None for a process on its own."""
+    group = Group()
+    return group if group.is_distributed else None
 
 
 def check_processes(args: TrainingArguments) -> None:
@@ -28,8 +39,8 @@ def check_processes(args: TrainingArguments) -> None:
     Args:
         args: Its settings; with several processes, batches are set to be made by each on its own.
     """
-    processes = Processes()
-    number = max(launched(), processes.number if processes.several else 1)
+    group = current_group()
+    number = max(launched_world_size(), 1 if group is None else group.world_size)
     if number != args.world_size:
         raise ValueError(
             f"the Trainer must see all processes, {number}; it sees {args.world_size}. Launch the "
@@ -52,9 +63,9 @@ def check_processes(args: TrainingArguments) -> None:
     batches.dispatch_batches = False  # None is True for a stream
 
 
-def check_stored(dataset: object, processes: Processes) -> None:
+def check_stored(dataset: object, group: Group | None) -> None:
     """Raises `ValueError` if other processes can't read what TRL stores beside a data set."""
-    if processes.several and isinstance(dataset, Dataset) and not dataset.cache_files:
+    if group is not None and isinstance(dataset, Dataset) and not dataset.cache_files:
         raise ValueError(
             "`precompute_ref_log_probs` must be False for a data set in memory, with several "
             "processes: each computes some, and TRL hands them round in a file beside that of the "
@@ -68,7 +79,7 @@ def check_whole(trainer: Trainer) -> None:
         "FSDP": trainer.is_fsdp_enabled,
         "DeepSpeed": trainer.is_deepspeed_enabled,
         "tensor or context parallelism": trainer.accelerator.parallelism_config is not None,
-        "sharding of the model": is_sharded(list(trainer.model.parameters())),
+        "sharding of the model": _all_shared(trainer.model.parameters()).is_sharded,
     }
     for name, on in found.items():
         if on:
@@ -85,25 +96,32 @@ def sharded(what: str) -> str:
     )
 
 
-def check_start(trainer: Trainer, processes: Processes, resume: str | bool | None) -> None:
+def check_start(trainer: Trainer, group: Group | None, resume: str | bool | None) -> None:
     """Raises `ValueError`, in all processes, if the training is not to start.
 
     Args:
         trainer: The trainer.
-        processes: The processes.
+        group: The processes; None for one on its own.
         resume: Whether to go on from a checkpoint, or from which.
     """
     args = trainer.args
     models = [trainer.model] if trainer.ref_model is None else [trainer.model, trainer.ref_model]
-    facts = processes.facts([p for model in models for p in model.parameters()])
-    facts |= {f"`{name}`": vars(args)[name] for name in _ALIKE}
-    with processes.agreeing(facts):
+    settings = {f"`{name}`": vars(args)[name] for name in _SETTINGS}
+    if group is not None:
+        parameters = _all_shared(p for model in models for p in model.parameters())
+        settings |= parameter_settings(group, parameters)
+    with raise_together(group, settings):
         found = sorted(path.name for path in Path(args.output_dir).glob("checkpoint-*"))
         steps = [int(n) for name in found if (n := name.rpartition("-")[2]).isdigit()]
-        facts["the last checkpoint in `output_dir`"] = max(steps, default=None)
+        settings["the last checkpoint in `output_dir`"] = max(steps, default=None)
         if found and not resume:
             raise ValueError(
                 f"`output_dir` must not hold another run; got {args.output_dir} with {found[0]}. "
                 f"Pass resume_from_checkpoint=True to go on with that run, or choose another "
                 f"folder."
             )
+
+
+def _all_shared(parameters: Iterable[Tensor]) -> Parameters:
+    tensors = list(parameters)
+    return Parameters(tensors, [True] * len(tensors), [])

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from raco_optim.processes import Processes
-from raco_optim.step import Step, report
+from raco_optim.distributed.group import Group
+from raco_optim.report import StepReport
 
 
 def objective_sums(
@@ -46,28 +46,29 @@ def objective_sums(
 
 
 class Log:
-    """What is logged of the objectives, over the pairs of all processes, and of the steps.
+    """Gathers what is logged of the objectives, over the pairs of all processes, and of the steps.
 
     Pairs of training and of evaluation are kept apart.
 
     Args:
-        weights: Weights of the objectives.
-        processes: The processes.
+        weights: Weights of the objectives in evaluations.
+        group: The processes; None for one on its own.
         device: Where sums are kept, and sent to other processes.
     """
 
     def __init__(
-        self, weights: Mapping[str, float], processes: Processes, device: torch.device
+        self, weights: Mapping[str, float], group: Group | None, device: torch.device
     ) -> None:
         self._weights = dict(weights)
-        self._processes = processes
+        self._group = group
         self._zero = torch.zeros(len(weights), 4, dtype=torch.float64, device=device)
         self._here = {True: self._zero, False: self._zero}
         self._everywhere: dict[bool, Tensor] = {}
         self._steps: dict[str, list[float]] = {}
+        self._skipped = 0
 
     def begin(self, *, training: bool) -> None:
-        """Begins a step or an evaluation; what is left of one that was stopped is dropped."""
+        """Begins a step or an evaluation, and drops the pairs of one that was not ended."""
         self._here[training] = self._zero
 
     def add(
@@ -85,15 +86,19 @@ class Log:
     def end(self, *, training: bool) -> None:
         """Ends a step or an evaluation; all processes must call it."""
         sums = self._here[training]
-        if self._processes.several:
-            sums = self._processes.sum([sums], sums.device)[0].view_as(sums)
+        if self._group is not None:
+            sums = self._group.sum([sums], sums.device)[0].view_as(sums)
         earlier = self._everywhere.get(training)
         self._everywhere[training] = sums if earlier is None else earlier + sums
         self._here[training] = self._zero
 
-    def add_step(self, step: Step) -> None:
-        """Takes what a step of the training computed."""
-        for key, value in step_values(step).items():
+    def add_step(self, report: StepReport) -> None:
+        """Takes the report of a training step; the pairs of a skipped one are dropped."""
+        self._skipped = report.skipped
+        if report.skip:
+            self.begin(training=True)
+            return
+        for key, value in step_values(report).items():
             if not math.isnan(value):
                 self._steps.setdefault(key, []).append(value)
 
@@ -118,6 +123,8 @@ class Log:
         if training:
             logs.update({key: math.fsum(x) / len(x) for key, x in self._steps.items()})
             self._steps.clear()
+            if self._skipped:
+                logs["skipped"] = self._skipped
 
 
 def objective_means(names: Sequence[str], sums: Tensor) -> dict[str, float]:
@@ -133,24 +140,27 @@ def objective_means(names: Sequence[str], sums: Tensor) -> dict[str, float]:
     return means
 
 
-def step_values(step: Step) -> dict[str, float]:
-    """What the report of a training step says, as named numbers; NaN where it is undefined."""
-    told = report(step)
-    norms = told.gram.diagonal().sqrt()
+def step_values(report: StepReport) -> dict[str, float]:
+    """Returns the numbers of a report by name, NaN where undefined; none of absent objectives."""
     found = {
-        "clip_angle": told.clip_angle,
-        "gap": told.gap,
-        "hurting": float(told.hurting),
-        "conflicting": float(told.conflicting),
+        "clip_angle": report.clip_angle,
+        "gap": math.nan if report.gap is None else float(report.gap),
+        "hurting": float(report.hurting),
+        "conflicting": float(report.conflicting),
     }
-    for i, a in enumerate(step.names):
-        if not step.absent[i]:
-            found[f"grad_norm/{a}"] = float(norms[i])
-        found[f"alpha/{a}"] = float(told.coefficients[i])
-        for key, p in (("p", told.p), ("p_clipped", told.p_clipped)):
-            if p is not None:
-                found[f"{key}/{a}"] = float(p[i])
-        for j, b in enumerate(step.names[:i]):
-            if not (step.absent[i] or step.absent[j]):
-                found[f"cosine/{b}/{a}"] = float(told.cosines[j, i])
+    cosines = report.cosines
+    vectors = {
+        "grad_norm": report.norms,
+        "alpha": report.coefficients,
+        "p": report.p,
+        "p_clipped": report.p_clipped,
+    }
+    present = [(i, name) for i, name in enumerate(report.names) if name not in report.absent]
+    for i, a in present:
+        for key, vector in vectors.items():
+            if vector is not None:
+                found[f"{key}/{a}"] = float(vector[i])
+        for j, b in present:
+            if j < i:
+                found[f"cosine/{b}/{a}"] = float(cosines[j, i])
     return found

@@ -1,11 +1,13 @@
-"""What a method minimises: log-probabilities and preferences of a batch -> losses and weights."""
+"""What a method minimises (log-probabilities and preferences -> losses), and its optimizer."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from raco_optim.alignment import (
     PairLogProbs,
@@ -14,24 +16,26 @@ from raco_optim.alignment import (
     preference_losses,
     reward_margins,
 )
-from raco_optim.coefficients import min_norm_coefficients, mixing_coefficients
-from raco_optim.integrations.trl_config import LOSS_TYPES, SURGERY, MultiObjectiveDPOConfig
-from raco_optim.step import Rule
+from raco_optim.integrations.trl_config import LOSS_TYPES, MultiObjectiveDPOConfig
+from raco_optim.optimizer import MultiObjectiveOptimizer
+from raco_optim.optimizers import MGDA, AllOptions, CAGrad, CAGradClip
 
 
-def rule(args: MultiObjectiveDPOConfig) -> Rule | None:
-    """The rule from Gram matrix to coefficients; None where one weighted loss is minimised."""
-    if args.method not in SURGERY:
-        return None
+def multi_objective(
+    args: MultiObjectiveDPOConfig, inner: Optimizer, model: nn.Module
+) -> MultiObjectiveOptimizer:
+    """Wraps an optimizer for a method that combines the gradients of the objectives."""
+    weights = args.objective_weights
+    options: AllOptions = {
+        "gradients": "per_example",
+        "model": model,
+        "nonfinite": args.nonfinite,
+    }
     if args.method == "mgda":
-        return min_norm_coefficients
-    return functools.partial(
-        mixing_coefficients,
-        weights=args.objective_weights,
-        c=args.c,
-        clip="hard" if args.method == "raco" else "none",
-        solver=args.solver,
-    )
+        return MGDA(inner, weights, **options)
+    if args.method == "cagrad":
+        return CAGrad(inner, weights, args.c, solver=args.solver, **options)
+    return CAGradClip(inner, weights, args.c, solver=args.solver, **options)
 
 
 def needs_reference(args: MultiObjectiveDPOConfig, *, training: bool) -> bool:
@@ -92,13 +96,14 @@ def margins_of_labelled(
     return [reward_margins(log_probs, sign, **_form(args, training)) for sign in signs.T]
 
 
-def weighted(
-    args: MultiObjectiveDPOConfig, losses: list[Tensor | None], *, training: bool
-) -> Tensor | None:
-    """The weighted sum of the losses; MODPO's one loss has the weights inside."""
+def loss_weights(args: MultiObjectiveDPOConfig, *, training: bool) -> list[float]:
+    """Returns the weights of the losses; MODPO's one loss has them inside."""
     weights = list(args.objective_weights.values())
-    if training and args.method == "modpo":
-        weights = [1.0] * len(weights)
+    return [1.0] * len(weights) if training and args.method == "modpo" else weights
+
+
+def weighted(losses: Iterable[Tensor | None], weights: Iterable[float]) -> Tensor | None:
+    """Returns the weighted sum of the losses that are there, None if there are none."""
     terms = [w * loss for w, loss in zip(weights, losses, strict=True) if loss is not None]
     return functools.reduce(lambda total, term: total + term, terms) if terms else None
 

@@ -163,7 +163,7 @@ def check_dataset(dataset: Any, columns: Sequence[str], argument: str) -> None: 
             )
 
 
-def labelled(signs: Tensor) -> Tensor:
+def count_labels(signs: Tensor) -> Tensor:
     """Counts the labelled pairs per objective, ``[m]``."""
     return (signs != 0).sum(0)
 

@@ -5,15 +5,17 @@ A training step; what is TRL's is left to TRL:
     batch with signs [B, m]        preference_data.py   columns pref_<objective> -> a tensor
       |  one forward pass          forward.py           log-probabilities of the completions
       |  m losses                  objectives.py        each a mean over the pairs it labels
-      |  m gradients -> .grad      surgery.py           Gram matrix, coefficients, combination
+      |  backward(losses)          raco_optim           gradients, Gram matrix, alpha -> .grad
       v
     Trainer: clipping of the gradient norm, optimizer, scheduler, checkpoints, logs (metrics.py)
 
-They are combined in `training_step`: in ``optimizer.step()`` it would come after the clipping.
+The trainer wraps its optimizer into a `MultiObjectiveOptimizer`, and calls ``backward`` of it in
+`training_step`: in ``optimizer.step()`` it would come after the clipping.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -31,13 +33,13 @@ if _missing := [name for name in ("trl", "datasets", "transformers") if find_spe
 from trl import DPOTrainer
 
 from raco_optim.alignment import PairLogProbs
+from raco_optim.distributed.agreement import raise_together
 from raco_optim.integrations import launch, objectives, preference_data
 from raco_optim.integrations.forward import completion_log_probs
 from raco_optim.integrations.metrics import Log
-from raco_optim.integrations.preference_data import MARGINS, SIGNS, labelled
-from raco_optim.integrations.surgery import Surgery
-from raco_optim.integrations.trl_config import MultiObjectiveDPOConfig
-from raco_optim.processes import Processes
+from raco_optim.integrations.preference_data import MARGINS, SIGNS, count_labels
+from raco_optim.integrations.trl_config import GRADIENT_METHODS, MultiObjectiveDPOConfig
+from raco_optim.optimizer import MultiObjectiveOptimizer, unwrap
 
 __all__ = ["MultiObjectiveDPOConfig", "MultiObjectiveDPOTrainer"]
 
@@ -53,10 +55,13 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
 
     The mean runs over the pairs that the objective labels in the whole accumulated batch, so that
     micro-batches change nothing, nor do several processes (torchrun), each with the whole model.
-    With the method ``"raco"`` each loss has its own gradient, summed over the micro-batches and
-    averaged over the processes, and CAGrad-Clip combines them; what follows, from the clipping of
-    the norm on, is the Trainer's. `MultiObjectiveDPOConfig` has the other methods,
-    docs/alignment.md the keys of what is logged.
+    With the method ``"raco"`` the optimizer is a `raco_optim.CAGradClip` around the one that TRL
+    would use, or the one in ``optimizers``. Each loss has its own gradient, summed over the
+    micro-batches and averaged over the processes, and CAGrad-Clip combines them; what follows, from
+    the clipping of the norm on, is the Trainer's. ``raco_optim.unwrap(trainer.optimizer)`` is the
+    `CAGradClip`: its report says what a step did, and a callback may set its weights and c between
+    steps. `MultiObjectiveDPOConfig` has the other methods, docs/alignment.md the keys of what is
+    logged.
 
     Args:
         model: As in TRL: a model or its path.
@@ -71,8 +76,13 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
     Raises:
         TypeError: `args` is not a `MultiObjectiveDPOConfig`.
         ValueError: A column is missing or holds no preferences, an objective labels no pair, a
-            setting can't be honoured, or, from `train`, the output folder holds another run.
+            setting can't be honoured, ``optimizers`` holds a `MultiObjectiveOptimizer`, or, from
+            `train`, the output folder holds another run.
         FloatingPointError: From `train`: a loss is NaN or Inf, or a gradient that is combined.
+
+    Warns:
+        UserWarning: A run goes on with weights or a radius of its checkpoint that are not those of
+            `args`.
 
     Note:
         It rests on parts of TRL's `DPOTrainer` that are not public, hence ``trl>=1.16,<2``.
@@ -105,6 +115,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
     # The losses are means over the accumulated batch; nothing is left to be divided.
     loss_is_scaled_for_ga = True
     data_collator: Any
+    optimizer: Any
 
     def __init__(
         self,
@@ -124,11 +135,16 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
             )
         if others.get("compute_metrics") is not None:
             raise ValueError("`compute_metrics` must be None; predictions are not computed.")
+        given = (others.get("optimizers") or (None,))[0]
+        if _found(given) is not None:
+            raise ValueError(
+                f"`optimizers` must hold the inner optimizer, such as AdamW, because the trainer "
+                f"wraps it as `method` says; got {type(given).__name__}. Set `weights`, `method` "
+                f"and `c` of `args`."
+            )
         self._names = tuple(args.objective_weights)
-        self._processes = Processes()
-        rule, weights = objectives.rule(args), args.objective_weights
-        self._surgery = rule and Surgery(weights, rule, self._processes)
-        self._told = Log(weights, self._processes, args.device)
+        self._group = launch.current_group()
+        self._objective_log = Log(args.objective_weights, self._group, args.device)
         self._columns = preference_data.preference_columns(self._names, args.margin_objectives)
         preference_data.check_dataset(eval_dataset, self._columns, "eval_dataset")
         preference_data.check_dataset(train_dataset, self._columns, "train_dataset")
@@ -148,6 +164,8 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
                 f"`router_aux_loss_coef` must be 0.0 for a mixture of experts, because its "
                 f"auxiliary loss belongs to no objective; got {self.router_aux_loss_coef}."
             )
+        if self.optimizer is not None:  # that of the user
+            self.create_optimizer()
         # TRL has dropped prompts longer than `max_length`.
         preference_data.check_dataset(self.train_dataset, self._columns, "train_dataset")
         # Wrapped, not replaced: padding, truncation and a user's own collator stay as they are.
@@ -162,30 +180,60 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **others: Any) -> Any:  # noqa: ANN401
         """As the Trainer's; raises ValueError rather than write over another run's checkpoints."""
-        launch.check_start(self, self._processes, resume_from_checkpoint)
-        self._told.clear()  # as of an earlier call that was stopped
+        launch.check_start(self, self._group, resume_from_checkpoint)
+        self._objective_log.clear()  # as of an earlier call that was stopped
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **others)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the Trainer's, within the optimizer of the method."""
+        super().create_optimizer(model)
+        if self.args.method in GRADIENT_METHODS and _found(self.optimizer) is None:
+            model = self.model if model is None else model
+            self.optimizer = objectives.multi_objective(self.args, self.optimizer, model)
+        return self.optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer: Any = _found(self.optimizer)
+        if checkpoint is None or optimizer is None:
+            return
+        configured = {"weights": self.args.objective_weights}
+        if self.args.method != "mgda":
+            configured["c"] = self.args.c
+        for name, value in configured.items():
+            loaded = getattr(optimizer, name)
+            if loaded != value:
+                warnings.warn(
+                    f"the run goes on with the `{name}` of its checkpoint, "
+                    f"{dict(loaded) if isinstance(loaded, Mapping) else loaded}, not with that of "
+                    f"`args`, {value}. To change it, set raco_optim.unwrap(optimizer).{name} in a "
+                    f"callback's on_train_begin.",
+                    stacklevel=2,
+                )
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Tensor]:  # noqa: ANN401
         """As the Trainer's, but counts the labelled pairs per objective, ``[m]``."""
-        self.model.zero_grad()  # of a step that was stopped in the middle
-        self._told.begin(training=True)
-        if self._surgery:
-            self._surgery.begin()
-        alike: dict[str, Any] = {}
-        with self._processes.agreeing(alike):
+        # What is left of a step that was stopped in the middle is dropped.
+        self.model.zero_grad()
+        optimizer = _found(self.optimizer)
+        if optimizer is not None:
+            optimizer.zero_grad()
+        self._objective_log.begin(training=True)
+        settings: dict[str, Any] = {}
+        with raise_together(self._group, settings):
             batches, _ = super().get_batch_samples(*args)
-            alike["the number of micro-batches"] = len(batches)
-            zero = torch.zeros(len(self._names), dtype=torch.int64, device=self.args.device)
-            counts = sum((labelled(b[SIGNS]).to(zero.device) for b in batches), start=zero)
-        if self._processes.several:
-            [counts] = self._processes.sum([counts], counts.device)
+            settings["the number of micro-batches"] = len(batches)
+            counts = torch.zeros(len(self._names), dtype=torch.int64, device="cpu")
+            for batch in batches:
+                counts += count_labels(batch[SIGNS].cpu())
+        if self._group is not None:
+            [counts] = self._group.sum([counts], self.args.device)
             # The mean over R processes of sums divided by n / R is the mean over n pairs.
-            counts = counts / self._processes.number
+            counts = counts / self._group.world_size
         return batches, counts
 
     def _precompute_ref_logps(self, dataset: Any, *others: Any) -> Any:  # noqa: ANN401
-        launch.check_stored(dataset, self._processes)
+        launch.check_stored(dataset, self._group)
         return super()._precompute_ref_logps(dataset, *others)
 
     def compute_ref_log_probs(self, model: Any, inputs: Mapping[str, Any]) -> Any:  # noqa: ANN401
@@ -201,10 +249,11 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         """The weighted loss: what is minimised in training, the yardstick in evaluation."""
-        with self._processes.agreeing():
+        with raise_together(self._group):
             policy = completion_log_probs(model, inputs)
             losses = self._of_objectives(policy, inputs, num_items_in_batch, model.training)
-            loss = objectives.weighted(self.args, losses, training=model.training)
+            weights = objectives.loss_weights(self.args, training=model.training)
+            loss = objectives.weighted(losses, weights)
             if loss is None:  # no pair is labelled: nothing to learn, but a graph to go back
                 return 0 * policy.sum()
             if model.training and not loss.isfinite():
@@ -225,44 +274,49 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         """Forward and backward passes of one micro-batch; the last one of a step combines."""
-        if self._surgery is None:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.args.method in GRADIENT_METHODS:
+            loss = self._combined_step(model, inputs, num_items_in_batch)
         else:
-            loss = self._combined_step(self._surgery, model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._told.end(training=True)
+            self._objective_log.end(training=True)
         return self.accelerator.reduce(loss, "mean")  # type: ignore[no-any-return]
 
     def _combined_step(
-        self, surgery: Surgery, model: nn.Module, inputs: Mapping[str, Any], counts: Tensor | None
+        self, model: nn.Module, inputs: Mapping[str, Any], counts: Tensor | None
     ) -> Tensor:
+        optimizer = unwrap(self.optimizer)
         model.train()
         self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
-
-        def forward() -> tuple[Tensor, list[Tensor | None]]:
-            policy = completion_log_probs(model, inputs)
-            return policy, self._of_objectives(policy, inputs, counts, training=True)
-
         last = self.accelerator.sync_gradients
         # Each loss has a gradient of its own to be averaged over the processes.
-        with self.compute_loss_context_manager(), self.accelerator.no_sync(model):
-            losses, step = surgery.micro_batch(model, self.optimizer, forward, last)
-        if step is not None:
-            self._told.add_step(step)
-        loss = objectives.weighted(self.args, losses, training=True)
+        with self.accelerator.no_sync(model):
+            with raise_together(self._group):
+                with self.compute_loss_context_manager():
+                    scores = completion_log_probs(model, inputs)
+                    losses = self._of_objectives(scores, inputs, counts, training=True)
+                named = dict(zip(self._names, losses, strict=True))
+                if not last and any(loss is not None for loss in losses):
+                    optimizer.backward(named, accumulate=True, scalars=scores)
+            # Where no process has a label in any micro-batch, nothing is to be learned.
+            if last and (counts is None or counts.any()):
+                optimizer.backward(named, scalars=scores)
+                self._objective_log.add_step(optimizer.report)
+        assert isinstance(optimizer.weights, Mapping)
+        loss = objectives.weighted(losses, optimizer.weights.values())
         return torch.zeros((), device=self.args.device) if loss is None else loss.detach()
 
     def evaluation_loop(self, *args: Any, **others: Any) -> Any:  # noqa: ANN401
         """As the Trainer's."""
-        self._told.begin(training=False)
+        self._objective_log.begin(training=False)
         output = super().evaluation_loop(*args, **others)
-        self._told.end(training=False)
+        self._objective_log.end(training=False)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what was gathered since the last call."""
-        self._told.write(logs, training=self.model.training)
+        self._objective_log.write(logs, training=self.model.training)
         super().log(logs, start_time)
 
     def _of_objectives(
@@ -288,10 +342,18 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         losses = objectives.losses(
             self.args, log_probs, signs, inputs.get(MARGINS), counts, training=training
         )
-        self._told.add(
+        self._objective_log.add(
             losses,
             objectives.margins_of_labelled(self.args, log_probs, signs, training=training),
-            labelled(signs) if counts is None else counts,
+            count_labels(signs) if counts is None else counts,
             training=training,
         )
         return losses
+
+
+def _found(optimizer: Any) -> MultiObjectiveOptimizer | None:  # noqa: ANN401
+    """Returns the `MultiObjectiveOptimizer` inside an optimizer, None if there is none."""
+    try:
+        return unwrap(optimizer)
+    except TypeError:
+        return None

@@ -12,11 +12,11 @@ from trl import DPOConfig
 from raco_optim._checks import checked_choice, checked_radius, checked_weights
 from raco_optim.alignment._checks import checked_number
 from raco_optim.integrations.launch import check_processes, sharded
-from raco_optim.simplex import SOLVERS, Solver
+from raco_optim.subproblem.solve import SOLVERS, Solver
 
-# Those with a rule from Gram matrix to coefficients, and those with one loss and one backward pass.
-SURGERY = ("raco", "cagrad", "mgda")
-METHODS = (*SURGERY, "linear", "amopo", "modpo")
+# Those that combine the gradients of the objectives, and those with one loss.
+GRADIENT_METHODS = ("raco", "cagrad", "mgda")
+METHODS = (*GRADIENT_METHODS, "linear", "amopo", "modpo")
 Method = Literal["raco", "cagrad", "mgda", "linear", "amopo", "modpo"]
 
 # TRL's name of a loss -> the loss of `raco_optim.alignment` and whether it is normalised by length.
@@ -67,6 +67,9 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
             >= 0 for ``"cagrad"``, not used otherwise. The default is the paper's; preferences that
             keep conflicting were served better by 0.1 to 0.2 (docs/beyond.md).
         solver: ``"exact"``, ``"pgd"`` or ``"slsqp"``; see `raco_optim.solve_subproblem`.
+        nonfinite: What to do when a loss or a gradient of an objective is NaN or Inf. ``"raise"``:
+            `FloatingPointError` that names it. ``"skip"``, for the first three methods: leave the
+            update out, and log how many were.
         modpo_objective: The objective whose preferences MODPO learns from; the others enter with
             their margins. Default: the first of `weights`.
         simpo_gamma: Target margin of the loss type ``"simpo"``, >= 0.
@@ -101,6 +104,10 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
         metadata={"help": "Radius of the correction: in [0, 1) for raco, >= 0 for cagrad."},
     )
     solver: Solver = field(default="exact", metadata={"help": "Solver of the subproblem."})
+    nonfinite: Literal["raise", "skip"] = field(
+        default="raise",
+        metadata={"help": "Raise an error where a loss is NaN or Inf, or skip the update."},
+    )
     modpo_objective: str | None = field(
         default=None,
         metadata={"help": "The objective whose preferences MODPO uses (default: the first)."},
@@ -114,6 +121,13 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
         self.weights = dict(zip(weights, checked_weights(weights), strict=True))
         checked_choice("method", self.method, METHODS)
         checked_choice("solver", self.solver, SOLVERS)
+        checked_choice("nonfinite", self.nonfinite, ("raise", "skip"))
+        if self.nonfinite != "raise" and self.method not in GRADIENT_METHODS:
+            raise ValueError(
+                f"`nonfinite` must be 'raise' with the method {self.method!r}, which looks at one "
+                f"weighted loss; got {self.nonfinite!r}. Choose one of the methods "
+                f"{', '.join(GRADIENT_METHODS)}, or leave it out."
+            )
         if self.method in ("raco", "cagrad"):
             checked_radius(self.c, below_one=self.method == "raco")
         if self.method == "modpo":
@@ -172,18 +186,20 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
         for name in ("fsdp", "deepspeed", "parallelism_config"):
             if vars(self)[name]:
                 raise ValueError(sharded(f"`{name}`"))
-        if self.method in SURGERY and re.search("layerwise|lomo", str(self.optim), re.IGNORECASE):
+        if self.method in GRADIENT_METHODS and re.search(
+            "layerwise|lomo", str(self.optim), re.IGNORECASE
+        ):
             raise ValueError(
                 f"`optim` must step after the backward pass, when gradients are combined; got "
                 f"{self.optim}."
             )
-        if self.method in SURGERY and self.ddp_static_graph:
+        if combines and self.ddp_static_graph:
             raise ValueError(
                 f"`ddp_static_graph` must be False with the method {self.method!r}, whose "
                 f"gradients do not pass through DistributedDataParallel; got True."
             )
         reentrant = (self.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
-        if self.gradient_checkpointing and reentrant and self.method in SURGERY:
+        if self.gradient_checkpointing and reentrant and combines:
             raise ValueError(
                 "`gradient_checkpointing_kwargs` must not ask for reentrant checkpointing, which "
                 "hides the parameters from gradients per objective; got use_reentrant=True. Leave "

@@ -1,0 +1,227 @@
+r"""Gradients of parameters that every process holds as a whole (DistributedDataParallel).
+
+The gradients are means over the processes; the Gram matrix is that of the means, not a mean of the
+processes' Gram matrices:
+
+.. math::
+    g_i = \frac{1}{R} \sum_{r=1}^{R} g_i^{(r)}, \qquad
+    H_{ij} = \sum_{s=1}^{R} \langle g_{i,s}, g_{j,s} \rangle
+
+where :math:`g_{i,s}` is the s-th of R parts of :math:`g_i`. Process s averages the s-th parts
+(reduce-scatter, while the next backward pass runs), multiplies and combines them; H is summed over
+the processes, and the combined parts are handed round (all-gather). A process sends
+:math:`(m + 1) n (R - 1) / R` numbers, where averaging each gradient as a whole would send
+:math:`2 m n (R - 1) / R`, and keeps :math:`m n / R`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from raco_optim.distributed.agreement import raise_everywhere
+from raco_optim.distributed.group import Group
+from raco_optim.gradients.combine import LOW_PRECISION, as_scales, combination, grad_dtype
+from raco_optim.gradients.dense import DenseGradients
+from raco_optim.objectives import Batch, Found, Gradient
+from raco_optim.wrapper.parameters import Parameters
+
+# Bytes that travel together: enough for the bandwidth, little enough to begin early.
+_BUCKET = 25 * 2**20
+
+
+@dataclass
+class Bucket:
+    """Parameters with gradients of one dtype, all shared or none, whose gradients travel together."""
+
+    shared: bool
+    dtype: torch.dtype
+    device: torch.device
+    parameters: dict[int, Tensor] = field(default_factory=dict)
+    """By their position."""
+    length: int = 0
+
+    def add(self, position: int, parameter: Tensor) -> None:
+        """Adds a parameter."""
+        self.parameters[position] = parameter
+        self.length += parameter.numel()
+
+    def pieces(self, whole: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yields positions of the parameters, and the part of what travels that is of their form.
+
+        It has the parameter's strides too: fused optimizers walk both in the order of memory.
+        """
+        start = 0
+        for j, p in self.parameters.items():
+            dense = p if p.is_contiguous() else torch.empty_like(p, device="meta")
+            yield j, whole.as_strided(p.shape, dense.stride(), start)
+            start += p.numel()
+
+
+@dataclass
+class ReplicatedGradients:
+    """This process's parts of the mean gradients, one tensor per loss and bucket.
+
+    Attributes:
+        values: Means of the losses over the processes, an absent one counting as zero; None for
+            one that is absent from all.
+        nonfinite_ranks: Which processes have a loss that is NaN or Inf, in words; "" for none.
+    """
+
+    values: list[Tensor | None]
+    nonfinite_ranks: str
+    _rows: list[Gradient]
+    _gram: Tensor
+    _head_norms: Tensor
+    _reached: list[bool]
+    _buckets: list[Bucket]
+    _group: Group
+    exact: bool = True
+
+    def gram(self) -> Tensor:
+        """Returns the Gram matrix, which was computed when the gradients were averaged."""
+        return self._gram
+
+    def head_norms(self) -> Tensor:
+        """See `raco_optim.gradients.dense.PerLossGradients`."""
+        return self._head_norms
+
+    @torch.no_grad()
+    def combine(self, alpha: Tensor, weights: Tensor) -> Gradient:
+        """Returns the combined gradient, None where no loss of any process reaches."""
+        scales = {True: as_scales(alpha), False: as_scales(weights)}
+        wholes = []
+        for b, bucket in enumerate(self._buckets):
+            column = [part for row in self._rows if (part := row[b]) is not None]
+            part = combination(column, scales[bucket.shared]).to(bucket.dtype)
+            for row in self._rows:
+                row[b] = None
+            whole = part.new_empty(self._group.world_size, len(part))
+            with self._group.contact():
+                dist.all_gather(list(whole), part, group=self._group.group)
+            wholes.append(whole)
+        gradient: Gradient = [None] * len(self._reached)
+        for bucket, whole in zip(self._buckets, wholes, strict=True):
+            for j, piece in bucket.pieces(whole):
+                if self._reached[j]:
+                    gradient[j] = piece
+        return gradient
+
+
+def gather(batch: Batch, found: Iterable[Found]) -> ReplicatedGradients:
+    """Averages the gradients of every loss over the processes, each as soon as it is found."""
+    assert batch.group is not None
+    return gather_rows(batch.names, found, batch.parameters, batch.group)
+
+
+def gather_rows(
+    names: Sequence[str], found: Iterable[Found], parameters: Parameters, group: Group
+) -> ReplicatedGradients:
+    """Averages the gradients of every loss over the processes, each as soon as it is found.
+
+    Args:
+        names: Names of the losses.
+        found: Value and gradient of one loss after the other in this process; the value of an
+            absent one is None. What it raises is raised in all processes. The gradients are
+            consumed.
+        parameters: The parameters, the same in all processes.
+        group: The processes, more than one.
+    """
+    tensors, shared = parameters.tensors, parameters.shared
+    device = tensors[0].device
+    group.check_device(device)
+    buckets = _buckets(tensors, shared)
+    source = iter(found)
+    failure: Exception | None = None
+    parts = DenseGradients([], [], [bucket.shared for bucket in buckets])
+    reached = [False] * len(tensors)
+    transfers: list[_Transfer] = []
+    for _ in names:
+        value: Tensor | None = None
+        row: Gradient = [None] * len(tensors)
+        if failure is None:
+            try:
+                value, row = next(source)
+            except Exception as error:  # the others wait for these gradients
+                failure = error
+        parts.values.append(value)
+        reached = [r or g is not None for r, g in zip(reached, row, strict=True)]
+        if transfers:
+            parts.rows.append([transfer.mean(group) for transfer in transfers])
+        transfers = [_Transfer(row, bucket, group) for bucket in buckets]
+    parts.rows.append([transfer.mean(group) for transfer in transfers])
+    message = [
+        parts.gram(),
+        parts.head_norms(),
+        torch.tensor(reached, device="cpu"),
+        torch.tensor(failure is not None, device="cpu"),
+        *group.pack_losses(parts.values),
+    ]
+    gram, head_norms, anywhere, failed, *losses = group.sum(message, device)
+    if failed:
+        try:
+            raise_everywhere(group, failure)
+        finally:
+            del failure  # a cycle with its traceback would keep the graph
+    gram = gram.reshape(len(names), -1)
+    values, nonfinite_ranks = group.unpack_losses(losses)
+    return ReplicatedGradients(
+        values,
+        nonfinite_ranks,
+        parts.rows,
+        (gram + gram.T) / 2,  # an all-reduce adds each number in another order
+        head_norms,
+        [count > 0 for count in anywhere.tolist()],
+        buckets,
+        group,
+    )
+
+
+class _Transfer:
+    """A gradient's part of one bucket on its way: each process gets every process's share of it."""
+
+    def __init__(self, row: Gradient, bucket: Bucket, group: Group) -> None:
+        number = group.world_size
+        share = -(-bucket.length // number)
+        self._dtype = torch.float32 if bucket.dtype in LOW_PRECISION else bucket.dtype
+        self._sent = torch.empty(number, share, dtype=bucket.dtype, device=bucket.device)
+        self._sent.view(-1)[bucket.length :] = 0
+        for j, piece in bucket.pieces(self._sent):
+            g, row[j] = row[j], None
+            if g is None:
+                piece.zero_()
+            else:
+                piece.copy_(g)
+        self._received = torch.empty_like(self._sent)
+        with group.contact():
+            # Not a reduce-scatter: gloo's sends twice as much, and the sum in float32 of what is
+            # of lower precision is then the same everywhere.
+            self._work = dist.all_to_all_single(
+                self._received, self._sent, group=group.group, async_op=True
+            )
+
+    def mean(self, group: Group) -> Tensor:
+        """Waits, and returns the mean of this process's part; the memory is free then."""
+        with group.contact():
+            self._work.wait()
+        mean = self._received.mean(0, dtype=self._dtype)
+        del self._received, self._sent, self._work
+        return mean
+
+
+def _buckets(parameters: Sequence[Tensor], shared: Sequence[bool]) -> list[Bucket]:
+    full: list[Bucket] = []
+    filling: dict[tuple[bool, torch.dtype], Bucket] = {}
+    for j, (p, is_shared) in enumerate(zip(parameters, shared, strict=True)):
+        if not p.requires_grad:
+            continue
+        key = is_shared, grad_dtype(p)
+        bucket = filling.setdefault(key, Bucket(is_shared, grad_dtype(p), p.device))
+        bucket.add(j, p)
+        if bucket.length * bucket.dtype.itemsize >= _BUCKET:
+            full.append(filling.pop(key))
+    return [*full, *filling.values()]

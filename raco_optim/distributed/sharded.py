@@ -1,0 +1,218 @@
+r"""Gradients of parameters of which a process holds a part (`DTensor`: FSDP2, tensor parallelism).
+
+What shards the model averages its gradients too, in its own hooks, which `torch.autograd.grad`
+would pass by: each loss has a ``backward()`` here. A process then holds its shards of the m
+gradients, multiplies them with each other, and combines them without any message:
+
+.. math:: H_{ij} = \sum_s \langle g_{i,s}, g_{j,s} \rangle
+
+where s runs over the shards, each of which counts once, however many processes hold it.
+
+The losses may share one forward pass: under `fully_shard` (on a mesh of one dimension, HSDP, with
+tensor parallelism, with mixed precision, resharded after the forward pass or not), tensor and
+sequence parallelism, ``loss_parallel`` (call `backward` inside of it), and activation
+checkpoints. Each needs a forward pass of its own, as a callable, where a checkpoint can be computed
+again only once (``torch.distributed._composable.checkpoint``, selective checkpoints), and in a
+compiled model that donates its buffers.
+
+FSDP2 gathers the parameters for every backward pass and sends each gradient once:
+(m + 1) n (R - 1) / R numbers to gather, m n (R - 1) / R to reduce. ``reshard_after_forward=False``
+saves one gathering in both cases; ``model.set_reshard_after_backward(False)`` saves m - 1 of them
+and holds the whole model meanwhile, but then every FSDP module must be told to ``reshard()`` before
+the next forward pass, which would else see the parameters of before the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from raco_optim._checks import add_note
+from raco_optim.distributed.agreement import raise_together
+from raco_optim.distributed.group import Group
+from raco_optim.gradients.combine import stashed_gradients
+from raco_optim.gradients.dense import DenseGradients, DenseMode, evaluate, explain
+from raco_optim.objectives import Batch, Found, Gradient
+from raco_optim.wrapper.parameters import Parameters
+
+_BROKEN = (
+    "A model under fully_shard does not recover from a backward pass that failed: start again from "
+    "the last checkpoint."
+)
+
+
+@dataclass
+class ShardedGradients(DenseGradients):
+    """This process's shards of the gradients; losses and products are those of all processes."""
+
+    products: Tensor = field(kw_only=True)
+    norms: Tensor = field(kw_only=True)
+
+    def gram(self) -> Tensor:
+        """Returns the Gram matrix, which was computed when the messages were exchanged."""
+        return self.products
+
+    def head_norms(self) -> Tensor:
+        """See `raco_optim.gradients.dense.PerLossGradients`."""
+        return self.norms
+
+
+class ShardedMode(DenseMode):
+    """Computes the gradients by one ``backward()`` per loss."""
+
+    def __init__(self, asked: str) -> None:
+        super().__init__(gather)
+        self.ran = "dense" if asked == "dense" else "dense: DTensor parameters"
+
+    def rows(self, batch: Batch) -> Iterator[Found]:
+        """Yields value and gradient of one loss after the other, each from a ``backward()``.
+
+        A callable that fails in one of the processes fails in all, if its forward pass is
+        complete. Other tensors that the losses depend on gather the sum of the gradients in their
+        ``.grad``.
+        """
+        parameters, losses = batch.parameters.tensors, batch.losses
+        last = max((i for i, loss in enumerate(losses) if isinstance(loss, Tensor)), default=-1)
+        with stashed_gradients(parameters) as take:
+            for i, (name, loss) in enumerate(zip(batch.names, losses, strict=True)):
+                if loss is None:
+                    yield None, [None] * len(parameters)
+                    continue
+                retain = batch.retain_graph or (isinstance(loss, Tensor) and i < last)
+                if not isinstance(loss, Tensor):
+                    with raise_together(batch.group):
+                        loss = evaluate(name, loss, parameters)
+                try:
+                    torch.autograd.backward(loss, retain_graph=retain)
+                except Exception as error:
+                    explain(name, error)
+                    add_note(error, _BROKEN)
+                    raise
+                value = _whole(loss.detach()).clone()
+                row = take()
+                if all(g is None for g in row):
+                    raise ValueError(
+                        f"loss {name!r} must depend on a parameter of the optimizer; none has a "
+                        f"gradient of it. Build the optimizer after fully_shard or "
+                        f"parallelize_module, and leave FSDP2's set_requires_gradient_sync at True."
+                    )
+                yield value, [_placed(g, p) for g, p in zip(row, parameters, strict=True)]
+                del loss, row
+
+
+def gather(batch: Batch, found: Iterable[Found]) -> ShardedGradients:
+    """Gathers the gradients, and sums over the processes, in one message, what they add up to.
+
+    Raises:
+        ValueError: Processes that hold the same part of a parameter have other gradients of it, or
+            the group lacks some that hold a part.
+    """
+    parameters, group = batch.parameters, batch.group or Group()
+    layouts = _layouts(parameters, group)
+    values: list[Tensor | None] = []
+    rows: list[Gradient] = []
+    for value, row in found:
+        values.append(value)
+        rows.append(row)
+    local = [[_local(g) for g in row] for row in rows]
+    device, m = parameters.tensors[0].device, len(batch.names)
+
+    def shards(chosen: Sequence[bool]) -> DenseGradients:
+        return DenseGradients(values, local, chosen)
+
+    gram = torch.zeros(m, m, dtype=torch.float64, device=device)
+    norms: dict[_Layout, Tensor] = {}
+    for layout, positions in layouts.items():
+        here = [j in positions for j in range(len(parameters.tensors))]
+        both = [h and s for h, s in zip(here, parameters.shared, strict=True)]
+        gram += shards(both).gram().to(device) * (layout.parts / group.world_size)
+        if len(layout.ranks) < group.world_size:
+            norms[layout] = shards([not h for h in here]).head_norms().to(device)
+    if norms:
+        _check_equal(norms, batch.names, group)
+    message = [gram, shards(parameters.shared).head_norms(), *group.pack_losses(values)]
+    gram, head_norms, *losses = group.sum(message, device)
+    means, nonfinite_ranks = group.unpack_losses(losses)
+    return ShardedGradients(
+        means,
+        rows,
+        parameters.shared,
+        nonfinite_ranks,
+        products=gram.reshape(m, m),
+        norms=head_norms,
+    )
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a parameter is cut into parts, and the processes that hold all of them together."""
+
+    parts: int
+    ranks: tuple[int, ...]
+
+
+def _layouts(parameters: Parameters, group: Group) -> dict[_Layout, set[int]]:
+    """Returns the positions of the parameters of each layout."""
+    members, own = group.ranks, group.rank
+    found: dict[_Layout, set[int]] = {}
+    for j, p in enumerate(parameters.tensors):
+        if not p.requires_grad:
+            continue
+        layout = _Layout(1, (own,))
+        if isinstance(p, DTensor):
+            mesh, sizes = p.device_mesh.mesh, p.device_mesh.mesh.shape
+            cut = [n for n, q in zip(sizes, p.placements, strict=True) if not q.is_replicate()]
+            holders = mesh.reshape(-1).tolist()
+            if not set(holders) <= set(members):
+                raise ValueError(
+                    f"`process_group` must hold all processes of the mesh of a DTensor parameter, "
+                    f"{holders}; got the processes {members}."
+                )
+            layout = _Layout(math.prod(cut), tuple(members.index(rank) for rank in holders))
+        found.setdefault(layout, set()).add(j)
+    return found
+
+
+def _check_equal(norms: dict[_Layout, Tensor], names: Sequence[str], group: Group) -> None:
+    """Raises where processes that hold the same parts have gradients of other norms."""
+    rows = torch.stack(
+        [norm.new_zeros(group.world_size, len(names) + 1) for norm in norms.values()]
+    )
+    for row, (layout, norm) in zip(rows, norms.items(), strict=True):
+        # What all of a layout's processes put into the row of the first of them adds up there.
+        share = torch.cat([norm * layout.parts, norm.new_ones(1)])
+        row[min(layout.ranks)] = share / len(layout.ranks)
+    with group.contact():
+        dist.all_reduce(rows, group=group.group)
+    for row in rows.cpu():
+        used = row[row[:, -1] > 0, :-1]
+        for name, least, largest in zip(names, used.amin(0), used.amax(0), strict=True):
+            if bool(largest - least > 1e-3 * largest):
+                raise ValueError(
+                    f"gradients must be the same in all processes that hold the same part of a "
+                    f"parameter; those of loss {name!r} have norms from {least:.3g} to "
+                    f"{largest:.3g}. Apply fully_shard to the whole model, with a mesh of all "
+                    f"processes that get other data (and SequenceParallel to a norm whose "
+                    f"activations are cut)."
+                )
+
+
+def _placed(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """Returns the gradient cut as its parameter is."""
+    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+        return gradient.redistribute(placements=parameter.placements)
+    return gradient
+
+
+def _local(x: Tensor | None) -> Tensor | None:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x

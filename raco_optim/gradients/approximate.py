@@ -1,0 +1,234 @@
+r"""Modes that approximate: the Gram matrix of something smaller than the gradients.
+
+Surrogates :math:`s_i` stand for the gradients :math:`g_i` in the Gram matrix,
+:math:`H_{ij} = \langle s_i, s_j \rangle`: the gradients with respect to a representation that the
+losses share, :math:`s_i = \partial L_i / \partial z`, or to a subset of the parameters; or H is
+that of an earlier step (``gram_every``). The combined gradient is that of
+:math:`\sum_i \alpha_i L_i`, by one backward pass, whatever m. Only :math:`\alpha` is approximate.
+
+References:
+    The representation: Sener and Koltun, Multi-Task Learning as Multi-Objective Optimization,
+    2018 (MGDA-UB).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raco_optim.gradients.dense import iterate_gradients
+from raco_optim.gradients.gram import gram_matrix
+from raco_optim.objectives import Batch, Gradient
+
+# Argument that holds the inputs -> what a loss must depend on, and the remedy.
+_NEEDED = {
+    "gradients": "a parameter of `gradients`; it reaches none. Pass parameters that all losses "
+    "share, or None for a loss that is absent from this batch.",
+    "representation": "`representation`; it does not. Pass the tensor itself that all losses are "
+    "computed from, or None for a loss that is absent from this batch.",
+}
+
+
+class ApproximateGradients:
+    """The losses with their graph, and the Gram matrix of their surrogates."""
+
+    exact = False
+
+    def __init__(self, batch: Batch, gram: Tensor) -> None:
+        losses = batch.tensors
+        assert losses is not None
+        self._batch, self._losses, self._gram = batch, losses, gram
+        values = [None if loss is None else loss.detach() for loss in losses]
+        group = batch.group
+        self.values, self.nonfinite_ranks = (values, "") if group is None else group.mean(values)
+
+    def gram(self) -> Tensor:
+        """Returns the Gram matrix of the surrogates, ``[m, m]``, float64."""
+        return self._gram
+
+    def head_norms(self) -> Tensor:
+        """Returns zeros: the gradients of the single losses are not known."""
+        return self._gram.new_zeros(len(self._losses))
+
+    def combine(self, alpha: Tensor, weights: Tensor) -> Gradient:
+        """Computes the gradient of the combined losses, by one backward pass for each part."""
+        parameters, group = self._batch.parameters, self._batch.group
+        if group is None:
+            return self._combined(alpha, weights)
+        from raco_optim.distributed import agreement, replicated
+
+        with agreement.raise_together(group):
+            row = self._combined(alpha, weights)
+        one = torch.ones(1, device="cpu")
+        mean = replicated.gather_rows(("sum",), [(one, row)], parameters, group)
+        return mean.combine(one, one)
+
+    def _combined(self, alpha: Tensor, weights: Tensor) -> Gradient:
+        tensors, shared = self._batch.parameters.tensors, self._batch.parameters.shared
+        row: Gradient = [None] * len(tensors)
+        parts = []
+        for is_shared, coefficients in ((False, weights), (True, alpha)):
+            chosen = [
+                j for j, p in enumerate(tensors) if shared[j] == is_shared and p.requires_grad
+            ]
+            if chosen:
+                parts.append((chosen, coefficients))
+        for k, (chosen, coefficients) in enumerate(parts, start=1):
+            with torch.enable_grad():
+                terms = [
+                    a * loss.reshape(())
+                    for a, loss in zip(coefficients.detach(), self._losses, strict=True)
+                    if loss is not None
+                ]
+                total = torch.stack(terms).sum()
+            # The last pass, that of the shared part, frees the graph behind the heads too.
+            keep = self._batch.retain_graph or k < len(parts)
+            name = " + ".join(self._batch.names)
+            part = [tensors[j] for j in chosen]
+            passes = iterate_gradients([total], part, [name], keep_graph=keep, needed=None)
+            for j, g in zip(chosen, next(passes)[1], strict=True):
+                row[j] = g
+        if all(g is None for g in row):
+            raise ValueError(
+                "losses must depend on a parameter of the optimizer; together they reach none. Was "
+                "the optimizer built from this model's parameters?"
+            )
+        return row
+
+
+class ApproximateMode:
+    """The Gram matrix of the gradients with respect to a representation or to some parameters.
+
+    Args:
+        name: ``"representation"``, or ``"subset"`` for some of the parameters.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = self.ran = name
+        self._argument = "gradients" if name == "subset" else name
+
+    def check(self, batch: Batch, *, accumulate: bool) -> None:
+        """Raises unless what was passed to ``backward`` is what the mode needs."""
+        check_approximation(batch, accumulate=accumulate)
+        if self._argument != "representation":
+            if not batch.parameters.subset:
+                raise ValueError(
+                    "`gradients` must hold a parameter that the optimizer holds and that requires "
+                    "gradients; all of them were frozen or removed."
+                )
+        elif not isinstance(batch.through, Tensor):
+            raise TypeError(
+                f"`representation` must be the tensor that all losses are computed from, which "
+                f'gradients="representation" needs; got {type(batch.through).__name__}.'
+            )
+
+    def collect(self, batch: Batch) -> ApproximateGradients:
+        """Computes the Gram matrix of the surrogates."""
+        argument, group, z = self._argument, batch.group, batch.through
+        inputs = batch.parameters.subset if z is None else [z]
+        if group is None:
+            return ApproximateGradients(batch, gram_matrix(self._rows(batch, inputs)))
+        from raco_optim.distributed import agreement, replicated
+
+        with agreement.raise_together(group):
+            rows = self._rows(batch, inputs)
+        if argument == "representation":
+            # The representation of the joint batch is made of those of the processes.
+            gram = gram_matrix(rows) / group.world_size**2
+            return ApproximateGradients(batch, group.sum([gram], inputs[0].device)[0].view_as(gram))
+        found = [
+            (None if loss is None else loss.detach(), row)
+            for loss, row in zip(batch.tensors or (), rows, strict=True)
+        ]
+        mean = replicated.gather_rows(batch.names, found, batch.parameters.only_subset(), group)
+        return ApproximateGradients(batch, mean.gram())
+
+    def _rows(self, batch: Batch, inputs: Sequence[Tensor]) -> list[Gradient]:
+        losses = batch.tensors
+        assert losses is not None
+        _check_inputs(losses, inputs, self._argument)
+        passes = iterate_gradients(
+            losses, inputs, batch.names, keep_graph=True, needed=_NEEDED[self._argument]
+        )
+        return [row for _, row in passes]
+
+
+def check_approximation(batch: Batch, *, accumulate: bool) -> None:
+    """Raises unless the losses of a call can share one backward pass of their combination."""
+    exact = 'Choose gradients="dense" and gram_every=1'
+    if batch.parameters.is_sharded:
+        raise ValueError(
+            f"`gradients` and `gram_every` must be exact for DTensor parameters; got an "
+            f"approximation. {exact}."
+        )
+    if accumulate:
+        raise ValueError(
+            f"`accumulate` must be False with an approximate Gram matrix; got True. {exact}."
+        )
+    if batch.tensors is None:
+        raise TypeError(
+            f"`losses` must hold tensors with an approximate Gram matrix; got a callable or "
+            f"another object. {exact} for callables."
+        )
+
+
+def _check_inputs(losses: Sequence[Tensor | None], inputs: Sequence[Tensor], argument: str) -> None:
+    if not any(x.requires_grad for x in inputs):
+        raise ValueError(
+            f"`{argument}` must require gradients; got frozen parameters, or a tensor without a "
+            f"graph (detached, or computed under torch.no_grad())."
+        )
+    if any(x.is_complex() for x in inputs):
+        raise ValueError(f"`{argument}` must be real; got a complex tensor.")
+    devices = {x.device for x in (*losses, *inputs) if x is not None}
+    if len(devices) > 1:
+        found = ", ".join(sorted(str(device) for device in devices))
+        raise ValueError(f"`{argument}` must be on the device of the losses; got {found}.")
+
+
+@dataclass(frozen=True)
+class KeptGram:
+    """A Gram matrix that serves several steps (``gram_every``).
+
+    It is due again after so many steps, and whenever the losses are others, or others are absent.
+    """
+
+    gram: Tensor | None = None
+    losses: list[str | None] = field(default_factory=list)
+    """Names of the losses, None for an absent one."""
+    age: int = 0
+    """Steps since the Gram matrix was computed."""
+
+    def serves(self, losses: Sequence[str | None], every: int) -> bool:
+        """Whether the Gram matrix serves one step more."""
+        return self.gram is not None and self.losses == losses and self.age + 1 < every
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run needs."""
+        return {"gram": self.gram, "losses": self.losses, "age": self.age}
+
+    @classmethod
+    def loaded(cls, state: object, places: Sequence[int] | None) -> KeptGram:
+        """Makes one of a state, with losses in the order that `places` gives, or raises."""
+        try:
+            assert isinstance(state, Mapping)
+            gram, losses, age = state["gram"], state["losses"], state["age"]
+            assert isinstance(age, int) and age >= 0 and isinstance(losses, list)
+            assert all(name is None or isinstance(name, str) for name in losses)
+            if gram is None:
+                return cls(None, [], age)
+            assert isinstance(gram, Tensor) and gram.is_floating_point()
+            assert gram.shape == (len(losses), len(losses))
+            if places is not None:
+                gram = gram[places][:, places]
+                losses = [losses[place] for place in places]
+        except (AssertionError, IndexError, KeyError) as error:
+            raise ValueError(
+                f"`state_dict` must hold, as 'kept_gram', a Gram matrix of shape [m, m], the names "
+                f"of its m losses and its age; got {state!r}."
+            ) from error
+        return cls(gram, list(losses), age)

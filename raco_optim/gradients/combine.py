@@ -1,0 +1,175 @@
+"""Stage 5: gradients and coefficients -> ``.grad``. Nothing else writes to ``.grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raco_optim.objectives import Gradient
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+LARGEST = torch.finfo(torch.float32).max
+
+
+@torch.no_grad()
+def add_combined_gradient(
+    parameters: Sequence[Tensor], gradients: Sequence[list[Tensor | None]], coefficients: Tensor
+) -> None:
+    r"""Adds the combined gradient to ``.grad``, as ``loss.backward()`` does.
+
+    .. math:: \theta.\mathrm{grad} \mathrel{+}= \sum_i \alpha_i g_i
+
+    The sum is formed in float32 where the gradients have lower precision, and rounded once. A
+    parameter that no loss reaches keeps its ``.grad``, None included, so that weight decay does
+    not move it. Post-accumulate-grad hooks of the parameters run once, at the end.
+
+    Args:
+        parameters: The parameters.
+        gradients: m rows, one tensor or None per parameter. They are consumed: entries become
+            None as they are combined, so that the peak of memory stays at m gradients.
+        coefficients: alpha, ``[m]``. On an accelerator they stay there.
+
+    Example:
+        >>> import torch
+        >>> from raco_optim import add_combined_gradient
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> rows = [[torch.tensor([1.0, 0.0])], [torch.tensor([0.0, 2.0])]]
+        >>> add_combined_gradient([x], rows, torch.tensor([0.5, 0.25]))
+        >>> x.grad
+        tensor([0.5000, 0.5000])
+    """
+    shared = [True] * len(parameters)
+    write_gradients(parameters, combine_rows(gradients, coefficients, coefficients, shared))
+
+
+@torch.no_grad()
+def combine_rows(
+    rows: Sequence[Gradient], alpha: Tensor, weights: Tensor, shared: Sequence[bool]
+) -> Gradient:
+    """Combines rows by alpha where a parameter is shared, else by the weights; consumes them."""
+    scales = {True: as_scales(alpha), False: as_scales(weights)}
+    combined: Gradient = []
+    for j, is_shared in enumerate(shared):
+        tensors, chosen = [], []
+        for row, scale in zip(rows, scales[is_shared], strict=True):
+            g = row[j]
+            if g is not None:
+                tensors.append(g)
+                chosen.append(scale)
+                row[j] = None
+        combined.append(combination(tensors, chosen).to(tensors[0].dtype) if tensors else None)
+    return combined
+
+
+@torch.no_grad()
+def write_gradients(
+    parameters: Sequence[Tensor], gradients: Gradient, done: Callable[[], None] = lambda: None
+) -> None:
+    """Adds gradients, which it may keep, to ``.grad`` of all parameters or, if stopped, of none.
+
+    Args:
+        parameters: The parameters.
+        gradients: One per parameter; None leaves its ``.grad`` alone.
+        done: Called once the gradients are there, also where an interrupt arrives just then.
+    """
+    fresh: list[tuple[Tensor, Tensor]] = []
+    grads: list[Tensor] = []
+    added: list[Tensor] = []
+    for p, g in zip(parameters, gradients, strict=True):
+        if g is None:
+            continue
+        if p.grad is not None:
+            grads.append(p.grad)
+            added.append(g if g.dtype == p.grad.dtype else g.to(p.grad.dtype))
+        else:
+            # As autograd does: fused optimizers walk both in the order of memory.
+            aligned = g.stride() == p.stride()
+            fresh.append((p, g if aligned else torch.empty_like(p, dtype=g.dtype).copy_(g)))
+    version = grads[0]._version if grads else 0
+    written = False
+    try:
+        for p, g in fresh:
+            p.grad = g
+        # One call, so that an interrupt (Ctrl-C) comes before or after it, never in between.
+        if grads:
+            torch._foreach_add_(grads, added)
+        written = True
+    finally:
+        if written or (grads and grads[0]._version != version):
+            done()
+        else:
+            for p, _ in fresh:
+                p.grad = None
+    for p, g in zip(parameters, gradients, strict=True):
+        hooks = None if g is None else p._post_accumulate_grad_hooks
+        for hook in tuple(hooks.values()) if hooks else ():
+            hook(p)
+
+
+def grad_dtype(parameter: Tensor) -> torch.dtype:
+    """Returns the dtype of the parameter's ``.grad`` (``Tensor.grad_dtype``, since torch 2.10)."""
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype
+
+
+def as_scales(coefficients: Tensor) -> list[Any]:
+    """Returns Python numbers where they are at hand: a tensor is slower to multiply by.
+
+    A tensor has at most the largest number of float32, so that it is never Inf beside gradients.
+    """
+    if coefficients.device.type == "cpu":
+        return coefficients.tolist()
+    return list(coefficients.clamp(-LARGEST, LARGEST).unbind())
+
+
+def combination(tensors: Sequence[Tensor], scales: Sequence[Any]) -> Tensor:
+    r"""Returns :math:`\sum_i \alpha_i x_i`, formed in float32 at least."""
+    # Never in place: autograd may return one tensor for two parameters, an expanded one, or one
+    # that the user's code still holds.
+    combined = _scaled(tensors[0], scales[0])
+    for x, scale in zip(tensors[1:], scales[1:], strict=True):
+        if isinstance(scale, float) and abs(scale) <= LARGEST:
+            combined.add_(_at_least_single(x), alpha=scale)
+        else:
+            combined.add_(_scaled(x, scale))
+    return combined
+
+
+def _scaled(x: Tensor, scale: Any) -> Tensor:  # noqa: ANN401  # a number or a tensor
+    """x times a number that float32 may not hold, as where p is on a gradient of 1e-40."""
+    x = _at_least_single(x)
+    wide = isinstance(scale, float) and abs(scale) > LARGEST
+    scaled: Tensor = (x.double() if wide else x) * scale
+    return scaled.to(x.dtype)
+
+
+def _at_least_single(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in LOW_PRECISION else x
+
+
+@contextmanager
+def stashed_gradients(parameters: Sequence[Tensor]) -> Iterator[Callable[[], list[Tensor | None]]]:
+    """Puts ``.grad`` and its hooks aside; yields what takes, and clears, a backward pass's.
+
+    Post-accumulate-grad hooks run once, on the combined gradient, and not on that of one loss.
+    """
+
+    def take() -> list[Tensor | None]:
+        found = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        return found
+
+    hooks = [p._post_accumulate_grad_hooks for p in parameters]
+    for p in parameters:
+        p._post_accumulate_grad_hooks = None
+    kept = take()
+    try:
+        yield take
+    finally:
+        for p, g, found in zip(parameters, kept, hooks, strict=True):
+            p.grad = g
+            p._post_accumulate_grad_hooks = found

@@ -1,0 +1,266 @@
+r"""Mode "ghost": the exact Gram matrix without the gradients of large weights.
+
+A layer :math:`y = x W^\top` with inputs :math:`x \in \mathbb{R}^{N \times a}` has the gradients
+:math:`g_i = \delta_i^\top x`, where :math:`\delta_i = \partial L_i / \partial y`. All that a step
+needs of them follows from x and the :math:`\delta_i`, with :math:`K = x x^\top`:
+
+.. math::
+    \langle g_i, g_j \rangle = \langle K \delta_i, \delta_j \rangle, \qquad
+    \sum_i \alpha_i g_i = \Big( \sum_i \alpha_i \delta_i \Big)^\top x.
+
+A convolution is such a layer of its unfolded input. An embedding's gradient is zero but for the
+rows that were looked up, and is held as these. The gradient of a weight that is used several times
+is the sum over its uses: inputs and output gradients of its products are laid end to end, and what
+products and lookups of one weight (tied embeddings) have in common is accounted for.
+
+`graph.py` finds inputs and layers in the autograd graph of the losses; the model isn't touched. A
+weight is treated so only where every use of it is one of these and it is cheaper. The gradients of
+all other parameters are materialized, by the same backward passes. The result is exact either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from raco_optim.gradients.combine import LOW_PRECISION, as_scales, combination, grad_dtype
+from raco_optim.gradients.dense import (
+    DenseGradients,
+    DenseMode,
+    Memory,
+    PerLossGradients,
+    iterate_gradients,
+)
+from raco_optim.gradients.gram import gram_matrix
+from raco_optim.gradients.graph import Lookup, Product, Uses, find_uses
+from raco_optim.objectives import Batch, Gradient
+
+_SLICE = 2**17
+
+
+@dataclass
+class Layer:
+    """A weight's inputs and output gradients, which stand for its m gradients."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    """That of ``.grad``."""
+    transposed: bool
+    x: Callable[[], Tensor]
+    """Inputs of the products, ``[N, a]``; N is 0 where there are none."""
+    ids: Tensor
+    """Indices of the lookups, ``[T]``; T is 0 where there are none."""
+    product_deltas: list[Tensor]
+    """delta of the products, m times ``[N, b]``."""
+    lookup_deltas: list[Tensor]
+    """delta of the lookups, m times ``[T, a]``."""
+
+    def gram(self) -> Tensor:
+        """Computes the Gram matrix of the gradients, ``[m, m]``, float64."""
+        # The terms of a gradient may cancel, and those of its square do so twice: hence float64.
+        x, looked_up = self.x().double(), torch.stack(self.lookup_deltas).double()
+        m, n = len(self.product_deltas), len(x)
+        kernel = (x @ x.T).expand(m, n, n)
+        total = gram_matrix(list(_rows_once(self.ids, looked_up)))
+        # In slices, so that what is computed on the way stays in the cache.
+        width = max(1, _SLICE // max(1, m * n))
+        for start in range(0, self.product_deltas[0].shape[1], width):
+            part = torch.stack([d[:, start : start + width] for d in self.product_deltas]).double()
+            # Not `kernel @ part`, whose rows may differ for equal losses.
+            total += _inner(torch.bmm(kernel, part), part)
+        if len(self.ids):
+            # Of the products' gradients, the rows that were looked up too.
+            rows = torch.stack([d[:, self.ids].double().T @ x for d in self.product_deltas])
+            mixed = _inner(rows, looked_up)
+            total += mixed + mixed.T
+        return (total + total.T) / 2
+
+    @torch.no_grad()
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Computes the combination of the gradients with coefficients ``[m]``."""
+        scales = as_scales(coefficients)
+        x, delta = self.x(), combination(self.product_deltas, scales)
+        left, right = (delta.T, x) if self.transposed else (x.T, delta)
+        # `out`, because autocast would shorten the factors of a product that makes its own result.
+        combined = torch.mm(left, right, out=x.new_empty(len(left), right.shape[1]))
+        combined = combined.view(self.shape)
+        if len(self.ids):
+            combined.index_add_(0, self.ids, combination(self.lookup_deltas, scales))
+        return combined.to(self.dtype)
+
+
+@dataclass
+class GhostGradients(DenseGradients):
+    """The layers without gradients, and the gradients of all other parameters."""
+
+    layers: dict[int, Layer] = field(kw_only=True)
+    """By the position of their weight, a shared one, among the parameters."""
+
+    def gram(self) -> Tensor:
+        """See `PerLossGradients`."""
+        gram = super().gram()
+        for layer in self.layers.values():
+            part = layer.gram()
+            gram = gram.to(part.device, non_blocking=True) + part
+        # Where the terms of a gradient cancel to the last digits, what is left of the products need
+        # not satisfy |H_ij| <= |g_i| |g_j|.
+        squares = gram.diagonal().clamp(min=0)
+        bound = squares.sqrt()[:, None] * squares.sqrt()
+        gram = torch.where(gram.abs() > (1 + 1e-12) * bound, gram.sign() * bound, gram)
+        gram.diagonal().copy_(squares)
+        return gram
+
+    def combine(self, alpha: Tensor, weights: Tensor) -> Gradient:
+        """See `PerLossGradients`."""
+        combined = super().combine(alpha, weights)
+        for j in list(self.layers):
+            combined[j] = self.layers.pop(j).combine(alpha)
+        return combined
+
+
+class GhostMode(DenseMode):
+    """Computes output gradients of shared layers for which that is cheaper, and the rest."""
+
+    name = "ghost"
+
+    def collect(self, batch: Batch) -> PerLossGradients:
+        """Gathers the gradients of this call; dense where layers can't be found."""
+        why = (
+            "several processes"
+            if batch.group is not None
+            else "micro-batches"
+            if batch.pending is not None
+            else "callables"
+            if batch.tensors is None
+            else ""
+        )
+        self.ran = f"dense: {why}" if why else self.name
+        return super().collect(batch) if why else collect(batch, self._memory)
+
+
+def collect(batch: Batch, memory: Memory) -> GhostGradients:
+    """Runs the backward passes; the losses are tensors."""
+    losses, parameters, shared = batch.tensors, batch.parameters.tensors, batch.parameters.shared
+    assert losses is not None
+    try:
+        found = {
+            j: uses
+            for j, uses in find_uses(losses, parameters).items()
+            if shared[j] and _is_cheaper(uses)
+        }
+    except RuntimeError:  # a tensor is gone or was changed: the backward pass explains it
+        found = {}
+    plain = [p for j, p in enumerate(parameters) if j not in found]
+    edges = [GradientEdge(node, 0) for used in found.values() for node in used.nodes]
+    values: list[Tensor | None] = []
+    rows: list[Gradient] = []
+    deltas: list[Gradient] = []
+    with _Inputs([edge.node for edge in edges]) as inputs:
+        passes = iterate_gradients(losses, plain, batch.names, edges, keep_graph=batch.retain_graph)
+        for i, (value, row) in enumerate(passes):
+            values.append(value)
+            if i < len(losses) - 1:
+                row[: len(plain)] = memory.hold(i, row[: len(plain)])
+            gradients = iter(row)
+            rows.append([None if j in found else next(gradients) for j in range(len(parameters))])
+            deltas.append(inputs.in_place_of([*gradients]))
+    layers, start = {}, 0
+    for j, used in found.items():
+        stop = start + len(used.nodes)
+        parts = [row[start:stop] for row in deltas]
+        if any(delta is not None for part in parts for delta in part):
+            layers[j] = _layer(used, parts, parameters[j])
+        start = stop
+    return GhostGradients(values, rows, shared, layers=layers)
+
+
+class _Inputs:
+    """What nodes of the graph are given in a backward pass, after hooks on tensors changed it.
+
+    The gradient of an edge is what it was before them, where its node is run too.
+    """
+
+    def __init__(self, nodes: Sequence[Any]) -> None:
+        self._nodes = nodes
+        self._given: dict[int, Tensor | None] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Inputs:
+        for k, node in enumerate(self._nodes):
+            self._handles.append(node.register_prehook(partial(self._take, k)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _take(self, k: int, gradients: tuple[Tensor | None, ...]) -> None:
+        self._given[k] = gradients[0]
+
+    def in_place_of(self, gradients: Gradient) -> Gradient:
+        """Returns the edges' gradients, those of nodes that were run replaced; forgets these."""
+        given, self._given = self._given, {}
+        return [given.get(k, g) for k, g in enumerate(gradients)]
+
+
+def _layer(uses: Uses, deltas: Sequence[Gradient], weight: Tensor) -> Layer:
+    dtype = next((d.dtype for row in deltas for d in row if d is not None), weight.dtype)
+    dtype = torch.float32 if dtype in LOW_PRECISION else dtype
+    like, (b, a), k = weight.new_empty(0, dtype=dtype), _sizes(uses), len(uses.products)
+    products, lookups = uses.products, uses.lookups
+
+    def x() -> Tensor:
+        return torch.cat([like.new_empty(0, a), *(product.x().to(dtype) for product in products)])
+
+    def end_to_end(size: int, uses: Sequence[Product | Lookup], row: Gradient) -> Tensor:
+        parts = [
+            like.new_zeros(use.number, size) if delta is None else use.rows(delta).to(dtype)
+            for use, delta in zip(uses, row, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat([like.new_empty(0, size), *parts])
+
+    return Layer(
+        shape=uses.shape,
+        dtype=grad_dtype(weight),
+        transposed=uses.transposed,
+        x=x,
+        ids=torch.cat([weight.new_empty(0, dtype=torch.int64), *(use.ids for use in lookups)]),
+        product_deltas=[end_to_end(b, products, row[:k]) for row in deltas],
+        lookup_deltas=[end_to_end(a, lookups, row[k:]) for row in deltas],
+    )
+
+
+def _is_cheaper(uses: Uses) -> bool:
+    """Whether Gram and combination by deltas take less time than m gradients."""
+    b, a = _sizes(uses)
+    m, n, t = uses.losses, sum(u.number for u in uses.products), sum(u.number for u in uses.lookups)
+    if not uses.products:
+        return m * t < (m - 1) * b
+    # Twice: these products are formed in float64, at half the rate of the gradients'.
+    return 2 * (n * (a + m * b) + m * t * a) < (m - 1) * a * b
+
+
+def _sizes(uses: Uses) -> tuple[int, int]:
+    """Returns b and a: the features of a product's output and of its input."""
+    first, others = uses.shape[0], uses.shape[1:].numel()
+    return (first, others) if uses.transposed else (others, first)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Returns <a_i, b_j>, ``[m, m]``."""
+    return a.flatten(1) @ b.flatten(1).T
+
+
+def _rows_once(ids: Tensor, deltas: Tensor) -> Tensor:
+    """Sums deltas ``[m, T, a]`` of one index; rows beyond the number of indices are zero."""
+    if not len(ids):
+        return deltas
+    ordered, order = ids.sort()
+    row = torch.cat([ids.new_zeros(1), (ordered.diff() != 0).cumsum(0)])
+    return torch.zeros_like(deltas).index_add_(1, row, deltas[:, order])

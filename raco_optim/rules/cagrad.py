@@ -1,0 +1,197 @@
+"""The rule of CAGrad and CAGrad-Clip: subproblem -> clipping -> coefficients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from raco_optim._checks import ZERO, checked_choice, checked_radius
+from raco_optim.rules.rule import MixingCoefficients, Rule
+from raco_optim.subproblem.solve import SOLVERS, Solver, checked_arguments, solve
+
+Clip = Literal["hard", "soft", "none"]
+CLIPS = ("hard", "soft", "none")
+
+# With c >= 1, combinations of gradients that cancel to 1e-4 of their terms count as zero. What
+# they leave is rounding in part, and coefficients that scale it to |g_0| scale its rounding too:
+# float32 gradients would then give <g_i, d> = -0.4 |g_i| |g_0| (cancelled to 1e-7), -0.004 (1e-5).
+_CRITICAL = 1e-8
+
+
+class CAGradRule(Rule):
+    r"""CAGrad with weights, clipped or not; `mixing_coefficients` has the formula.
+
+    If losses are absent from a step, the weights of those that are present sum to W < 1. Then
+    :math:`\alpha(H, w) = W \alpha(H, w / W)`, and p and the clipped p refer to :math:`w / W`.
+
+    Args:
+        c: Radius of the correction relative to :math:`|g_0|`.
+        clip: ``"hard"``, ``"soft"`` or ``"none"``.
+        solver: ``"exact"``, ``"pgd"`` or ``"slsqp"``; see `solve_subproblem`.
+        below_one: Whether c must be in [0, 1); otherwise any c >= 0 is accepted.
+
+    Raises:
+        ValueError: An argument is out of its range; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from raco_optim.rules import CAGradRule
+        >>> rule = CAGradRule(c=0.4)
+        >>> rule(torch.eye(2, dtype=torch.float64), [0.5, 0.5]).coefficients
+        tensor([0.7000, 0.7000], dtype=torch.float64)
+    """
+
+    def __init__(
+        self, c: float, clip: Clip = "hard", solver: Solver = "exact", *, below_one: bool = True
+    ) -> None:
+        self._below_one = below_one
+        self.c, self.clip, self.solver = c, clip, solver
+
+    @property
+    def c(self) -> float:
+        """Radius of the correction relative to the weighted gradient."""
+        return self._c
+
+    @c.setter
+    def c(self, c: float) -> None:
+        self._c = checked_radius(c, below_one=self._below_one)
+
+    @property
+    def clip(self) -> Clip:
+        """How p is clipped."""
+        return self._clip
+
+    @clip.setter
+    def clip(self, clip: Clip) -> None:
+        self._clip: Clip = checked_choice("clip", clip, CLIPS)
+
+    @property
+    def solver(self) -> Solver:
+        """Which solver finds p."""
+        return self._solver
+
+    @solver.setter
+    def solver(self, solver: Solver) -> None:
+        self._solver: Solver = checked_choice("solver", solver, SOLVERS)
+
+    def __call__(self, gram: Tensor, weights: Sequence[float]) -> MixingCoefficients:
+        """Computes the coefficients of the losses that are present."""
+        return _mix(gram, weights, self._c, self._clip, self._solver)
+
+    def settings(self) -> dict[str, Any]:
+        """Returns c, clip and solver."""
+        return {"c": self._c, "clip": self._clip, "solver": self._solver}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns c."""
+        return {"c": self._c}
+
+    def check_state(self, state: Any) -> None:  # noqa: ANN401  # that is what it checks
+        """Raises `ValueError` if the state holds anything but a valid c."""
+        if not isinstance(state, Mapping) or state.keys() != {"c"}:
+            raise ValueError(
+                f'`state` of the rule must hold "c" alone for CAGradRule; got {state!r}. '
+                f"Load a checkpoint of the same rule."
+            )
+        checked_radius(state["c"], below_one=self._below_one)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Sets c."""
+        self.check_state(state)
+        self.c = state["c"]
+
+
+def mixing_coefficients(
+    gram: Tensor | Sequence[Sequence[float]],
+    weights: Sequence[float] | Mapping[str, float] | Tensor,
+    c: float,
+    *,
+    clip: Clip = "hard",
+    solver: Solver = "exact",
+) -> MixingCoefficients:
+    r"""Computes the coefficients of one CAGrad-Clip step from the Gram matrix alone.
+
+    .. math::
+        p^* &\in \arg\min_{p \in \Delta} \; p^\top H w + c \sqrt{w^\top H w} \sqrt{p^\top H p} \\
+        \tilde p &= \min(p^*, w) \\
+        \alpha &= w + c \sqrt{w^\top H w} \; \tilde p / \sqrt{\tilde p^\top H \tilde p}
+
+    so that :math:`\sum_i \alpha_i g_i = g_0 + c |g_0| \tilde G / |\tilde G|`. The clipped p is not
+    renormalised. With c = 0, alpha = w exactly. Scaling the gradients does not change alpha.
+
+    Where :math:`|\tilde G|` is zero to rounding, alpha = w. For c >= 1, alpha = 0 where :math:`G_p`
+    or the combined gradient vanish (below 1e-4 of the sum of their terms' norms): the point is
+    Pareto-critical, and CAGrad promises for c >= 1 that no loss rises to first order.
+
+    Args:
+        gram: H, ``[m, m]``, real, symmetric, positive semi-definite up to rounding.
+        weights: w, m numbers on the simplex.
+        c: Radius of the trust region relative to :math:`|g_0|`, >= 0. The descent guarantee
+            (Theorem 3.1) needs c < 1.
+        clip: ``"hard"``: :math:`\tilde p = \min(p^*, w)`, the paper. ``"none"``:
+            :math:`\tilde p = p^*`, CAGrad with weights. ``"soft"``:
+            :math:`\tilde p_i = p_i w_i / (p_i + w_i)`, half the harmonic mean, smooth and between
+            :math:`\min(p_i, w_i) / 2` and :math:`\min(p_i, w_i)`.
+        solver: See `solve_subproblem`.
+
+    Returns:
+        The coefficients, p, the clipped p and the gap of p, on the device of `gram`.
+
+    Raises:
+        ValueError: An argument is out of its range; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from raco_optim import mixing_coefficients
+        >>> g = torch.tensor([[1.0, -4.0], [-1.0, 1.0]], dtype=torch.float64)
+        >>> mixing = mixing_coefficients(g @ g.T, weights=[0.2, 0.8], c=0.5)
+        >>> mixing.p
+        tensor([0.3561, 0.6439], dtype=torch.float64)
+        >>> mixing.p_clipped
+        tensor([0.2000, 0.6439], dtype=torch.float64)
+
+    References:
+        Algorithm 1, lines 5 to 8, of arXiv 2602.02495.
+    """
+    checked_choice("clip", clip, CLIPS)
+    H, w, c = checked_arguments(gram, weights, c, solver)
+    return _mix(H, w, c, clip, solver)
+
+
+def _mix(
+    H: Tensor, weights: Sequence[float], c: float, clip: Clip, solver: Solver
+) -> MixingCoefficients:
+    total = math.fsum(weights)
+    if total == 0:  # only losses of weight zero are present
+        zeros = H.new_zeros(len(weights))
+        return MixingCoefficients(zeros, zeros + 1 / len(weights), zeros, H.new_zeros(()))
+    if abs(total - 1) <= 1e-15:
+        total = 1.0
+    shares = [x / total for x in weights]
+    solution = solve(H, shares, c, solver)
+    w, p = H.new_tensor(shares), solution.p
+    if clip == "hard":
+        p_clipped = torch.minimum(p, w)
+    elif clip == "soft":
+        p_clipped = torch.nan_to_num(p * w / (p + w))  # 0 / 0, where both are zero, is 0
+    else:
+        p_clipped = p
+    # Scaled first, so that no square leaves the range of float64.
+    unit = H / H.diagonal().amax().clamp(min=torch.finfo(H.dtype).tiny)
+    squared_g0 = w @ (unit @ w)
+    squared_norm = p_clipped @ (unit @ p_clipped)
+    ratio = torch.where(_vanishes(unit, p_clipped, ZERO), 0.0, squared_g0 / squared_norm)
+    alpha = H.new_tensor(weights) + c * total * ratio.clamp(min=0).sqrt() * p_clipped
+    if c >= 1:
+        critical = _vanishes(unit, p, _CRITICAL) | _vanishes(unit, alpha, _CRITICAL)
+        alpha = torch.where(critical, 0.0, alpha)
+    return MixingCoefficients(alpha, p, p_clipped, solution.gap)
+
+
+def _vanishes(H: Tensor, q: Tensor, limit: float) -> Tensor:
+    """Returns whether |sum_i q_i g_i|^2 is at most `limit` times (sum_i q_i |g_i|)^2."""
+    return q @ (H @ q) <= limit * (q @ H.diagonal().sqrt()).square()

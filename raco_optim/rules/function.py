@@ -1,0 +1,105 @@
+"""Any function of the Gram matrix as a rule, with the state it carries from step to step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raco_optim.rules.attributes import attributes_of, bad_state, new_values, set_attributes
+from raco_optim.rules.rule import MixingCoefficients, Rule
+
+
+class FunctionRule(Rule):
+    """A user's function, or a TorchJD ``Weighting``, as a rule; it does not see the weights.
+
+    A checkpoint keeps what `function` carries from step to step, so that resuming equals not
+    stopping. An object with ``state_dict`` and ``load_state_dict`` (no `nn.Module`) says itself
+    what that is. For any other it is its attributes; for an `nn.Module` the attributes, parameters
+    and buffers of all its submodules. A checkpoint can hold numbers, strings, tensors, None,
+    dtypes, devices, and tuples, lists, dicts and sets of them. An attribute of another type is
+    left out with a warning, unless it can be called. What a function closes over is not seen.
+
+    Args:
+        function: Maps the Gram matrix, ``[m, m]``, float64, to coefficients, ``[m]``, or to
+            `MixingCoefficients`. It may write to its argument, which is a copy.
+
+    Raises:
+        TypeError: `function` cannot be called.
+
+    Example:
+        >>> import torch
+        >>> from raco_optim.rules import FunctionRule
+        >>> rule = FunctionRule(lambda gram: 1 / gram.diagonal().sqrt())
+        >>> rule(torch.diag(torch.tensor([4.0, 1.0])), [0.5, 0.5]).coefficients
+        tensor([0.5000, 1.0000])
+    """
+
+    deterministic = False
+
+    def __init__(self, function: Callable[[Tensor], Tensor | MixingCoefficients]) -> None:
+        if isinstance(function, type) or not callable(function):
+            raise TypeError(
+                f"`rule` must be a callable from the Gram matrix to the coefficients; got "
+                f"{function!r}."
+            )
+        self.function = function
+
+    def __call__(self, gram: Tensor, weights: Sequence[float]) -> MixingCoefficients:
+        """Calls the function, without a graph, and checks what it returns."""
+        with torch.no_grad():
+            mixing = self.function(gram.clone())
+        if isinstance(mixing, Tensor):
+            mixing = MixingCoefficients(mixing)
+        if not isinstance(mixing, MixingCoefficients):
+            raise TypeError(
+                f"`rule` must return a tensor or MixingCoefficients; got {type(mixing).__name__}."
+            )
+        alpha = mixing.coefficients
+        if alpha.shape != gram.shape[:1] or not alpha.is_floating_point():
+            raise ValueError(
+                f"`rule` must return a real tensor of shape [{len(gram)}], one coefficient per "
+                f"loss; got shape {list(alpha.shape)} and dtype {alpha.dtype}."
+            )
+        return mixing
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what the function carries from step to step."""
+        own = self._own_state()
+        return attributes_of(self._object()) if own is None else {"function": own.state_dict()}
+
+    def check_state(self, state: Any) -> None:  # noqa: ANN401  # that is what it checks
+        """Raises `ValueError` if the state is of another function; changes nothing."""
+        own = self._own_state()
+        if own is None:
+            new_values(self._object(), state)
+        elif not isinstance(state, Mapping) or state.keys() != {"function"}:
+            raise bad_state('hold "function" alone', state)
+        else:
+            try:
+                copy.deepcopy(own).load_state_dict(state["function"])
+            except Exception as error:
+                raise bad_state(f"fit; {type(error).__name__}: {error}", state) from error
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self.check_state(state)
+        own = self._own_state()
+        if own is None:
+            set_attributes(self._object(), state)
+        else:
+            own.load_state_dict(state["function"])
+
+    def __repr__(self) -> str:
+        return f"FunctionRule({self.function!r})"
+
+    def _object(self) -> object:
+        return getattr(self.function, "__self__", self.function)  # of a bound method
+
+    def _own_state(self) -> Any:  # noqa: ANN401  # an object with state_dict and load_state_dict
+        function = self._object()
+        has_both = hasattr(function, "state_dict") and hasattr(function, "load_state_dict")
+        return function if has_both and not isinstance(function, nn.Module) else None

@@ -1,0 +1,120 @@
+"""The subproblem of CAGrad behind one signature, whichever solver finds p."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from raco_optim._checks import as_gram, checked_choice, checked_radius, checked_weights
+from raco_optim.subproblem.projected_gradient import projected_gradient
+from raco_optim.subproblem.several_losses import solve_several
+from raco_optim.subproblem.two_losses import solve_two_losses
+
+Solver = Literal["exact", "pgd", "slsqp"]
+SOLVERS = ("exact", "pgd", "slsqp")
+
+
+@dataclass(frozen=True)
+class SubproblemSolution:
+    r"""A point of the simplex and the certificate that it is the minimiser; float64 tensors.
+
+    Attributes:
+        p: ``[m]`` (``[..., m]`` for a batch), non-negative, summing to 1.
+        value: :math:`\Phi(p)`, a scalar (``[...]``), in the units of the Gram matrix.
+        gap: Frank-Wolfe gap relative to :math:`|g_0| \max_i |g_i|`, a scalar (``[...]``): Phi(p)
+            exceeds its minimum by no more than that.
+
+    Example:
+        >>> from raco_optim import solve_subproblem
+        >>> solution = solve_subproblem([[1.0, 0.0], [0.0, 1.0]], [0.5, 0.5], c=0.5)
+        >>> bool(solution.gap <= 1e-9)
+        True
+    """
+
+    p: Tensor
+    value: Tensor
+    gap: Tensor
+
+
+def solve_subproblem(
+    gram: Tensor | Sequence[Sequence[float]],
+    weights: Sequence[float] | Mapping[str, float] | Tensor,
+    c: float,
+    *,
+    solver: Solver = "exact",
+) -> SubproblemSolution:
+    r"""Minimises the subproblem of CAGrad over the simplex.
+
+    .. math::
+        p^* \in \arg\min_{p \in \Delta} \Phi(p), \quad
+        \Phi(p) = p^\top H w + c \sqrt{w^\top H w} \sqrt{p^\top H p}
+
+    Scaling H does not change the minimiser. If there are several (dependent gradients),
+    ``"exact"`` returns the one closest to w. If the weighted gradient is zero to rounding, p = w.
+
+    Args:
+        gram: H, ``[m, m]``, real, symmetric, positive semi-definite up to rounding; any device.
+            With ``solver="pgd"`` also a batch ``[..., m, m]``.
+        weights: w, m numbers >= 0 that sum to 1 within 1e-6 (then normalised).
+        c: Radius of the trust region relative to :math:`|g_0|`, >= 0, finite.
+        solver: ``"exact"``: a closed form for m = 2, an active set beyond, in float64 on the
+            host (one copy of H from an accelerator). ``"pgd"``: projected gradient in torch, on
+            the device of H, batched, without waiting for it; it does not check the values of H.
+            ``"slsqp"``: scipy's sequential quadratic programming, on the host. ``"exact"`` is
+            certified to 1e-9, unless the gradients cancel to the last digits of H; the other two
+            usually are, and the gap tells.
+
+    Returns:
+        p, Phi(p) and the relative Frank-Wolfe gap, on the device of `gram`.
+
+    Raises:
+        ValueError: An argument is out of its range; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from raco_optim import solve_subproblem
+        >>> g = torch.tensor([[1.0, -4.0], [-1.0, 1.0]], dtype=torch.float64)
+        >>> solve_subproblem(g @ g.T, weights=[0.2, 0.8], c=0.5).p
+        tensor([0.3561, 0.6439], dtype=torch.float64)
+
+    References:
+        Liu et al., Conflict-Averse Gradient Descent, 2021, equation 5; Algorithm 1, line 5, of
+        arXiv 2602.02495.
+    """
+    return solve(*checked_arguments(gram, weights, c, solver, batched=solver == "pgd"), solver)
+
+
+def checked_arguments(
+    gram: Tensor | Sequence[Sequence[float]],
+    weights: Sequence[float] | Mapping[str, float] | Tensor,
+    c: float,
+    solver: Solver,
+    *,
+    batched: bool = False,
+) -> tuple[Tensor, list[float], float]:
+    """Checks the arguments of `solve_subproblem`; returns H, w and c."""
+    checked_choice("solver", solver, SOLVERS)
+    c = checked_radius(c, below_one=False)
+    w = checked_weights(weights)
+    H = as_gram(gram, batched=batched)
+    if len(w) != H.shape[-1]:
+        raise ValueError(
+            f"`weights` must have one entry per row of `gram`; got {len(w)} weights for the shape "
+            f"{list(H.shape)}."
+        )
+    return H, w, c
+
+
+def solve(H: Tensor, w: list[float], c: float, solver: Solver) -> SubproblemSolution:
+    """Solves the subproblem for arguments that were checked; only the values of H were not."""
+    if solver == "pgd":
+        return SubproblemSolution(*projected_gradient(H, H.new_tensor(w), c))
+    if solver == "exact" and len(w) == 2 and c > 0:
+        p, value, gap = solve_two_losses(H.tolist(), w, c)
+    else:
+        p, value, gap = solve_several(H.cpu().numpy(), w, c, solver)
+    numbers = H.new_tensor([*p, value, gap])
+    return SubproblemSolution(numbers[:-2], numbers[-2], numbers[-1])
