@@ -190,7 +190,7 @@ def checked_parameters(
                 f"`{argument}` must be parameters of `inner`; got another one, of shape "
                 f"{list(p.shape)}. {advice}"
             )
-    if not any(id(p) in identities for p in chosen):
+    if not chosen or not (frozen or any(id(p) in identities for p in chosen)):
         raise ValueError(
             f"`{argument}` must hold one at least that `inner` holds; got none. {advice}"
         )

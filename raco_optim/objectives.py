@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,26 +36,15 @@ class Pending:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one call of ``backward`` is about; all stages share it.
-
-    Attributes:
-        names: Names of the losses, in the order of the weights.
-        losses: The losses; None for an absent one.
-        weights: The user's weights, ``[m]``.
-        parameters: The parameters, with their roles.
-        pending: Gradients of earlier micro-batches.
-        group: The processes that average their gradients; None for a process on its own.
-        through: The tensor that the mode asks for: the representation, or scalars per example.
-        retain_graph: Whether the graph of the losses is kept.
-    """
+    """What one call of ``backward`` is about, in the order of the weights; all stages share it."""
 
     names: tuple[str, ...]
-    losses: list[Loss | None]
+    losses: list[Loss | None]  # None for an absent one
     weights: list[float]
     parameters: Parameters
     pending: Pending | None
-    group: Group | None
-    through: Tensor | None
+    group: Group | None  # the processes that average their gradients; None if there is one
+    through: Tensor | None  # what the mode asks for: the representation, or scalars per example
     retain_graph: bool
 
     @property
@@ -83,16 +73,10 @@ class Objectives:
     """
 
     def __init__(self, weights: Weights | None) -> None:
-        self.names: tuple[str, ...] | None = None
-        self.weights: list[float] | None = None
-        if weights is None:
-            return
-        keys = _keys(weights)
-        if keys is None:
-            self.weights = checked_weights(weights)
-        else:
-            self.names = tuple(_checked_name(key) for key in keys)
-            self.weights = checked_weights([weights[key] for key in keys])  # type: ignore[call-overload]
+        named = None if weights is None else _named(weights)
+        self.names = None if named is None else tuple(named)
+        values: Any = weights if named is None else named
+        self.weights = None if weights is None else checked_weights(values)
 
     @property
     def number(self) -> int | None:
@@ -102,19 +86,18 @@ class Objectives:
     @property
     def given(self) -> Mapping[str, float] | tuple[float, ...] | None:
         """The weights in the form they were given, read-only."""
-        if self.weights is None:
-            return None
-        if self.names is None:
-            return tuple(self.weights)
+        if self.weights is None or self.names is None:
+            return None if self.weights is None else tuple(self.weights)
         return _ReadOnlyDict(zip(self.names, self.weights, strict=True))
 
     def replace(self, weights: Weights) -> None:
-        """Takes other weights for the same losses, or raises `ValueError`."""
-        keys = _keys(weights)
-        if (None if keys is None else set(keys)) != (self.names and set(self.names)):
-            expected = "a sequence" if self.names is None else f"a mapping with {list(self.names)}"
-            raise ValueError(f"`weights` must stay {expected}; got {weights!r}.")
-        ordered: Any = [weights[name] for name in self.names] if self.names else weights  # type: ignore[call-overload]
+        """Takes other weights for the same losses, or raises."""
+        named = _named(weights)
+        if (None if named is None else set(named)) != (self.names and set(self.names)):
+            raise ValueError(
+                f"`weights` must stay {_form(self.names, self.number)}; got {weights!r}."
+            )
+        ordered: Any = weights if named is None else [named[name] for name in self.names or ()]
         checked = checked_weights(ordered)
         if self.number not in (None, len(checked)):
             raise ValueError(f"`weights` must keep its {self.number} entries; got {len(checked)}.")
@@ -133,24 +116,17 @@ class Objectives:
         names, number = self.names, self.number
         if pending is not None and number is None:
             names, number = pending.names if pending.named else None, len(pending.names)
-        keys = _keys(losses)
-        if keys is not None:
-            if names is None and number is None:
-                names = tuple(_checked_name(key) for key in keys)
-            if names is None or set(keys) != set(names):
-                expected = (
-                    f"a sequence of {number}" if names is None else f"a mapping with {list(names)}"
-                )
+        named = _named(losses)
+        if named is not None and number is None:
+            return tuple(named), list(named.values())
+        if names is not None or named is not None:
+            if names is None or named is None or set(named) != set(names):
                 raise ValueError(
-                    f"`losses` must be {expected}, like the weights; got the names {list(keys)}."
+                    f"`losses` must be {_form(names, number)}, like the weights; got "
+                    f"{type(losses).__name__ if named is None else f'the names {list(named)}'}."
                 )
-            return names, [losses[name] for name in names]  # type: ignore[call-overload]
+            return names, [named[name] for name in names]
         ordered = as_list(losses)
-        if names is not None:
-            raise ValueError(
-                f"`losses` must be a mapping with the names {list(names)}; got a "
-                f"{type(losses).__name__}."
-            )
         if number is not None and number != len(ordered):
             remedy = (
                 "Pass None for a loss that is absent from this batch."
@@ -162,6 +138,16 @@ class Objectives:
             )
         return tuple(str(i) for i in range(len(ordered))), ordered
 
+    def __str__(self) -> str:
+        texts = [f"{x:.4g}" for x in self.weights or ()]
+        if self.names is not None:
+            pairs = zip(self.names, texts, strict=True)
+            texts = [f"{shortened(name)!r}: {text}" for name, text in pairs]
+        if len(texts) > 10:
+            texts[3:] = [f"... {len(texts)} in all"]
+        text = ", ".join(texts)
+        return f"({text})" if self.names is None else f"{{{text}}}"
+
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs."""
         return {"weights": self.weights, "names": None if self.names is None else list(self.names)}
@@ -170,18 +156,15 @@ class Objectives:
         """Returns weights and the place of each loss in a state of the same losses, or raises."""
         saved, names = state["weights"], state["names"]
         try:
-            same = (
-                names is None
-                if self.names is None
-                else names is not None and sorted(names) == sorted(self.names)
-            )
-            if not same or (None if saved is None else len(saved)) != self.number:
-                raise ValueError
-        except (TypeError, ValueError):
+            same = names == self.names or sorted(names) == sorted(self.names or ())
+            same = same and (None if saved is None else len(saved)) == self.number
+        except TypeError:
+            same = False
+        if not same:
+            got = names or (len(saved) if isinstance(saved, list) else saved)
             raise ValueError(
-                f"`state_dict` must be of the same losses, {self.names or self.number}; got "
-                f"{names or (len(saved) if isinstance(saved, list) else saved)!r}."
-            ) from None
+                f"`state_dict` must be of the same losses, {self.names or self.number}; got {got}."
+            )
         places = None if self.names is None else [names.index(name) for name in self.names]
         weights = None if saved is None else checked_weights(saved)
         if weights is not None and places is not None:
@@ -198,25 +181,42 @@ class _ReadOnlyDict(dict[str, float]):
             "so that they sum to 1."
         )
 
-    __setitem__ = __delitem__ = __ior__ = _refuse  # type: ignore[assignment]
-    clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
 
-    def __reduce__(self) -> tuple[type[dict[str, float]], tuple[dict[str, float]]]:
-        return dict, (dict(self),)
-
-
-def _keys(values: object) -> list[Any] | None:
-    """Returns the keys of a mapping; a TensorDict iterates over its batch instead."""
-    if isinstance(values, Mapping) or (hasattr(values, "keys") and hasattr(values, "__getitem__")):
-        return list(values.keys())
-    return None
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A class that torch.load(weights_only=True) reads. A copy may be changed.
+        return OrderedDict, (), None, None, iter(self.items())
 
 
-def _checked_name(name: object) -> str:
-    """Returns the name as a plain string, which a checkpoint and a log can hold, or raises."""
-    if not isinstance(name, str):
-        raise TypeError(
-            f"names of losses must be strings; got {name!r}, of type {type(name).__name__}. Pass "
-            f"a sequence for losses without names."
-        )
-    return str.__str__(name)  # not `str(name)`, which an enum may override
+def is_mapping(values: Any) -> bool:  # noqa: ANN401  # that is what it checks
+    """Whether names lead to values; a TensorDict has them, and iterates over its batch."""
+    return hasattr(values, "keys") and hasattr(values, "__getitem__")
+
+
+def shortened(name: str) -> str:
+    """Returns a name as a table shows it: on one line, at most 28 characters."""
+    text = name if name.isprintable() and name.strip() else repr(name)
+    return text if len(text) <= 28 else f"{text[:13]}...{text[-12:]}"
+
+
+def _form(names: Sequence[str] | None, number: int | None) -> str:
+    return f"a sequence of {number or 'any'}" if names is None else f"a mapping with {list(names)}"
+
+
+def _named(values: Any) -> dict[str, Any] | None:  # noqa: ANN401  # a mapping or none
+    """Returns the entries of a mapping by names that a checkpoint can hold; None if it is none."""
+    if not is_mapping(values):
+        return None
+    named: dict[str, Any] = {}
+    for key in list(values.keys()):
+        if not isinstance(key, str):
+            raise TypeError(
+                f"names of losses must be strings; got {key!r}, of type {type(key).__name__}. "
+                f"Pass a sequence for losses without names."
+            )
+        name = str.__str__(key)  # not `str(key)`, which an enum overrides
+        if name in named:
+            raise ValueError(f"names of losses must differ; got {name!r} twice.")
+        named[name] = values[key]
+    return named

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import reprlib
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raco_optim import _checks as checks
+from raco_optim.distributed import replicated
 from raco_optim.distributed.agreement import parameter_settings, raise_together
 from raco_optim.distributed.group import Group
 from raco_optim.gradients import ghost
@@ -30,10 +33,10 @@ from raco_optim.gradients.dense import (
     PerLossGradients,
     check_losses,
     check_parameters,
-    walk_graph,
 )
+from raco_optim.gradients.graph import walk_graph
 from raco_optim.gradients.per_example import PerExampleMode
-from raco_optim.objectives import Batch, Losses, Objectives, Pending, Weights
+from raco_optim.objectives import Batch, Losses, Objectives, Pending, Weights, is_mapping
 from raco_optim.report import StepReport, first_nonfinite
 from raco_optim.rules.function import FunctionRule
 from raco_optim.rules.rule import MixingCoefficients, Rule
@@ -89,7 +92,7 @@ class _Core:
     nonfinite: NonFinite
     model: nn.Module | None
     mode: Any = None
-    mode_of: tuple[Parameters, bool] | None = None
+    mode_of: tuple[int, bool] | None = None
     unheld: dict[int, Tensor] | None = field(default_factory=dict)
     progress: _Progress = field(default_factory=_Progress)
 
@@ -186,15 +189,9 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         if unknown:
             raise TypeError(f"{type(self).__name__} got the unexpected arguments {sorted(unknown)}")
         super().__init__(inner)
-        asked, subset, model = "subset", gradients, options.get("model")
-        if isinstance(gradients, str):
-            asked, subset = checks.checked_choice("gradients", gradients, MODES), None
-        elif isinstance(gradients, Tensor) or not isinstance(gradients, Iterable):
-            raise TypeError(
-                f"`gradients` must be one of {', '.join(map(repr, MODES))}, or an iterable of "
-                f"parameters; got "
-                f"{'a single tensor' if isinstance(gradients, Tensor) else repr(gradients)}."
-            )
+        asked, subset, model = "subset", _checked_gradients(gradients), options.get("model")
+        if isinstance(subset, str):
+            asked, subset = subset, None
         if (asked == "per_example") != isinstance(model, nn.Module):
             raise TypeError(
                 f'`model` must be a torch.nn.Module with gradients="per_example" and None '
@@ -212,7 +209,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         )
         self._parameters(self._group)
 
-    @torch._disable_dynamo  # traced, the solver's branches would specialise on Gram values
+    # Traced, the solver's branches would specialise on the values of the Gram matrix.
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # of which torch says nothing in public
     def backward(
         self,
         losses: Losses,
@@ -254,7 +252,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         batch = self._batch(losses, group, through, accumulate, retain_graph)
         mode, progress = core.mode, core.progress
         if accumulate:
-            pending = mode.accumulate(batch, named=isinstance(losses, Mapping))
+            pending = mode.accumulate(batch, named=is_mapping(losses))
             core.progress = replace(progress, pending=pending)
             return
         reused = progress.kept.serves(batch.present, core.gram_every)
@@ -274,6 +272,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         combined = [] if report.skip else gradients.combine(report.coefficients, report.weights)
         if not report.skip and core.nonfinite != "propagate" and not gradients.exact:
             report = self._checked_combination(report, combined)
+        self._warn_of_unheld()
         if report.skip:
             skipped = progress.skipped + 1
             report = replace(report, skipped=skipped)
@@ -284,9 +283,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
                 kept = KeptGram(report.gram, batch.present, report.gram_age)
             after = _Progress(report, None, progress.skip, progress.skipped, kept)
             write_gradients(
-                batch.parameters.tensors, combined, done=lambda: setattr(core, "progress", after)
+                batch.parameters.tensors, combined, partial(setattr, core, "progress", after)
             )
-        self._warn_of_unheld()
 
     def step(  # type: ignore[override]  # the closure returns losses, not a loss
         self, closure: Callable[[], Losses | None] | None = None
@@ -329,7 +327,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets the gradients of all parameters, and drops accumulated ones."""
-        super().zero_grad(set_to_none=set_to_none)
+        self.optimizer.zero_grad(set_to_none=set_to_none)
         self._core.progress = replace(self._core.progress, pending=None, skip=False)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -344,9 +342,10 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             ValueError: A key is missing or of no use. Nothing is added then.
         """
         params = param_group["params"]
-        group = {**param_group, "params": [params] if isinstance(params, Tensor) else list(params)}
-        self._core.roles.check_group(group)
-        super().add_param_group(group)
+        if isinstance(params, Tensor | Iterator):  # in place, as torch does
+            param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
+        self._core.roles.check_group(param_group)
+        self.optimizer.add_param_group(param_group)
 
     @property
     def report(self) -> StepReport:
@@ -409,9 +408,9 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         """Returns the parameters with their roles; chooses the mode anew where they changed."""
         core = self._core
         parameters = core.roles.current(self.param_groups)
-        if core.mode_of is None or core.mode_of != (id(parameters), group is not None):
-            core.mode = self._chosen_mode(parameters, group)
-            core.mode_of = id(parameters), group is not None
+        mode_of = id(parameters), group is not None
+        if core.mode_of != mode_of:
+            core.mode, core.mode_of = self._chosen_mode(parameters, group), mode_of
         return parameters
 
     def _chosen_mode(self, parameters: Parameters, group: Group | None) -> Any:  # noqa: ANN401
@@ -423,9 +422,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             from raco_optim.distributed.sharded import ShardedMode
 
             return ShardedMode(core.asked)
-        gather = None
-        if group is not None:
-            from raco_optim.distributed.replicated import gather
+        gather = None if group is None else replicated.gather
         if core.asked == "per_example":
             assert core.model is not None
             return PerExampleMode(core.model, parameters.tensors, gather)
@@ -447,8 +444,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         if group is not None:
             settings = parameter_settings(group, parameters) | self._settings()
         # A micro-batch that sends nothing may fail without the other processes.
-        alone = accumulate and not parameters.is_sharded
-        with raise_together(None if alone else group, settings):
+        alone = group is None or (accumulate and not parameters.is_sharded)
+        with contextlib.nullcontext() if alone else raise_together(group, settings):
             check_parameters(parameters.tensors)
             pending = core.progress.pending
             if pending is not None and not pending.parameters.are(parameters):
@@ -531,7 +528,10 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         host = torch.cat([gram, norms[:, None], losses[:, None]], dim=1).cpu()
         gram, losses = host[:, :m], host[:, m + 1]
         report = replace(report, gram=gram, losses=losses)
-        problem = first_nonfinite(names, host.tolist(), gradients.nonfinite_ranks)
+        if bool(host.isfinite().all()):
+            problem = None
+        else:
+            problem = first_nonfinite(names, host.tolist(), gradients.nonfinite_ranks)
         if problem is None:
             mixing = self._mix(batch, gram, present)
             values = mixing.coefficients.tolist()
@@ -648,14 +648,11 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
 
     def _described(self) -> Iterator[tuple[str, str]]:
         """Yields what `repr` shows of the wrapper itself."""
-        core, w = self._core, self.weights
+        core = self._core
         if isinstance(core.rule, FunctionRule):
             yield "rule", repr(core.rule.function)
-        if w is not None and len(w) <= 10:
-            yield "weights", repr(dict(w) if isinstance(w, Mapping) else w)
-        elif w is not None:
-            values = list(w.values()) if isinstance(w, Mapping) else list(w)
-            yield "weights", f"<{len(w)} from {min(values):.3g} to {max(values):.3g}>"
+        if core.objectives.weights is not None:
+            yield "weights", str(core.objectives)
         for name, value in core.rule.settings().items():
             yield name, repr(value)
         if core.asked != "dense":
@@ -667,9 +664,14 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
 
     @reprlib.recursive_repr()  # a rule may be a method of the optimizer
     def __repr__(self) -> str:
-        own = ", ".join(f"{name}={value}" for name, value in self._described())
-        inner = repr(self.optimizer).replace("\n", "\n  ")
-        return f"{type(self).__name__}(\n  {own},\n  {inner}\n)"
+        own = "".join(f"{name}={value}, " for name, value in self._described())
+        lines = textwrap.wrap(own, 96, break_long_words=False, break_on_hyphens=False)
+        inside = textwrap.indent("\n".join([*lines, repr(self.optimizer)]), "  ")
+        return f"{type(self).__name__}(\n{inside}\n)"
+
+    def __str__(self) -> str:
+        report = self.last_step
+        return repr(self) if report is None else f"{self!r}\n{report}"
 
     def _own_state(self) -> dict[str, Any]:
         core = self._core
@@ -765,6 +767,18 @@ def backward(optimizer: Any, losses: Losses, **options: Any) -> None:  # noqa: A
         tensor([0.5000, 0.5000])
     """
     unwrap(optimizer).backward(losses, **options)
+
+
+def _checked_gradients(gradients: Any) -> Any:  # noqa: ANN401  # a mode or parameters
+    if isinstance(gradients, str):
+        return checks.checked_choice("gradients", gradients, MODES)
+    if isinstance(gradients, Tensor) or not isinstance(gradients, Iterable):
+        raise TypeError(
+            f"`gradients` must be one of {', '.join(map(repr, MODES))}, or an iterable of "
+            f"parameters; got "
+            f"{'a single tensor' if isinstance(gradients, Tensor) else repr(gradients)}."
+        )
+    return gradients
 
 
 def _checked_nonfinite(nonfinite: NonFinite) -> NonFinite:

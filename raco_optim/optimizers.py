@@ -227,7 +227,7 @@ class LinearScalarization(MultiObjectiveOptimizer):
         super().__init__(inner, LinearRule(), weights=_given(weights), **options)
 
 
-def _given(weights: Weights) -> Weights:
+def _given(weights: Weights | None) -> Weights | None:
     """Refuses None, which only rules without weights allow."""
     if weights is None:
         checked_weights(weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from raco_optim._checks import ZERO
+from raco_optim.objectives import shortened
 
-# Rows and pairs that a printed report shows.
-_ROWS, _PAIRS = 20, 5
+# Losses and pairs that a printed report shows, and its width.
+_ROWS, _PAIRS, _WIDTH = 15, 5, 100
 
 
 class Outcome(enum.Enum):
@@ -39,7 +41,7 @@ class Outcome(enum.Enum):
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StepReport:
     """What the last `backward` of a `MultiObjectiveOptimizer` computed; ``print`` shows a table.
 
@@ -154,54 +156,62 @@ class StepReport:
         """Whether two losses conflict: some <g_i, g_j> < 0."""
         return bool((self.gram < 0).any())
 
+    def __repr__(self) -> str:
+        return f"<StepReport: m = {len(self.names)}, {self.to_host().outcome.name}>"
+
     def __str__(self) -> str:
         host, m = self.to_host(), len(self.names)
-        none = torch.full((m,), math.nan)
-        p, clipped = (none if x is None else x for x in (host.p, host.p_clipped))
-        columns = [host.losses, host.weights, p, clipped, host.coefficients, host.norms]
-        # Where there are too many: those with the largest share of the correction or the weights.
-        order = sorted(
-            range(m), key=lambda i: -max(float(p[i].nan_to_num()), float(host.weights[i]))
-        )
-        width = max(4, *(len(name) for name in self.names))
-        head = ("value", "weight", "p", "clipped p", "alpha", "|gradient|")
-        lines = [f"{'loss':<{width}}" + "".join(f"{title:>12}" for title in head)]
-        for i in sorted(order[:_ROWS]):
-            cells = [float(column[i]) for column in columns]
-            shown = (
-                "absent" if k == 0 and self.names[i] in self.absent else _cell(x)
-                for k, x in enumerate(cells)
-            )
-            lines.append(f"{self.names[i]:<{width}}" + "".join(f"{cell:>12}" for cell in shown))
-        if m > _ROWS:
-            lines.append(f"... and {m - _ROWS} losses with less of p and of the weights")
-        pairs = [
-            (float(host.cosines[i, j]), i, j)
-            for i in range(m)
-            for j in range(i)
-            if host.gram[i, j] < 0
+        present = torch.tensor([name not in self.absent for name in self.names])
+        columns = {"value": host.losses, "weight": host.weights}
+        for title, x in (("p", host.p), ("clipped p", host.p_clipped)):
+            if x is not None and not x.isnan().all():
+                columns[title] = x
+        columns |= {"alpha": host.coefficients, "norm": host.norms}
+        order, finite = list(range(m)), host.losses.isfinite() & host.norms.isfinite()
+        if m > _ROWS:  # first what is not finite, then the largest p
+            p = columns.get("p", host.coefficients.abs())
+            order.sort(key=lambda i: (not present[i], finite[i], -p[i], -host.weights[i]))
+        rows = [["loss", *columns]]
+        for i in order[:_ROWS]:
+            cells = [
+                f"{float(x[i]):.4g}" if present[i] or title == "weight" else "-"
+                for title, x in columns.items()
+            ]
+            rows.append([shortened(self.names[i]), *cells])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+            for row in rows
         ]
-        named = ", ".join(
-            f"{self.names[j]} and {self.names[i]} ({cosine:.3f})"
-            for cosine, i, j in sorted(pairs)[:_PAIRS]
-        )
-        more = f" and {len(pairs) - _PAIRS} more" if len(pairs) > _PAIRS else ""
-        lines.append(f"conflicting pairs (cosine): {named + more if pairs else 'none'}")
-        lines.append(f"outcome: {host.outcome.name}, {host.outcome.value}")
-        age = f", Gram matrix of {self.gram_age} steps before" if self.gram_age else ""
-        lines.append(f"gradients: {self.gradients}{age}; skipped so far: {self.skipped}")
+        if m > _ROWS:
+            lines.append(
+                f"... and {m - _ROWS} more, with no larger {'p' if 'p' in columns else 'alpha'}"
+            )
+        if self.absent:
+            lines.append(f"absent losses: {len(self.absent)}")
+        known = (host.gram.isfinite() & present & present[:, None]).triu(1)
+        number = int((known & (host.gram < 0)).sum())
+        lines.append(f"conflicting pairs: {number} of {int(known.sum())}")
+        worst = host.cosines.where(known, 1.0).flatten().argsort()[: min(number, _PAIRS)]
+        for k in worst.tolist():
+            i, j = divmod(k, m)
+            pair = f"{shortened(self.names[i])}, {shortened(self.names[j])}"
+            lines.append(f"  {pair}: cosine {float(host.cosines[i, j]):.3g}")
+        age = f" (steps since the Gram matrix: {self.gram_age})" if self.gram_age else ""
+        for text in (
+            f"outcome: {host.outcome.name}, {host.outcome.value}",
+            f"gradients: {self.gradients}{age}; updates skipped so far: {self.skipped}",
+        ):
+            lines.append(textwrap.fill(text, _WIDTH, subsequent_indent="  "))
         return "\n".join(lines)
 
 
 def first_nonfinite(
     names: Sequence[str], host: Sequence[Sequence[float]], ranks: str
 ) -> str | None:
-    """Says in words which loss or gradient is NaN or Inf; None where all are finite.
+    """Says in words which loss or gradient is NaN or Inf, if one is.
 
-    Args:
-        names: Names of the m losses.
-        host: The Gram matrix, norms of the head gradients and losses, ``[m, m + 2]``.
-        ranks: Which processes have a loss that is NaN or Inf, in words.
+    The rows of `host` hold Gram matrix, norm of the head gradient and loss; `ranks` says where.
     """
     m = len(names)
     for name, row in zip(names, host, strict=True):
@@ -218,10 +228,6 @@ def first_nonfinite(
                 f"(torch.autograd.set_detect_anomaly)."
             )
     return None
-
-
-def _cell(x: float) -> str:
-    return "-" if math.isnan(x) else f"{x:.4g}"
 
 
 def _host(tensor: Tensor) -> Tensor:

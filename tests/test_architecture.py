@@ -1,4 +1,4 @@
-"""The shape of the package: who imports whom, who writes `.grad`, how long a module may be."""
+"""The shape of the package: who imports whom, who writes `.grad`, and how much there is to read."""
 
 import ast
 import sys
@@ -6,66 +6,53 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from raco_optim import CAGradClip
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "raco_optim"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-LONGEST = 300
 
-# Module -> the modules of the package that it may import; a new one has to be entered here.
-# `step` alone ties the stages together, but for two: `simplex` is the front of the solvers behind
-# it, and a rule in `coefficients` starts from a solution of `simplex`. The solvers know nothing of
-# each other, only when a point is optimal.
-LEAVES = {"_checks", "report"}
-SOLVERS = {"active_set", "pgd", "slsqp"}
-STAGES = {"gradients", "gram", "simplex", "coefficients", "combine"}
-MODES = {"dense", "ghost", "surrogate"}
+# What a user's folder holds beside the core, which optional packages serve.
+AROUND = {"alignment", "cli", "integrations", "plot"}
+MOST_ENTRIES = 18
+MOST_LINES_OF_THE_CORE = 5200
+MOST_PARAMETERS = 7
+MOST_FILES_OF_A_STEP, MOST_LINES_OF_A_STEP = 10, 2000
+
+# Package or module of the core -> what it may import of the others; a new one is entered here.
 MAY_IMPORT = {
     "_checks": set(),
     "report": {"_checks"},
-    "gradients": LEAVES,
-    "gram": LEAVES,
-    "linear_algebra": set(),
-    "optimality": {"_checks", "linear_algebra"},
-    **dict.fromkeys(SOLVERS, {"_checks", "linear_algebra", "optimality"}),
-    "simplex": LEAVES | SOLVERS | {"optimality"},
-    "coefficients": LEAVES | {"simplex"},
-    "combine": LEAVES,
-    "per_example": {"gradients"},
-    "graph": set(),
-    "dense": {"gradients", "gram", "combine"},
-    "ghost": {"gradients", "gram", "combine", "graph", "dense"},
-    "surrogate": {"gradients", "gram", "combine", "processes", "replicated"},
-    "schedule": set(),
-    "processes": LEAVES,
-    "replicated": {"_checks", "gradients", "combine", "dense", "processes"},
-    "sharded": {"gradients", "combine", "dense", "processes"},
-    "step": LEAVES | STAGES | MODES | {"processes", "replicated", "sharded"},
-    "weights": {"_checks", "gradients", "dense"},
-    "wrapper": set(),
-    "optimizer": LEAVES
-    | {"wrapper", "gradients", "dense", "processes", "schedule", "step", "weights"},
-    "unwrap": {"optimizer", "weights"},
-    "methods": LEAVES | {"simplex", "coefficients", "step", "optimizer", "weights"},
-    "step_log": LEAVES,
-    "step_logger": {"coefficients", "step", "step_log", "unwrap"},
-    "pareto": LEAVES | {"simplex"},
-    "__init__": LEAVES
-    | STAGES
-    | {"optimizer", "methods", "pareto", "step_log", "step_logger", "unwrap"},
-}
-MAY_IMPORT_SCIPY = {"linear_algebra", "active_set", "slsqp"}
-# Package inside the package -> what its modules may import, beside each other, from the rest of
-# it, and which other packages at import.
-INNER_MAY_IMPORT = {
+    "objectives": {"_checks"},
+    "subproblem": {"_checks"},
+    "rules": {"_checks", "subproblem"},
+    "wrapper": {"_checks"},
+    "gradients": {"_checks", "objectives"},
+    "distributed": {"_checks", "objectives", "wrapper", "gradients"},
+    "optimizer": {
+        *("_checks", "report", "objectives", "rules", "wrapper", "gradients", "distributed"),
+    },
+    "optimizers": {"_checks", "objectives", "optimizer", "rules", "subproblem"},
+    "step_log": {"report", "optimizer"},
+    "pareto": {"_checks", "subproblem"},
+    "__init__": {
+        *("gradients", "optimizer", "optimizers", "report", "rules", "step_log", "subproblem"),
+    },
     "alignment": {"_checks"},
-    "integrations": LEAVES
-    | {"simplex", "coefficients", "per_example", "gradients", "dense", "processes", "step"}
-    | {"alignment"},
-    "cli": {"_checks", "pareto", "processes", "integrations", "plot"},
-    "plot": LEAVES | {"pareto", "step_log"},
+    "integrations": {
+        *("_checks", "alignment", "distributed", "objectives", "optimizer", "optimizers"),
+        *("report", "subproblem"),
+    },
+    "plot": {"_checks", "pareto", "report", "step_log"},
+    "cli": {"_checks", "distributed", "integrations", "pareto", "plot", "step_log"},
 }
-INNER_MAY_IMPORT_OPTIONAL = {"integrations": {"datasets", "trl"}}
+# Imports at use, where the module that is imported needs the one that imports it: gradients that
+# several processes average.
+LAZY = {("gradients", "distributed")}
+MAY_IMPORT_SCIPY = {"subproblem"}
+MAY_IMPORT_OPTIONAL = {"integrations": {"datasets", "trl"}}
 
 
 def name_of(path: Path) -> str:
@@ -106,31 +93,35 @@ def module(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def source(module: str) -> str:
-    return (PACKAGE / module.replace(".", "/")).with_suffix(".py").read_text()
+def part(module: str) -> str:
+    return module.partition(".")[0]
 
 
 @pytest.fixture
-def tree(source: str) -> ast.Module:
-    return ast.parse(source)
+def tree(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / module.replace(".", "/")).with_suffix(".py").read_text())
 
 
-def test_imports_point_one_way(module: str, tree: ast.Module) -> None:
-    inner = {name.split(".")[1] for name in imports(tree) if name.startswith("raco_optim.")}
+def test_imports_point_one_way(part: str, tree: ast.Module) -> None:
+    everything = {name.split(".")[1] for name in imports(tree) if name.startswith("raco_optim.")}
+    at_import = {
+        name.split(".")[1]
+        for name in imports(AtImport().visit(tree))
+        if name.startswith("raco_optim.")
+    }
     assert "raco_optim" not in imports(tree), "only users import the package as a whole"
-    package, _, within = module.partition(".")
-    if within:
-        assert inner <= INNER_MAY_IMPORT[package] | {package}
-    else:
-        assert inner <= MAY_IMPORT[module]
+    assert at_import <= MAY_IMPORT[part] | {part}
+    lazy = {there for here, there in LAZY if here == part}
+    typing = {"distributed", "wrapper"} if part == "objectives" else set()
+    assert everything <= MAY_IMPORT[part] | {part} | lazy | typing
 
 
-def test_only_the_solvers_import_scipy(module: str, tree: ast.Module) -> None:
-    assert "scipy" not in third_party(tree) or module in MAY_IMPORT_SCIPY
+def test_only_the_solvers_import_scipy(part: str, tree: ast.Module) -> None:
+    assert "scipy" not in third_party(tree) or part in MAY_IMPORT_SCIPY
 
 
-def test_optional_packages_are_imported_at_use(module: str, tree: ast.Module) -> None:
-    optional = INNER_MAY_IMPORT_OPTIONAL.get(module.split(".")[0], set())
+def test_optional_packages_are_imported_at_use(part: str, tree: ast.Module) -> None:
+    optional = MAY_IMPORT_OPTIONAL.get(part, set())
     assert third_party(AtImport().visit(tree)) <= {"torch", "numpy", "scipy"} | optional
 
 
@@ -142,12 +133,50 @@ def test_only_combine_writes_grad(module: str, tree: ast.Module) -> None:
         and node.attr == "grad"
         and not isinstance(node.ctx, ast.Load)
     ]
-    assert not written or module == "combine"
+    assert not written or module == "gradients.combine"
 
 
-def test_module_is_short_enough_to_read_in_one_sitting(source: str) -> None:
-    length = len(source.splitlines())
-    assert length <= LONGEST
+def test_no_function_has_many_parameters(tree: ast.Module) -> None:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            number = sum(argument.arg not in ("self", "cls") for argument in arguments)
+            inherited = node.name == "__init__" and "ref_model" in [a.arg for a in arguments]
+            assert number <= MOST_PARAMETERS or inherited, node.name  # TRL's signature
+
+
+def test_the_package_can_be_taken_in_at_a_glance() -> None:
+    entries = [x for x in PACKAGE.iterdir() if x.name != "__pycache__"]
+    assert len(entries) <= MOST_ENTRIES
+
+
+def test_the_core_stays_small() -> None:
+    core = [x for x in MODULES if name_of(x).partition(".")[0] not in AROUND]
+    assert sum(len(x.read_text().splitlines()) for x in core) <= MOST_LINES_OF_THE_CORE
+
+
+def test_a_step_can_be_followed() -> None:
+    """The files of the package that a plain step of two losses enters."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    opt = CAGradClip(torch.optim.AdamW(model.parameters()), [0.7, 0.3])
+    entered: set[str] = set()
+
+    def watch(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
+            entered.add(frame.f_code.co_filename)
+
+    for _ in range(2):  # the first one chooses the mode
+        losses = list(model(torch.ones(5, 3)).square().mean(0))
+        sys.setprofile(watch)
+        try:
+            opt.zero_grad()
+            opt.backward(losses)
+            opt.step()
+        finally:
+            sys.setprofile(None)
+    lines = {name: len(Path(name).read_text().splitlines()) for name in entered}
+    assert len(lines) <= MOST_FILES_OF_A_STEP, sorted(lines)
+    assert sum(lines.values()) <= MOST_LINES_OF_A_STEP, lines
 
 
 def test_oracles_owe_nothing_to_what_they_judge() -> None:

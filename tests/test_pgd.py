@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raco_optim import solve_subproblem
+from raco_optim.rules import CAGradRule
 from tests.oracles import excess_gap
 from tests.samplers import SAMPLERS, problem
 
@@ -121,25 +122,60 @@ def test_device_and_type_of_the_result(device, dtype):
 class Syncs(torch.overrides.TorchFunctionMode):
     """Fails on what would wait for an accelerator: numbers and control flow taken from tensors."""
 
-    WAITING = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "nonzero")
+    WAITING = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"}
+    WAITING |= {"nonzero", "equal", "allclose", "unique", "masked_select"}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
-        assert name not in self.WAITING, f"{name} waits for the device"
+        waits = name in self.WAITING or (name == "to" and "cpu" in map(str, args))
+        if name == "__getitem__":
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            waits = any(getattr(part, "dtype", None) == torch.bool for part in index)
+        assert not waits, f"{name} waits for the device"
         return func(*args, **(kwargs or {}))
 
 
 def test_nothing_waits_for_the_device():
     gram = batch(4)[0]
-    with Syncs():
-        pgd(gram, even(4), 0.4)
+    for c in (0.0, 0.4, 1.5):
+        with Syncs():
+            pgd(gram, even(4), c)
+            CAGradRule(c, solver="pgd", below_one=False)(gram, even(4))
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda gram: solve_subproblem(gram, even(4), 0.4),
+        lambda gram: gram[0, 0].item(),
+        lambda gram: gram.tolist(),
+        lambda gram: bool(gram.sum() > 0),
+        lambda gram: float(gram.sum()),
+        lambda gram: int(gram.sum()),
+        lambda gram: gram[gram > 0],
+        lambda gram: gram.nonzero(),
+        lambda gram: gram.numpy(),
+        lambda gram: gram.cpu(),
+        lambda gram: gram.to("cpu"),
+        lambda gram: torch.equal(gram, gram),
+    ],
+)
+def test_what_waits_is_seen(look):
+    """The control of the tests around it: the exact solver, and what else looks at values."""
+    with Syncs(), pytest.raises(AssertionError, match="waits for the device"):
+        look(batch(4)[0])
 
 
 def test_nothing_needs_data():
     """On the meta device there is none: any look at a value raises."""
-    solution = pgd(torch.empty(5, 4, 4, device="meta"), even(4), 0.4)
+    gram = torch.empty(5, 4, 4, device="meta")
+    solution = pgd(gram, even(4), 0.4)
     assert solution.p.shape == (5, 4)
     assert solution.p.device.type == "meta"
+    assert CAGradRule(0.4, solver="pgd")(gram[0], even(4)).coefficients.device.type == "meta"
+    for solver in ("exact", "slsqp"):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            solve_subproblem(gram[0], even(4), 0.4, solver=solver)
 
 
 def test_no_gradient_is_recorded():

@@ -49,6 +49,17 @@ def run_of(m=2, n=4, method=CAGradClip, weights=None, seed=0) -> list[StepReport
     ]
 
 
+def turned_by(degrees: float, gradients=((1.0, 0.0), (0.0, 1.0))) -> StepReport:
+    """Reports a step of two losses in which clipping turned the correction by an angle."""
+    rows = torch.tensor(gradients, dtype=torch.float64)
+    template = report_of(gradients, {"loss 0": 0.5, "loss 1": 0.5})
+    angle = math.radians(degrees)
+    along = torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
+    along = along @ rows.new_tensor([[1, 0], [0, 1]]) @ rows.inverse()
+    p = rows.new_tensor([1.0, 0.0]) @ rows.inverse()
+    return dataclasses.replace(template, gram=rows @ rows.T, p=p, p_clipped=along)
+
+
 def lines(ax, dashes: str = "-") -> list[np.ndarray]:
     """y of the lines with data: not the one at zero, nor the legend's."""
     found = [line for line in ax.get_lines() if line.get_linestyle() == dashes]
@@ -121,8 +132,7 @@ def test_clip_angle_is_in_degrees():
     report = report_of(rows, weights, c=0.5)
     turned = [p.numpy() @ np.array(rows) for p in (report.p, report.p_clipped)]
     expected = math.degrees(abs(np.subtract(*[math.atan2(y, x) for x, y in turned])))
-    tiny = dataclasses.replace(report, clip_angle=math.radians(1e-6) ** 2 / 2)
-    opposite = dataclasses.replace(report, clip_angle=2.0)
+    tiny, opposite = turned_by(1e-6), turned_by(180)
     ax = plot.clip_angle([report, tiny, opposite], window=1)
     np.testing.assert_allclose(lines(ax)[0], [expected, 1e-6, 180])
     assert ax.get_ylabel().endswith("[°]")
@@ -163,16 +173,16 @@ def test_means_and_quartiles_are_those_of_the_finite_values(window):
 
 def test_ten_thousand_steps_are_a_few_points(tmp_path):
     rng = np.random.default_rng(0)
-    template = run_of(m=2, n=1)[0]
-    reports = [
-        dataclasses.replace(template, clip_angle=x, gram=torch.eye(2, dtype=torch.float64) - y)
-        for x, y in zip(rng.random(10_000).tolist(), rng.random(10_000).round(), strict=True)
-    ]
+    angle = rng.uniform(0, 90, 10_000)
+    kinds = [((1.0, 0.0), (0.0, 1.0)), ((1.0, 0.0), (-1.0, 1.0))]
+    templates = [[turned_by(x, rows) for x in range(91)] for rows in kinds]
+    angle = angle.round()
+    conflict = rng.integers(0, 2, 10_000)
+    reports = [templates[k][int(x)] for k, x in zip(conflict, angle, strict=True)]
     figure = plot.overview(reports)
     for ax in figure.axes:
         assert all(len(line.get_xdata()) <= 120 for line in ax.get_lines())
         assert re.search(r"step \(means of 334", ax.get_xlabel())
-    angle = np.degrees(np.arccos(1 - np.array([r.clip_angle for r in reports])))
     drawn = np.asarray(figure.axes[2].get_lines()[0].get_ydata())
     assert drawn[0] == pytest.approx(angle[:334].mean())
     assert drawn[-1] == pytest.approx(angle[-334:].mean())

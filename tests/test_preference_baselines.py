@@ -10,9 +10,9 @@ from raco_optim.alignment import (
     PairLogProbs,
     amopo_losses,
     modpo_loss,
-    pair_losses,
     preference_losses,
 )
+from raco_optim.alignment.losses import pair_losses
 from tests.preference_pairs import changed, gradients, random_pairs, random_signs
 
 DOUBLE = torch.float64

@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from raco_optim.alignment import (
-    LOSSES,
     PairLogProbs,
     kto_unpaired_loss,
-    pair_losses,
     preference_losses,
     reward_margins,
 )
+from raco_optim.alignment.losses import LOSSES, pair_losses
 from tests.preference_pairs import changed, gradients, random_pairs, random_signs
 
 DOUBLE = torch.float64

@@ -225,7 +225,7 @@ FAULTS = {
     two_losses: (FloatingPointError, "loss 'b' is NaN or Inf on rank 1. "),
     infinite_gradient: (FloatingPointError, "the gradient of loss 'b' is NaN or Inf"),
     raises_in_a_callable: (ZeroDivisionError, "rank 1: ZeroDivisionError: division by zero"),
-    raises_in_the_pass: (RuntimeError, "the backward pass of loss 'b' failed"),
+    raises_in_the_pass: (RuntimeError, "It was raised by the backward pass of loss 'b'."),
     reaches_nothing: (ValueError, "loss 'c' must depend on a parameter of the optimizer"),
     too_few: (ValueError, "got the names ['a', 'b']"),
     all_absent: (ValueError, "`losses` must hold at least one loss; got None for all of them."),
@@ -273,7 +273,7 @@ def interrupted(rank, number, fault):
             try:
                 fault(opt, model, dict(losses), rank)
             except Exception as error:
-                raised = type(error), str(error)
+                raised = type(error), " ".join([str(error), *getattr(error, "__notes__", [])])
             after, skipped_now = state_of(opt, model)
             kept = equal(before, after) and skipped == skipped_now
         elif t != 1:
@@ -332,6 +332,63 @@ def test_processes_are_called_as_the_launcher_calls_them(four_ranks: Ranks) -> N
     assert "rank 3: ZeroDivisionError: division by zero" in in_callable
     assert "got 0.4 on rank 2, 0.5 on rank 3. " in radius
     assert "rank 3: ValueError: `losses` must be" in few
+
+
+def mended(rank, what):
+    """Calls with something that differs, what differed put right, and the next call."""
+    rows = (1 + rank) * torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 0.0, -1.0]])
+    opt = CAGradClip(torch.optim.SGD([nn.Parameter(torch.ones(4))], 0.1), [0.5, 0.5], c=0.0)
+    if what == "values":  # which the first call compares
+        opt.param_groups[0]["params"][0].data += rank
+    else:
+        opt.backward(rows @ opt.param_groups[0]["params"][0])
+    if what == "radius":
+        opt.c = 0.1 * rank
+    elif what == "copied" and rank == BAD:
+        opt = copy.deepcopy(opt)  # which has compared no values yet
+    (x,) = opt.param_groups[0]["params"]
+    raised, grads = [], []
+    for t in range(3):
+        opt.zero_grad()
+        try:
+            opt.backward(rows @ x)
+        except ValueError as error:
+            raised.append((t, str(error)))
+        grads.append(x.grad)
+        opt.c = 0.0
+        x.data.fill_(1.0)
+    return raised, grads
+
+
+@pytest.mark.parametrize(
+    ("what", "text"), [("radius", "`c` must"), ("values", "the values of"), ("copied", None)]
+)
+def test_once_it_is_mended_the_next_call_succeeds(two_ranks: Ranks, what, text) -> None:
+    expected = 1.5 * 0.5 * torch.tensor([1.0, 3.0, 3.0, 3.0])
+    for raised, (first, *others) in two_ranks.run(mended, what):
+        assert [t for t, _ in raised] == ([] if text is None else [0])
+        assert all(message.startswith(text) for _, message in raised)
+        assert (first is None) == (text is not None)
+        for grad in others if text else [first, *others]:
+            assert torch.equal(grad, expected)
+
+
+def copied_and_moved(rank):
+    """A copy in one process makes all of them compare the values again."""
+    x = nn.Parameter(torch.ones(4))
+    opt = CAGradClip(torch.optim.SGD([x], 0.1), [0.5, 0.5], c=0.0)
+    opt.backward([x.sum(), x[0]])
+    opt = copy.deepcopy(opt) if rank == BAD else opt
+    (x,) = opt.param_groups[0]["params"]
+    opt.backward([x.sum(), x[0]])
+    x.data += rank
+    opt.backward([x.sum(), x[0]])
+
+
+def test_values_are_compared_again_after_a_copy(two_ranks: Ranks) -> None:
+    for found in two_ranks.outcomes(copied_and_moved):
+        assert isinstance(found.error, ValueError)
+        assert "the values of the parameters must be the same" in str(found.error)
 
 
 def drawn_at_random(rank):

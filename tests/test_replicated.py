@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raco_optim import MGDA, CAGradClip, LinearScalarization
+from raco_optim import MGDA, CAGradClip, LinearScalarization, MultiObjectiveOptimizer
 from raco_optim.distributed import replicated
+from tests.oracles import exact_minimum
 from tests.ranks import Ranks, slices
 
 STEPS = 20
@@ -183,6 +186,13 @@ def ghost(model):
     return clipped(model, gradients="ghost")
 
 
+def two_inner(model):
+    """SGD for the trunk and AdamW for the heads, one with weight decay and one without."""
+    trunk = torch.optim.SGD(model.trunk.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
+    heads = torch.optim.AdamW(model.heads.parameters(), lr=1e-2, weight_decay=0.0)
+    return CAGradClip([trunk, heads], WEIGHTS, shared_parameters=model.trunk.parameters())
+
+
 def run(rank, number, feed, wrap=unwrapped, method=clipped, kind=Model):
     """Trains and returns parameters, reports, and for which parameters .grad is None."""
     torch.manual_seed(0)
@@ -266,6 +276,8 @@ CASES = {
     "the Gram matrix of a layer": (whole, ddp, of_a_layer),
     "the Gram matrix of an earlier step": (whole, ddp, every_third),
     "the same, an objective absent everywhere": (absent_everywhere, ddp, every_third),
+    "several inner optimizers": (whole, ddp, two_inner),
+    "several inner optimizers, micro-batches": (micro_batches, ddp, two_inner),
 }
 
 
@@ -338,6 +350,212 @@ def test_several_buckets_of_the_usual_size(two_ranks: Ranks) -> None:
         assert relative(found, gradients) < 1e-6
         norms = gram.diagonal().sqrt()
         assert float(((found_gram - gram) / norms / norms[:, None]).abs().max()) < 1e-5
+
+
+# --- Numbers from a formula ----------------------------------------------------------------------
+
+SYMMETRIC = 12
+
+
+def gram_matrices(rank):
+    """H of losses that are linear in x: their gradients are rows of a random matrix."""
+    found = []
+    for draw in range(SYMMETRIC):
+        generator = torch.Generator().manual_seed(100 * draw + rank)
+        rows = torch.randn(4, 50, generator=generator)
+        x = nn.Parameter(torch.ones(50))
+        opt = CAGradClip(torch.optim.SGD([x], lr=0.1), [0.25] * 4)
+        opt.backward(list(rows @ x))
+        found.append(opt.report.gram)
+    return found
+
+
+@pytest.mark.parametrize("number", [3, 4])
+def test_gram_matrix_is_symmetric_to_the_bit(number: int, four_ranks: Ranks) -> None:
+    """An all-reduce over three processes or more adds each entry in another order."""
+    with contextlib.ExitStack() as stack:
+        ranks = four_ranks if number == 4 else stack.enter_context(Ranks(number))
+        for matrices in ranks.run(gram_matrices):
+            assert all(torch.equal(gram, gram.T) for gram in matrices)
+
+
+# Which losses are there: by process and micro-batch.
+PRESENT = {
+    "one is absent everywhere": ("ac", "ac", "a", "c"),
+    "one is there once": ("abc", "ac", "ac", "ac"),
+    "each is somewhere": ("a", "", "b", "c"),
+    "two are absent everywhere": ("b", "", "b", ""),
+    "one process has none": ("ab", "b", "", ""),
+}
+
+
+def linear_losses(rank, micro_batch):
+    """Gradients of the losses of a micro-batch, which are linear."""
+    generator = torch.Generator().manual_seed(10 * rank + micro_batch)
+    return torch.randn(3, 5, generator=generator, dtype=torch.float64)
+
+
+def with_absent_losses(rank, case, method):
+    x = nn.Parameter(torch.ones(5, dtype=torch.float64))
+    weights = {"weights": WEIGHTS} if method is CAGradClip else {}
+    opt = method(torch.optim.SGD([x], lr=1.0), **weights)
+    for k in range(2):
+        there = PRESENT[case][2 * rank + k]
+        pairs = zip(WEIGHTS, linear_losses(rank, k), strict=True)
+        losses = {name: row @ x if name in there else None for name, row in pairs}
+        opt.backward(losses, accumulate=k == 0)
+    return x.grad, opt.report
+
+
+@pytest.mark.parametrize("case", PRESENT)
+@pytest.mark.parametrize("method", [CAGradClip, MGDA])
+def test_absent_losses_leave_the_others_their_correction(
+    two_ranks: Ranks, case: str, method
+) -> None:
+    """One that is there in one process and micro-batch is present; its mean counts zeros."""
+    rows = np.zeros((3, 5))
+    for place, there in enumerate(PRESENT[case]):
+        for i, name in enumerate(WEIGHTS):
+            if name in there:
+                rows[i] += linear_losses(*divmod(place, 2))[i].numpy() / 2
+    index = [i for i, name in enumerate(WEIGHTS) if name in "".join(PRESENT[case])]
+    some = rows[index]
+    gram, alpha, p_clipped = some @ some.T, np.zeros(3), np.full(3, np.nan)
+    if method is CAGradClip:
+        given = np.array(list(WEIGHTS.values()))[index]
+        w = given / given.sum()
+        p = np.array(exact_minimum(gram, w, 0.4).p, dtype=float)
+        p_clipped[index] = clip = np.minimum(p, w)
+        radius = 0.4 * np.sqrt(w @ gram @ w) / np.sqrt(clip @ gram @ clip)
+        alpha[index] = given.sum() * (w + radius * clip)
+    else:
+        uniform = np.full(len(index), 1 / len(index))
+        # min |G_p| is min <G_p, g0> + s |G_p| for a radius so large that the rest does not count.
+        alpha[index] = np.array(exact_minimum(gram, uniform, 1e9).p, dtype=float)
+        p_clipped = None
+    for grad, report in two_ranks.run(with_absent_losses, case, method):
+        assert report.absent == tuple(n for n in WEIGHTS if n not in "".join(PRESENT[case]))
+        np.testing.assert_allclose(report.coefficients, alpha, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(grad, alpha @ rows, rtol=1e-6, atol=1e-7)
+        if p_clipped is not None:
+            np.testing.assert_allclose(report.p_clipped, p_clipped, rtol=1e-6, atol=1e-7)
+
+
+class OneBuffer(torch.autograd.Function):
+    """Returns, as a gradient, memory that it fills anew in every backward pass."""
+
+    memory = torch.zeros(5, dtype=torch.float64)
+
+    @staticmethod
+    def forward(ctx, x, row):
+        ctx.save_for_backward(row)
+        return x @ row
+
+    @staticmethod
+    def backward(ctx, grad):
+        return OneBuffer.memory.copy_(grad * ctx.saved_tensors[0]), None
+
+
+def from_one_buffer(rank, how):
+    x = nn.Parameter(torch.ones(5, dtype=torch.float64))
+    opt = LinearScalarization(torch.optim.SGD([x], lr=1.0), [0.5, 0.3, 0.2])
+    for k in range(3):
+        rows = linear_losses(rank, k)
+        losses = [partial(OneBuffer.apply, x, row) for row in rows]
+        opt.backward(losses if how == "callables" else [f() for f in losses], accumulate=k < 2)
+    return x.grad
+
+
+def test_kept_gradients_are_not_the_users_memory(two_ranks: Ranks) -> None:
+    """With tensors, torch.autograd.grad itself leaves the memory with the user."""
+    rows = sum(linear_losses(rank, k) for rank in range(2) for k in range(3)) / 2
+    expected = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64) @ rows
+    for found in two_ranks.run(from_one_buffer, "callables"):
+        assert torch.allclose(found, expected, rtol=1e-12)
+
+
+def with_wider_gradients(rank):
+    """Parameters of low precision whose gradients are of float32, and what hooks see of them."""
+    torch.manual_seed(0)
+    model = Model().to(torch.bfloat16)
+    for p in model.parameters():
+        p.grad_dtype = torch.float32
+    seen: list[Tensor] = []
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    x, y = (z.bfloat16() for z in slices(batches()[0], rank or 0, 2))
+    losses = losses_of(model(x), y)
+    if rank is None:
+        other = losses_of(model(batches()[0][0].bfloat16()[4:]), batches()[0][1].bfloat16()[4:])
+        sum(WEIGHTS[name] * (losses[name] + other[name]) / 2 for name in losses).backward()
+    else:
+        LinearScalarization(torch.optim.SGD(model.parameters(), 0.1), WEIGHTS).backward(losses)
+    return [p.grad for p in model.parameters()], seen
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="torch < 2.10")
+def test_gradients_have_the_dtype_of_backward_and_hooks_run_once(two_ranks: Ranks) -> None:
+    expected, _ = with_wider_gradients(None)
+    for found, seen in two_ranks.run(with_wider_gradients):
+        assert [g.dtype for g in found] == [g.dtype for g in expected] == [torch.float32] * 10
+        assert relative(found, expected) < 1e-2  # as far apart as sums of bfloat16 are
+        assert len(seen) == len(found)
+        assert equal(seen, found)
+
+
+def with_parameters_that_nobody_holds(rank):
+    model = Model()
+    opt = CAGradClip(torch.optim.SGD(model.trunk.parameters(), lr=0.1), WEIGHTS)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            opt.backward(losses_of(model(batches()[0][0]), batches()[0][1]))
+    return [str(warning.message) for warning in found if warning.category is UserWarning]
+
+
+def test_parameters_that_nobody_holds_are_named_once_by_every_process(two_ranks: Ranks) -> None:
+    for messages in two_ranks.run(with_parameters_that_nobody_holds):
+        assert len(messages) == 1
+        assert "the losses depend on 6 parameters, with 60 numbers" in messages[0]
+
+
+class Remembers:
+    """A rule with a state and draws at random: a running mean of H."""
+
+    def __init__(self):
+        self.mean = None
+
+    def __call__(self, gram):
+        self.mean = gram.clone() if self.mean is None else 0.9 * self.mean + 0.1 * gram
+        return self.mean.diagonal().rsqrt() * (1 + torch.rand(len(gram), dtype=torch.float64))
+
+
+def with_a_stateful_rule(rank, resumed):
+    """Each process draws numbers of its own; the first one's count."""
+    torch.manual_seed(0)
+    model = Model()
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    opt = MultiObjectiveOptimizer(adamw, Remembers(), weights=WEIGHTS)
+    for t in range(6):
+        x, y = slices(batches()[t], rank, 2)
+        torch.manual_seed(10 * t + rank)
+        opt.zero_grad()
+        opt.backward(losses_of(model(x), y))
+        opt.step()
+        if t == 2 and resumed:
+            state = [opt.state_dict()]
+            dist.broadcast_object_list(state)  # as read from a file that the first one wrote
+            adamw = torch.optim.AdamW(model.parameters(), lr=1e-2)
+            opt = MultiObjectiveOptimizer(adamw, Remembers(), weights=WEIGHTS)
+            opt.load_state_dict(state[0])
+    return [p.detach() for p in model.parameters()]
+
+
+def test_a_stateful_rule_that_draws_at_random_resumes(two_ranks: Ranks) -> None:
+    expected = two_ranks.run(with_a_stateful_rule, False)
+    found = two_ranks.run(with_a_stateful_rule, True)
+    for parameters in [*expected, *found]:
+        assert equal(parameters, expected[0])
 
 
 # --- What it must equal without several gradients ------------------------------------------------

@@ -289,7 +289,7 @@ def test_what_a_function_returns_is_checked(result, error, words):
 
 @pytest.mark.parametrize("function", [None, 0.5, "mean", [0.5, 0.5], nn.Identity, FunctionRule])
 def test_what_is_no_function(function):
-    with pytest.raises(TypeError, match="`rule` must be a function"):
+    with pytest.raises(TypeError, match="`rule` must be a callable"):
         FunctionRule(function)
 
 
@@ -400,12 +400,21 @@ def test_a_parameter_remains_the_same_tensor():
 
 def spoilt(state):
     """States that are not those of the rule, by name."""
-    first = next(iter(state))
     yield "no mapping", list(state.items())
     yield "nothing", None
-    yield "an entry is missing", {k: v for k, v in state.items() if k != first}
-    yield "of nobody", {"no.such.part": 1, **state}
-    yield "not plain", {**state, first: object()}
+    yield "empty", {}
+    yield "a part is missing", dict(list(state.items())[1:])
+    if "attributes" not in state:
+        yield "not its own", {"function": {}}
+        return
+    attributes = state["attributes"]
+    first = next(iter(attributes))
+    yield "no attributes", {**state, "attributes": 1}
+    without = {k: v for k, v in attributes.items() if k != first}
+    yield "an attribute is missing", {**state, "attributes": without}
+    yield "of nobody", {**state, "attributes": {"no.such.part": 1, **attributes}}
+    yield "not plain", {**state, "attributes": {**attributes, first: object()}}
+    yield "text", {**state, "attributes": dict.fromkeys(attributes, "text")}
 
 
 @pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL.keys())
@@ -428,8 +437,8 @@ def test_a_bad_state_changes_nothing(make):
     ("key", "value"),
     [
         ("scale", 1.0),
-        ("scale", {"tensor": torch.ones(2), "on_host": True}),
-        ("scale", {"tensor": torch.ones(()), "on_host": True}),  # float32
+        ("scale", torch.ones(2, dtype=DOUBLE)),
+        ("scale", torch.ones(())),  # float32
         ("inner.mean", "mean"),
         ("inner.steps", 3),
         ("inner._modules", {}),
@@ -440,15 +449,50 @@ def test_entries_that_do_not_fit(key, value):
     rule(random_gram(2), [0.5, 0.5])
     state = rule.state_dict()
     with pytest.raises(ValueError, match=f"`state` of the rule must .*{key}"):
-        rule.load_state_dict({**state, key: value})
+        rule.load_state_dict({**state, "attributes": {**state["attributes"], key: value}})
     assert str(rule.state_dict()) == str(state)
+
+
+def test_tensors_of_the_host_stay_there(monkeypatch):
+    """`map_location` moves every tensor of a checkpoint, but GradVac works on the host."""
+    rule = FunctionRule(Nested())
+    rule(random_gram(2), [0.5, 0.5])
+    file = io.BytesIO()
+    torch.save(rule.state_dict(), file)
+    file.seek(0)
+    moved = torch.load(file, weights_only=True, map_location="meta")
+    assert moved["attributes"]["inner.mean"].device.type == "meta"
+    asked = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda x, device: (asked.append(device), to(x, "meta"))[1]
+    )
+    rule.check_state(moved)
+    assert asked == ["cpu"] * 3
+
+
+def test_attributes_of_a_function():
+    def count(gram):
+        count.calls += 1
+        return gram.diagonal() * count.calls
+
+    count.calls = 0
+    rule = FunctionRule(count)
+    rule(random_gram(2), [0.5, 0.5])
+    state = through_a_file(rule.state_dict())
+    count.calls = 7
+    rule.load_state_dict(state)
+    assert count.calls == 1
+    state["attributes"]["other"] = 1
+    with pytest.raises(ValueError, match="no attribute 'other'"):
+        rule.load_state_dict(state)
 
 
 def test_what_a_checkpoint_cannot_hold_is_said():
     rule = FunctionRule(Average())
     rule.function.history = np.zeros(2)
     with pytest.warns(UserWarning, match="'history' of type ndarray, which a checkpoint cannot"):
-        state = rule.state_dict()
+        state = through_a_file(rule.state_dict())
     fresh = FunctionRule(Average())
     fresh.load_state_dict(state)
     assert fresh.function.history == []

@@ -10,10 +10,12 @@ import torch
 import torchjd.aggregation as jd
 from scipy.optimize import nnls
 from torch import nn
+from torchjd import Stateful
 from torchjd.aggregation import Weighting
 from torchjd.linalg import DualConeProjector
 
 from raco_optim import MGDA, CAGrad, MultiObjectiveOptimizer
+from raco_optim.rules import FunctionRule
 from tests.problems_nn import batch, flat_grad, jacobian, network, three_losses, two_losses
 
 DOUBLE = torch.float64
@@ -113,6 +115,91 @@ def test_optimizer_with_a_weighting_is_copied_saved_and_shown():
     torch.save(opt.state_dict(), file)
     file.seek(0)
     opt.load_state_dict(torch.load(file, weights_only=True))
+
+
+# What a weighting knows from earlier steps
+
+STATEFUL = {
+    "GradVacWeighting": jd.GradVacWeighting,
+    "PCDWeighting": jd.PCDWeighting,
+    "CRMOGMWeighting": lambda: jd.CRMOGMWeighting(jd.PCGradWeighting()),
+    "CRMOGMWeighting of another": lambda: jd.CRMOGMWeighting(
+        jd.GradVacWeighting(), alpha=0.7, initial_weights=torch.ones(3, dtype=DOUBLE)
+    ),
+}
+
+
+def test_every_stateful_weighting_is_accounted_for():
+    stateful = {
+        name
+        for name in OF_A_GRAM.keys() | OF_A_SHAPE.keys() | OTHERS
+        if issubclass(getattr(jd, name), Stateful)
+    }
+    assert stateful == {name.partition(" ")[0] for name in STATEFUL}
+
+
+def through_a_file(state):
+    """Saved and loaded as a checkpoint is."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def run(opt, model, steps):
+    """Steps with their own random numbers; returns the Gram matrices and the coefficients."""
+    x, seen = batch(0, dtype=DOUBLE), []
+    for t in steps:
+        torch.manual_seed(t)
+        opt.zero_grad()
+        opt.backward(three_losses(model, x))
+        opt.step()
+        seen.append((opt.report.gram, opt.report.coefficients))
+    return seen
+
+
+@pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL.keys())
+def test_resuming_with_a_stateful_weighting_equals_not_stopping(make):
+    """To the bit, with TorchJD's own object, which never stops, as the witness."""
+    models, optimizers = [network(DOUBLE), network(DOUBLE), network(DOUBLE)], []
+    for model in models:
+        adam = torch.optim.Adam(model.parameters(), 0.01)
+        optimizers.append(MultiObjectiveOptimizer(adam, make(), weights=[0.5, 0.25, 0.25]))
+    first = run(optimizers[0], models[0], range(3))
+    state = through_a_file(optimizers[0].state_dict())
+    weights = copy.deepcopy(models[0].state_dict())
+    expected = run(optimizers[0], models[0], range(3, 6))
+    for model, opt in zip(models[1:], optimizers[1:], strict=True):
+        model.load_state_dict(weights)
+        if opt is optimizers[1]:
+            opt.load_state_dict(state)
+    resumed = run(optimizers[1], models[1], range(3, 6))
+    started_anew = run(optimizers[2], models[2], range(3, 6))
+    witness = make()
+    for t, (gram, alpha) in enumerate([*first, *resumed]):
+        torch.manual_seed(t)
+        assert torch.equal(alpha, witness(gram))
+    for (_, alpha), (_, other) in zip(resumed, expected, strict=True):
+        assert torch.equal(alpha, other)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert not torch.equal(started_anew[-1][1], expected[-1][1])
+
+
+def test_a_state_of_another_weighting_is_refused():
+    makes = list(STATEFUL.items())
+    for name, make in makes:
+        rule = FunctionRule(make())
+        torch.manual_seed(0)
+        rule(torch.eye(3, dtype=DOUBLE), [1 / 3] * 3)
+        state = through_a_file(rule.state_dict())
+        for other_name, other in makes:
+            if other_name != name:
+                fresh = FunctionRule(other())
+                before = str(fresh.state_dict())
+                with pytest.raises(ValueError, match="`state` of the rule must"):
+                    fresh.load_state_dict(state)
+                assert str(fresh.state_dict()) == before
 
 
 # TorchJD as a witness

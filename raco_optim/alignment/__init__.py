@@ -3,23 +3,15 @@
 from raco_optim.alignment.baselines import amopo_losses, modpo_loss
 from raco_optim.alignment.kto import kto_unpaired_loss
 from raco_optim.alignment.log_probs import PairLogProbs
-from raco_optim.alignment.losses import (
-    LOSSES,
-    PreferenceLoss,
-    pair_losses,
-    preference_losses,
-    reward_margins,
-)
+from raco_optim.alignment.losses import PreferenceLoss, preference_losses, reward_margins
 from raco_optim.alignment.soups import rewarded_soup
 
 __all__ = [
-    "LOSSES",
     "PairLogProbs",
     "PreferenceLoss",
     "amopo_losses",
     "kto_unpaired_loss",
     "modpo_loss",
-    "pair_losses",
     "preference_losses",
     "reward_margins",
     "rewarded_soup",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,23 +14,32 @@ from raco_optim.alignment._checks import check_tensor, checked_number
 from raco_optim.alignment.labels import average, labelled
 from raco_optim.alignment.log_probs import PairLogProbs
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 PreferenceLoss = Literal["dpo", "ipo", "simpo", "kto"]
 LOSSES: tuple[PreferenceLoss, ...] = ("dpo", "ipo", "simpo", "kto")
 _PER_TOKEN = ("ipo", "simpo")
 _SMOOTHED = ("dpo", "simpo")
 
 
+class LossForm(TypedDict, total=False):
+    """The keyword arguments that say what a preference loss is; `preference_losses` has them."""
+
+    loss: PreferenceLoss
+    beta: float
+    label_smoothing: float
+    gamma: float
+    length_normalized: bool | None
+    reference_free: bool
+
+
 def preference_losses(
     log_probs: PairLogProbs,
     signs: Tensor,
     *,
-    loss: PreferenceLoss = "dpo",
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    gamma: float = 0.0,
-    length_normalized: bool | None = None,
-    reference_free: bool = False,
     counts: Tensor | Sequence[float] | None = None,
+    **form: Unpack[LossForm],
 ) -> list[Tensor | None]:
     r"""Computes one loss per objective: the mean over the pairs that the objective labels.
 
@@ -64,19 +73,23 @@ def preference_losses(
         log_probs: Of B pairs.
         signs: ``[B, m]``, any real dtype: +1 where the objective prefers the chosen completion,
             -1 where it prefers the rejected one, 0 for a tie or no label.
-        loss: ``"dpo"``, ``"ipo"``, ``"simpo"`` or ``"kto"`` (pairs as one desirable and one
-            undesirable example each; see `kto_unpaired_loss` for examples that are no pairs).
-        beta: Strength of the tie to the reference, > 0; for IPO the tau of its paper.
-        label_smoothing: epsilon, in [0, 0.5): the share of labels that is taken to be wrong
-            (conservative DPO). For DPO and SimPO. It would do nothing new in IPO, where it
-            amounts to the beta ``beta / (1 - 2 * label_smoothing)``.
-        gamma: Target margin of SimPO, >= 0, in units of :math:`\beta \Delta`.
-        length_normalized: Log-ratios per token. None is the custom of the loss: yes for IPO (as
-            its authors do, though not in the paper's formula) and SimPO, no for DPO and KTO.
-        reference_free: Take the reference's log-probabilities for 0. SimPO always does.
         counts: ``[m]``, > 0: divide by these instead of :math:`n_k`. With the labelled pairs of
             a whole batch, the losses of its micro-batches add up to the loss of the batch, and
             so do their gradients; not for KTO, whose z is estimated from the pairs of a call.
+        loss (str): ``"dpo"`` (default), ``"ipo"``, ``"simpo"`` or ``"kto"`` (pairs as one
+            desirable and one undesirable example each; see `kto_unpaired_loss` for examples that
+            are no pairs).
+        beta (float): Strength of the tie to the reference, > 0, default 0.1; for IPO the tau of
+            its paper.
+        label_smoothing (float): epsilon, in [0, 0.5), default 0: the share of labels that is
+            taken to be wrong (conservative DPO). For DPO and SimPO. It would do nothing new in
+            IPO, where it amounts to the beta ``beta / (1 - 2 * label_smoothing)``.
+        gamma (float): Target margin of SimPO, >= 0, default 0, in units of :math:`\beta \Delta`.
+        length_normalized (bool | None): Log-ratios per token. None (default) is the
+            custom of the loss: yes for IPO (as its authors do, though not in the paper's formula)
+            and SimPO, no for DPO and KTO.
+        reference_free (bool): Take the reference's log-probabilities for 0; default False. SimPO
+            always does.
 
     Returns:
         m scalars of the dtype of the log-probabilities, None for an objective without a label.
@@ -105,7 +118,7 @@ def preference_losses(
         2310.12036, Eq. 17. SimPO: Meng et al., arXiv 2405.14734. KTO: Ethayarajh et al., arXiv
         2402.01306; for pairs as TRL's former ``loss_type="kto_pair"``.
     """
-    settings = _checked(loss, beta, label_smoothing, gamma, length_normalized, reference_free)
+    settings = _checked(**form)
     shape = {"B": len(log_probs.chosen), "m": None}
     columns = labelled("signs", signs, shape, log_probs.chosen)
     if isinstance(counts, Tensor):
@@ -121,25 +134,14 @@ def preference_losses(
 def pair_losses(
     log_probs: PairLogProbs,
     sign: Tensor,
-    *,
-    loss: PreferenceLoss = "dpo",
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    gamma: float = 0.0,
-    length_normalized: bool | None = None,
-    reference_free: bool = False,
+    **form: Unpack[LossForm],
 ) -> Tensor:
     """Computes the loss of each pair for one objective.
 
     Args:
         log_probs: Of B pairs.
         sign: The objective's column of signs, ``[B]``.
-        loss: As in `preference_losses`.
-        beta: As in `preference_losses`.
-        label_smoothing: As in `preference_losses`.
-        gamma: As in `preference_losses`.
-        length_normalized: As in `preference_losses`.
-        reference_free: As in `preference_losses`.
+        **form: As in `preference_losses`.
 
     Returns:
         Losses, ``[B]``: 0, without a gradient, where the sign is 0.
@@ -150,12 +152,13 @@ def pair_losses(
 
     Example:
         >>> import torch
-        >>> from raco_optim.alignment import PairLogProbs, pair_losses
+        >>> from raco_optim.alignment import PairLogProbs
+        >>> from raco_optim.alignment.losses import pair_losses
         >>> log_probs = PairLogProbs(torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -4.0]))
         >>> pair_losses(log_probs, torch.tensor([1, 0]), beta=1.0, reference_free=True)
         tensor([0.1269, 0.0000])
     """
-    settings = _checked(loss, beta, label_smoothing, gamma, length_normalized, reference_free)
+    settings = _checked(**form)
     [(index, labels)] = labelled("sign", sign, {"B": len(log_probs.chosen)}, log_probs.chosen)
     losses = _losses(log_probs.select(index), labels, settings)
     return losses.new_zeros(len(sign)).index_copy(0, index, losses)
@@ -218,12 +221,12 @@ class _Settings(NamedTuple):
 
 
 def _checked(
-    loss: PreferenceLoss,
-    beta: float,
-    label_smoothing: float,
-    gamma: float,
-    length_normalized: bool | None,
-    reference_free: bool,
+    loss: PreferenceLoss = "dpo",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    gamma: float = 0.0,
+    length_normalized: bool | None = None,
+    reference_free: bool = False,
 ) -> _Settings:
     checked_choice("loss", loss, LOSSES)
     beta = checked_number("beta", beta, positive=True)

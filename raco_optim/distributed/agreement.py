@@ -1,4 +1,4 @@
-"""What all processes must agree on, and how an error in one of them reaches all."""
+"""Settings that all processes share, and errors of one process that all of them raise."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _REMEDIES = {
 def raise_together(
     group: Group | None, settings: Mapping[str, Any] | None = None
 ) -> Iterator[None]:
-    """Runs what needs no message, and raises in all processes if it fails in one of them.
+    """Runs a block without collectives; if it fails in one process, all processes raise.
 
     Args:
         group: The processes; None for a process on its own.
-        settings: What must be the same in all of them; it may be filled on the way.
+        settings: What must be the same in all of them. The block may add to it.
 
     Raises:
         ValueError: A setting differs. The message has its values.
-        RuntimeError: It failed elsewhere. The message says where and how.
+        RuntimeError: The block failed in another process. The message says where and how.
     """
     if group is None:
         yield
@@ -45,61 +45,45 @@ def raise_together(
     failure: Exception | None = None
     try:
         yield
-    except Exception as error:  # whatever it is, the others are waiting
+    except Exception as error:  # any error: the other processes are waiting
         failure = error
-    texts = {name: repr(value) for name, value in (settings or {}).items()}
-    digest = hashlib.sha256(repr(sorted(texts.items())).encode()).digest()
-    number = int.from_bytes(digest[:7], "big")
     try:
-        failed, largest, least = group.maximum([failure is not None, number, -number])
-    except RuntimeError:
-        try:
-            if failure is not None:
-                raise failure from None  # the cause, rather than what came of it
-            raise
-        finally:
-            del failure
-    if failed:
-        try:
-            raise_everywhere(group, failure)
-        finally:
-            del failure
-    if largest != -least:
-        _raise_difference(group, texts)
-    group.compared = group.compared or _VALUES in texts
-
-
-def raise_everywhere(group: Group, failure: Exception | None) -> None:
-    """Raises the failure of this process, or says what failed elsewhere; all must call it."""
-    found = group.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
-    if failure is not None:
-        try:
+        failure = _outcome(group, failure, settings or {})
+        if failure is not None:
             raise failure
-        finally:
-            del failure  # a cycle with its traceback would keep the graph
+    finally:
+        del failure  # a cycle with its traceback would keep the graph
+
+
+def error_everywhere(group: Group, failure: Exception | None) -> Exception:
+    """Returns the error to raise here, after one process or several failed; all must call it."""
+    text = None
+    if failure is not None:
+        notes = getattr(failure, "__notes__", ())
+        text = " ".join([f"{type(failure).__name__}: {failure}", *notes])
+    found = group.gather(text)
+    if failure is not None:
+        return failure
     named = [f"rank {r}: {text}" for r, text in found.items() if text is not None]
     more = f" ({len(named) - 1} more failed)" if len(named) > 1 else ""
-    raise RuntimeError(f"another process failed, and nothing was changed here. {named[0]}{more}")
+    return RuntimeError(f"another process failed, and nothing was changed here. {named[0]}{more}")
 
 
 def parameter_settings(group: Group, parameters: Parameters) -> dict[str, Any]:
-    """Returns what must be the same of the parameters; until it was once, their values too."""
+    """Returns what processes must share of the parameters: roles and, until compared, values."""
     trained = [p for p in parameters.tensors if p.requires_grad]
     kinds = {(p.dtype, p.device.type) for p in trained}
     subset = {id(p) for p in parameters.subset}
+    roles = list(enumerate(zip(parameters.tensors, parameters.shared, strict=True)))
     settings: dict[str, Any] = {
         "the parameters": (
             f"{len(trained)} with {sum(p.numel() for p in trained)} numbers, "
             + " and ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
         ),
         "`shared_parameters`": (
-            "all"
-            if all(parameters.shared)
-            else [j for j, is_shared in enumerate(parameters.shared) if is_shared]
+            "all" if all(parameters.shared) else [j for j, (_, is_shared) in roles if is_shared]
         ),
-        "the parameters in `gradients`": [
-            j for j, p in enumerate(parameters.tensors) if id(p) in subset
-        ],
+        "the parameters in `gradients`": [j for j, (p, _) in roles if id(p) in subset],
     }
     if not group.compared:
         own = [p for p in trained if type(p) in (Tensor, Parameter)]
@@ -107,28 +91,45 @@ def parameter_settings(group: Group, parameters: Parameters) -> dict[str, Any]:
     return settings
 
 
-def _raise_difference(group: Group, settings: Mapping[str, str]) -> None:
-    found = group.gather(settings)
-    group.compared = False  # by all of them, the next time
-    (rank, first), *others = found.items()
-    name, r, got = next(
-        (name, r, other.get(name))
-        for r, other in others
-        for name in [*first, *other]
-        if first.get(name) != other.get(name)
-    )
-    values = f"{first.get(name)} on rank {rank}, {got} on rank {r}"
-    raise ValueError(
-        f"{name} must be the same in all processes; got "
-        f"{'others' if name == _VALUES else values}. "
-        f"{_REMEDIES.get(name, 'Pass the same to all of them.')}"
-    )
+def _outcome(
+    group: Group, failure: Exception | None, settings: Mapping[str, Any]
+) -> Exception | None:
+    """Returns the error to raise in this process, None if all succeeded and agree."""
+    texts = {name: repr(value) for name, value in settings.items()}
+    digest = hashlib.sha256(repr(sorted(texts.items())).encode()).digest()
+    number = int.from_bytes(digest[:7], "big")
+    try:
+        failed, largest, least = group.maximum([failure is not None, number, -number])
+        if failed:
+            return error_everywhere(group, failure)
+        agreed = largest == -least
+        group.compared = agreed and (group.compared or _VALUES in texts)
+        return None if agreed else _difference(group, texts)
+    except RuntimeError as error:
+        return failure or error  # the cause, rather than what came of it
+
+
+def _difference(group: Group, settings: Mapping[str, str]) -> ValueError | None:
+    (rank, first), *others = group.gather(settings).items()
+    for r, other in others:
+        for name in [*first, *other]:
+            # Where only some have compared the values, all compare them at the next call.
+            if name == _VALUES and not (name in first and name in other):
+                continue
+            if first.get(name) != other.get(name):
+                values = f"{first.get(name)} on rank {rank}, {other.get(name)} on rank {r}"
+                return ValueError(
+                    f"{name} must be the same in all processes; got "
+                    f"{'others' if name == _VALUES else values}. "
+                    f"{_REMEDIES.get(name, 'Pass the same to all of them.')}"
+                )
+    return None
 
 
 def _fingerprint(parameter: Tensor) -> int | None:
+    """Returns the sum of the bits as whole numbers: it does not depend on their order."""
     if parameter.is_meta:
         return None
-    # Sums of whole numbers do not depend on their order, and so not on the machine.
     flat = torch.view_as_real(parameter) if parameter.is_complex() else parameter
     flat = flat.detach().reshape(-1)
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]

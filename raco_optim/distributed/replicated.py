@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raco_optim.distributed.agreement import raise_everywhere
+from raco_optim.distributed.agreement import error_everywhere
 from raco_optim.distributed.group import Group
 from raco_optim.gradients.combine import LOW_PRECISION, as_scales, combination, grad_dtype
 from raco_optim.gradients.dense import DenseGradients
@@ -35,8 +35,35 @@ _BUCKET = 25 * 2**20
 
 
 @dataclass
+class SummedGradients(DenseGradients):
+    """This process's parts of the gradients; losses and products are those of all processes.
+
+    Attributes:
+        values: Means of the losses over the processes, an absent one counting as zero; None for
+            one that is absent from all.
+        products: The Gram matrix, ``[m, m]``.
+        norms: See `raco_optim.gradients.dense.PerLossGradients.head_norms`.
+    """
+
+    products: Tensor = field(kw_only=True)
+    norms: Tensor = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        gram = self.products.reshape(len(self.values), -1)
+        self.products = (gram + gram.T) / 2  # an all-reduce adds each number in another order
+
+    def gram(self) -> Tensor:
+        """Returns the Gram matrix, which was computed when the messages were exchanged."""
+        return self.products
+
+    def head_norms(self) -> Tensor:
+        """See `raco_optim.gradients.dense.PerLossGradients`."""
+        return self.norms
+
+
+@dataclass
 class Bucket:
-    """Parameters with gradients of one dtype, all shared or none, whose gradients travel together."""
+    """Parameters whose gradients travel together: of one dtype, and all shared or all heads."""
 
     shared: bool
     dtype: torch.dtype
@@ -45,13 +72,8 @@ class Bucket:
     """By their position."""
     length: int = 0
 
-    def add(self, position: int, parameter: Tensor) -> None:
-        """Adds a parameter."""
-        self.parameters[position] = parameter
-        self.length += parameter.numel()
-
     def pieces(self, whole: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yields positions of the parameters, and the part of what travels that is of their form.
+        """Yields the position of each parameter, and the part of the message in its form.
 
         It has the parameter's strides too: fused optimizers walk both in the order of memory.
         """
@@ -63,57 +85,43 @@ class Bucket:
 
 
 @dataclass
-class ReplicatedGradients:
-    """This process's parts of the mean gradients, one tensor per loss and bucket.
+class ReplicatedGradients(SummedGradients):
+    """This process's parts of the mean gradients: ``rows`` holds one tensor per loss and bucket.
 
     Attributes:
-        values: Means of the losses over the processes, an absent one counting as zero; None for
-            one that is absent from all.
-        nonfinite_ranks: Which processes have a loss that is NaN or Inf, in words; "" for none.
+        buckets: The buckets.
+        reached: Which parameters a loss of any process reaches.
+        group: The processes.
     """
 
-    values: list[Tensor | None]
-    nonfinite_ranks: str
-    _rows: list[Gradient]
-    _gram: Tensor
-    _head_norms: Tensor
-    _reached: list[bool]
-    _buckets: list[Bucket]
-    _group: Group
-    exact: bool = True
-
-    def gram(self) -> Tensor:
-        """Returns the Gram matrix, which was computed when the gradients were averaged."""
-        return self._gram
-
-    def head_norms(self) -> Tensor:
-        """See `raco_optim.gradients.dense.PerLossGradients`."""
-        return self._head_norms
+    buckets: list[Bucket] = field(kw_only=True)
+    reached: list[bool] = field(kw_only=True)
+    group: Group = field(kw_only=True)
 
     @torch.no_grad()
     def combine(self, alpha: Tensor, weights: Tensor) -> Gradient:
         """Returns the combined gradient, None where no loss of any process reaches."""
         scales = {True: as_scales(alpha), False: as_scales(weights)}
         wholes = []
-        for b, bucket in enumerate(self._buckets):
-            column = [part for row in self._rows if (part := row[b]) is not None]
+        for b, bucket in enumerate(self.buckets):
+            column = [part for row in self.rows if (part := row[b]) is not None]
             part = combination(column, scales[bucket.shared]).to(bucket.dtype)
-            for row in self._rows:
+            for row in self.rows:
                 row[b] = None
-            whole = part.new_empty(self._group.world_size, len(part))
-            with self._group.contact():
-                dist.all_gather(list(whole), part, group=self._group.group)
+            whole = part.new_empty(self.group.world_size, len(part))
+            with self.group.contact():
+                dist.all_gather(list(whole), part, group=self.group.group)
             wholes.append(whole)
-        gradient: Gradient = [None] * len(self._reached)
-        for bucket, whole in zip(self._buckets, wholes, strict=True):
+        gradient: Gradient = [None] * len(self.reached)
+        for bucket, whole in zip(self.buckets, wholes, strict=True):
             for j, piece in bucket.pieces(whole):
-                if self._reached[j]:
+                if self.reached[j]:
                     gradient[j] = piece
         return gradient
 
 
 def gather(batch: Batch, found: Iterable[Found]) -> ReplicatedGradients:
-    """Averages the gradients of every loss over the processes, each as soon as it is found."""
+    """Averages the gradients of a batch; see `gather_rows`."""
     assert batch.group is not None
     return gather_rows(batch.names, found, batch.parameters, batch.group)
 
@@ -126,15 +134,14 @@ def gather_rows(
     Args:
         names: Names of the losses.
         found: Value and gradient of one loss after the other in this process; the value of an
-            absent one is None. What it raises is raised in all processes. The gradients are
-            consumed.
+            absent one is None. If it raises, all processes raise. The gradients are consumed.
         parameters: The parameters, the same in all processes.
         group: The processes, more than one.
     """
-    tensors, shared = parameters.tensors, parameters.shared
+    tensors = parameters.tensors
     device = tensors[0].device
     group.check_device(device)
-    buckets = _buckets(tensors, shared)
+    buckets = _buckets(parameters)
     source = iter(found)
     failure: Exception | None = None
     parts = DenseGradients([], [], [bucket.shared for bucket in buckets])
@@ -151,33 +158,28 @@ def gather_rows(
         parts.values.append(value)
         reached = [r or g is not None for r, g in zip(reached, row, strict=True)]
         if transfers:
-            parts.rows.append([transfer.mean(group) for transfer in transfers])
+            parts.rows.append([transfer.mean() for transfer in transfers])
         transfers = [_Transfer(row, bucket, group) for bucket in buckets]
-    parts.rows.append([transfer.mean(group) for transfer in transfers])
-    message = [
-        parts.gram(),
-        parts.head_norms(),
-        torch.tensor(reached, device="cpu"),
-        torch.tensor(failure is not None, device="cpu"),
-        *group.pack_losses(parts.values),
-    ]
-    gram, head_norms, anywhere, failed, *losses = group.sum(message, device)
+    parts.rows.append([transfer.mean() for transfer in transfers])
+    flags = torch.tensor([failure is not None, *reached], device="cpu")
+    message = [parts.gram(), parts.head_norms(), flags, *group.pack_losses(parts.values)]
+    gram, norms, (failed, *anywhere), *losses = group.sum(message, device)
     if failed:
         try:
-            raise_everywhere(group, failure)
+            raise error_everywhere(group, failure)
         finally:
             del failure  # a cycle with its traceback would keep the graph
-    gram = gram.reshape(len(names), -1)
     values, nonfinite_ranks = group.unpack_losses(losses)
     return ReplicatedGradients(
         values,
-        nonfinite_ranks,
         parts.rows,
-        (gram + gram.T) / 2,  # an all-reduce adds each number in another order
-        head_norms,
-        [count > 0 for count in anywhere.tolist()],
-        buckets,
-        group,
+        parts.shared,
+        nonfinite_ranks,
+        products=gram,
+        norms=norms,
+        buckets=buckets,
+        reached=[bool(count) for count in anywhere],
+        group=group,
     )
 
 
@@ -187,6 +189,7 @@ class _Transfer:
     def __init__(self, row: Gradient, bucket: Bucket, group: Group) -> None:
         number = group.world_size
         share = -(-bucket.length // number)
+        self._group = group
         self._dtype = torch.float32 if bucket.dtype in LOW_PRECISION else bucket.dtype
         self._sent = torch.empty(number, share, dtype=bucket.dtype, device=bucket.device)
         self._sent.view(-1)[bucket.length :] = 0
@@ -198,30 +201,31 @@ class _Transfer:
                 piece.copy_(g)
         self._received = torch.empty_like(self._sent)
         with group.contact():
-            # Not a reduce-scatter: gloo's sends twice as much, and the sum in float32 of what is
-            # of lower precision is then the same everywhere.
+            # Not a reduce-scatter: gloo's sends twice as much. And the sum of low-precision
+            # numbers is formed in float32, in one order everywhere.
             self._work = dist.all_to_all_single(
                 self._received, self._sent, group=group.group, async_op=True
             )
 
-    def mean(self, group: Group) -> Tensor:
-        """Waits, and returns the mean of this process's part; the memory is free then."""
-        with group.contact():
+    def mean(self) -> Tensor:
+        """Waits, frees the memory, and returns the mean of this process's part."""
+        with self._group.contact():
             self._work.wait()
         mean = self._received.mean(0, dtype=self._dtype)
         del self._received, self._sent, self._work
         return mean
 
 
-def _buckets(parameters: Sequence[Tensor], shared: Sequence[bool]) -> list[Bucket]:
+def _buckets(parameters: Parameters) -> list[Bucket]:
     full: list[Bucket] = []
     filling: dict[tuple[bool, torch.dtype], Bucket] = {}
-    for j, (p, is_shared) in enumerate(zip(parameters, shared, strict=True)):
+    for j, (p, is_shared) in enumerate(zip(parameters.tensors, parameters.shared, strict=True)):
         if not p.requires_grad:
             continue
         key = is_shared, grad_dtype(p)
-        bucket = filling.setdefault(key, Bucket(is_shared, grad_dtype(p), p.device))
-        bucket.add(j, p)
+        bucket = filling.setdefault(key, Bucket(*key, p.device))
+        bucket.parameters[j] = p
+        bucket.length += p.numel()
         if bucket.length * bucket.dtype.itemsize >= _BUCKET:
             full.append(filling.pop(key))
     return [*full, *filling.values()]

@@ -1,8 +1,9 @@
 r"""Gradients of parameters of which a process holds a part (`DTensor`: FSDP2, tensor parallelism).
 
-What shards the model averages its gradients too, in its own hooks, which `torch.autograd.grad`
-would pass by: each loss has a ``backward()`` here. A process then holds its shards of the m
-gradients, multiplies them with each other, and combines them without any message:
+The library that shards the model also averages its gradients, in its own hooks. These run in
+``backward()`` and not in `torch.autograd.grad`, so here each loss has a ``backward()``. A process
+then holds its shards of the m gradients, multiplies them with each other, and combines them
+without any message:
 
 .. math:: H_{ij} = \sum_s \langle g_{i,s}, g_{j,s} \rangle
 
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,8 +37,10 @@ from torch.distributed.tensor import DTensor
 from raco_optim._checks import add_note
 from raco_optim.distributed.agreement import raise_together
 from raco_optim.distributed.group import Group
+from raco_optim.distributed.replicated import SummedGradients
 from raco_optim.gradients.combine import stashed_gradients
-from raco_optim.gradients.dense import DenseGradients, DenseMode, evaluate, explain
+from raco_optim.gradients.dense import DenseGradients, DenseMode, evaluate
+from raco_optim.gradients.explain import explain
 from raco_optim.objectives import Batch, Found, Gradient
 from raco_optim.wrapper.parameters import Parameters
 
@@ -45,22 +48,6 @@ _BROKEN = (
     "A model under fully_shard does not recover from a backward pass that failed: start again from "
     "the last checkpoint."
 )
-
-
-@dataclass
-class ShardedGradients(DenseGradients):
-    """This process's shards of the gradients; losses and products are those of all processes."""
-
-    products: Tensor = field(kw_only=True)
-    norms: Tensor = field(kw_only=True)
-
-    def gram(self) -> Tensor:
-        """Returns the Gram matrix, which was computed when the messages were exchanged."""
-        return self.products
-
-    def head_norms(self) -> Tensor:
-        """See `raco_optim.gradients.dense.PerLossGradients`."""
-        return self.norms
 
 
 class ShardedMode(DenseMode):
@@ -73,9 +60,8 @@ class ShardedMode(DenseMode):
     def rows(self, batch: Batch) -> Iterator[Found]:
         """Yields value and gradient of one loss after the other, each from a ``backward()``.
 
-        A callable that fails in one of the processes fails in all, if its forward pass is
-        complete. Other tensors that the losses depend on gather the sum of the gradients in their
-        ``.grad``.
+        If a callable fails in one process after its forward pass, all processes raise. Tensors
+        that the optimizer does not hold get the sum of the gradients, as by ``backward()``.
         """
         parameters, losses = batch.parameters.tensors, batch.losses
         last = max((i for i, loss in enumerate(losses) if isinstance(loss, Tensor)), default=-1)
@@ -106,12 +92,12 @@ class ShardedMode(DenseMode):
                 del loss, row
 
 
-def gather(batch: Batch, found: Iterable[Found]) -> ShardedGradients:
-    """Gathers the gradients, and sums over the processes, in one message, what they add up to.
+def gather(batch: Batch, found: Iterable[Found]) -> SummedGradients:
+    """Collects the shards, and sums their products and the losses over the processes.
 
     Raises:
-        ValueError: Processes that hold the same part of a parameter have other gradients of it, or
-            the group lacks some that hold a part.
+        ValueError: Processes that hold the same part of a parameter have different gradients of
+            it, or the group lacks a process that holds a part.
     """
     parameters, group = batch.parameters, batch.group or Group()
     layouts = _layouts(parameters, group)
@@ -139,19 +125,18 @@ def gather(batch: Batch, found: Iterable[Found]) -> ShardedGradients:
     message = [gram, shards(parameters.shared).head_norms(), *group.pack_losses(values)]
     gram, head_norms, *losses = group.sum(message, device)
     means, nonfinite_ranks = group.unpack_losses(losses)
-    return ShardedGradients(
+    return SummedGradients(
         means,
         rows,
         parameters.shared,
         nonfinite_ranks,
-        products=gram.reshape(m, m),
+        products=gram,
         norms=head_norms,
     )
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """How a parameter is cut into parts, and the processes that hold all of them together."""
+class _Layout(NamedTuple):
+    """Into how many parts parameters are cut, and the processes that hold all of them together."""
 
     parts: int
     ranks: tuple[int, ...]
@@ -180,12 +165,12 @@ def _layouts(parameters: Parameters, group: Group) -> dict[_Layout, set[int]]:
 
 
 def _check_equal(norms: dict[_Layout, Tensor], names: Sequence[str], group: Group) -> None:
-    """Raises where processes that hold the same parts have gradients of other norms."""
+    """Raises if processes that hold the same parts have gradients of different norms."""
     rows = torch.stack(
         [norm.new_zeros(group.world_size, len(names) + 1) for norm in norms.values()]
     )
     for row, (layout, norm) in zip(rows, norms.items(), strict=True):
-        # What all of a layout's processes put into the row of the first of them adds up there.
+        # All processes of a layout add to the row of its first one.
         share = torch.cat([norm * layout.parts, norm.new_ones(1)])
         row[min(layout.ranks)] = share / len(layout.ranks)
     with group.contact():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -67,47 +70,43 @@ def combine_rows(
 
 @torch.no_grad()
 def write_gradients(
-    parameters: Sequence[Tensor], gradients: Gradient, done: Callable[[], None] = lambda: None
+    parameters: Sequence[Tensor], gradients: Gradient, done: Callable[[], object] = lambda: None
 ) -> None:
-    """Adds gradients, which it may keep, to ``.grad`` of all parameters or, if stopped, of none.
+    """Adds gradients, which it may keep, to ``.grad`` of all parameters or, if it fails, of none.
 
-    Args:
-        parameters: The parameters.
-        gradients: One per parameter; None leaves its ``.grad`` alone.
-        done: Called once the gradients are there, also where an interrupt arrives just then.
+    None leaves a ``.grad`` alone. `done`, written in C (a `partial` of `setattr`, say), is called
+    with the writing, so that an interrupt (Ctrl-C) comes before both or after both.
     """
-    fresh: list[tuple[Tensor, Tensor]] = []
-    grads: list[Tensor] = []
-    added: list[Tensor] = []
-    for p, g in zip(parameters, gradients, strict=True):
-        if g is None:
-            continue
-        if p.grad is not None:
-            grads.append(p.grad)
-            added.append(g if g.dtype == p.grad.dtype else g.to(p.grad.dtype))
-        else:
-            # As autograd does: fused optimizers walk both in the order of memory.
-            aligned = g.stride() == p.stride()
-            fresh.append((p, g if aligned else torch.empty_like(p, dtype=g.dtype).copy_(g)))
-    version = grads[0]._version if grads else 0
-    written = False
+    reached = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+    fresh = [(p, _like(g, p)) for p, g in reached if p.grad is None]
+    held = [p.grad for p, _ in reached if p.grad is not None]
+    added = [g.to(p.grad.dtype) for p, g in reached if p.grad is not None]
+    writes: list[Callable[[], object]] = [partial(setattr, p, "grad", g) for p, g in fresh]
+    if held:
+        writes.append(partial(torch._foreach_add_, held, added))
+    version, written = [g._version for g in held[:1]], list[bool]()
     try:
-        for p, g in fresh:
-            p.grad = g
-        # One call, so that an interrupt (Ctrl-C) comes before or after it, never in between.
-        if grads:
-            torch._foreach_add_(grads, added)
-        written = True
-    finally:
-        if written or (grads and grads[0]._version != version):
-            done()
-        else:
+        # Python looks for signals between its own instructions, and there are none in here.
+        call_all = map(methodcaller("__call__"), [*writes, done, partial(written.append, True)])
+        deque(call_all, maxlen=0)
+    except BaseException:
+        if not written and version == [g._version for g in held[:1]]:
             for p, _ in fresh:
                 p.grad = None
-    for p, g in zip(parameters, gradients, strict=True):
-        hooks = None if g is None else p._post_accumulate_grad_hooks
+        elif not written:  # DTensor adds in Python, where an interrupt may arrive afterwards
+            done()
+        raise
+    for p, _ in reached:
+        hooks = p._post_accumulate_grad_hooks
         for hook in tuple(hooks.values()) if hooks else ():
             hook(p)
+
+
+def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Returns the gradient with its parameter's strides, which fused optimizers rely on."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
 
 
 def grad_dtype(parameter: Tensor) -> torch.dtype:

@@ -15,33 +15,15 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from raco_optim._checks import add_note, as_list, check_any_present
+from raco_optim.gradients.accumulation import accumulate, add_pending
 from raco_optim.gradients.combine import combine_rows
+from raco_optim.gradients.explain import check_no_reentrant_checkpoint, explain
 from raco_optim.gradients.gram import gram_matrix
 from raco_optim.objectives import Batch, Found, Gradient, Loss, Pending
 
 _A_PARAMETER = (
     "a parameter of the optimizer; it reaches none. Was the optimizer built from this model's "
     "parameters? Pass None for a loss that is absent from this batch."
-)
-_CALLABLES = "pass the losses as callables, each with its own forward pass."
-# Selective checkpoints, and those of torch.distributed._composable.
-_ONLY_ONCE = f"This activation checkpoint can be computed again only once: {_CALLABLES}"
-_REMEDIES = (
-    ("second time", "An earlier backward pass freed the graph: compute the losses anew."),
-    (
-        "donated buffer",
-        "A compiled model frees its buffers in the first of several backward passes: `import "
-        "torch._functorch.config` and set `torch._functorch.config.donated_buffer = False` before "
-        f"the model's first call, or {_CALLABLES}",
-    ),
-    ("only allowed to backward once", _ONLY_ONCE),
-    ("_GeneratorContextManager", _ONLY_ONCE),
-    ("use_reentrant", "Call `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."),
-    (
-        "out of memory",
-        "A step holds one gradient per loss: take smaller micro-batches (`accumulate=True`), or "
-        'gradients="ghost" or "representation".',
-    ),
 )
 # Bytes from which on fresh memory costs more, in page faults, than a copy into memory at hand.
 _LARGE = 2**20
@@ -203,41 +185,21 @@ class DenseMode:
 
     def collect(self, batch: Batch) -> PerLossGradients:
         """Gathers the gradients of this call and of earlier micro-batches."""
-        rows = add_pending(self.rows(batch), batch.pending)
+        found = self.rows(batch)
+        if batch.pending is not None:
+            found = add_pending(found, batch.pending)
         if self._gather is not None:
-            return self._gather(batch, rows)
+            return self._gather(batch, found)
         gradients = DenseGradients([], [], batch.parameters.shared)
-        for i, (value, row) in enumerate(rows):
-            last = i == len(batch.names) - 1
+        last = len(batch.names) - 1
+        for i, (value, row) in enumerate(found):
             gradients.values.append(value)
-            gradients.rows.append(row if last else self._memory.hold(i, row))
+            gradients.rows.append(row if i == last else self._memory.hold(i, row))
         return gradients
 
     def accumulate(self, batch: Batch, *, named: bool) -> Pending:
         """Adds the gradients of a micro-batch to those of earlier ones."""
-        pending = Pending(batch.names, named, batch.parameters, [], [])
-        for value, row in add_pending(self.rows(batch), batch.pending):
-            pending.values.append(value)
-            # Copied, because autograd may return a tensor that user code holds too.
-            pending.rows.append([None if g is None else g.clone() for g in row])
-        return pending
-
-
-def add_pending(found: Iterable[Found], pending: Pending | None) -> Iterator[Found]:
-    """Adds the pending values and gradients, which stay as they are, to those found."""
-    if pending is None:
-        yield from found
-        return
-    for (value, row), before, earlier in zip(found, pending.values, pending.rows, strict=True):
-        for j, g in enumerate(earlier):  # one at a time, so that each is freed at once
-            row[j] = _sum(g, row[j])
-        yield _sum(before, value), row
-
-
-def _sum(earlier: Tensor | None, later: Tensor | None) -> Tensor | None:
-    if earlier is None or later is None:
-        return later if earlier is None else earlier
-    return earlier + later
+        return accumulate(self.rows(batch), batch, named=named)
 
 
 def iterate_gradients(
@@ -256,35 +218,29 @@ def iterate_gradients(
     on, and the remedy; None allows it.
     """
     inputs: Any = (*(p for p in parameters if p.requires_grad), *edges)
-    last_tensor = max((i for i, loss in enumerate(losses) if isinstance(loss, Tensor)), default=-1)
-    last_callable = max(
-        (i for i, loss in enumerate(losses) if callable(loss) and not isinstance(loss, Tensor)),
-        default=-1,
-    )
+    tensors = [i for i, loss in enumerate(losses) if isinstance(loss, Tensor)]
+    calls = [i for i, loss in enumerate(losses) if loss is not None and i not in tensors]
     walked: set[Any] = set()
-    passed = 0
     for i, (name, loss) in enumerate(zip(names, losses, strict=True)):
         if loss is None:
             yield None, [None] * (len(parameters) + len(edges))
             continue
-        is_tensor = isinstance(loss, Tensor)
-        value = loss if is_tensor else evaluate(name, loss, parameters)
-        retain = keep_graph or (is_tensor and i < last_tensor)
+        value = loss if isinstance(loss, Tensor) else evaluate(name, loss, parameters)
+        retain = keep_graph or i in tensors[:-1]
         try:
             found: Gradient = list(
                 torch.autograd.grad(value, inputs, retain_graph=retain, allow_unused=True)
             )
         except Exception as error:
-            explain(name, error, again=is_tensor and passed > 0)
+            explain(name, error, again=i in tensors[1:])
             raise
-        passed += is_tensor
         if any(g is None for g in found):
-            _check_no_reentrant_checkpoint(name, value, walked)
+            check_no_reentrant_checkpoint(name, value, walked)
         if needed is not None and all(g is None for g in found):
             raise ValueError(f"loss {name!r} must depend on {needed}")
         value = value.detach().clone()
         del loss  # its graph
-        if i < last_callable:
+        if calls and i < calls[-1]:
             # The next callable may refill a buffer that a custom function returned as gradient.
             found = [None if g is None else g.clone() for g in found]
         reached = iter(found)
@@ -307,24 +263,10 @@ def evaluate(name: str, loss: Callable[[], Tensor], parameters: Sequence[Tensor]
     return value
 
 
-def explain(name: str, error: Exception, *, again: bool = False) -> None:
-    """Adds a note to what a backward pass raised: the loss and the remedy."""
-    remedies = [remedy for symptom, remedy in _REMEDIES if symptom in str(error)]
-    if again and not remedies:
-        remedies = [
-            "The pass of an earlier loss went through. A custom autograd function that can go "
-            f"back only once raises here: {_CALLABLES}"
-        ]
-    add_note(error, " ".join([f"It was raised by the backward pass of loss {name!r}.", *remedies]))
-
-
 def check_losses(
     losses: Sequence[Loss | None], parameters: Sequence[Tensor], names: Sequence[str]
 ) -> None:
-    """Raises unless losses are what they must be, as far as no pass can tell.
-
-    It is called before the first backward pass, so that a bad tensor costs nothing.
-    """
+    """Raises where the losses are not what they must be, before the first backward pass."""
     for name, loss in zip(names, losses, strict=True):
         if isinstance(loss, Tensor):
             check_loss(name, loss, parameters)
@@ -346,18 +288,18 @@ def check_parameters(parameters: Sequence[Tensor]) -> None:
     if not any(p.requires_grad for p in parameters):
         raise ValueError(
             f"parameters must hold one at least that requires gradients; got {len(parameters)} "
-            f"that do not."
+            f"that do not. Call requires_grad_() on those to train."
         )
-    devices = {p.device for p in parameters}
+    devices = sorted({str(p.device) for p in parameters})
     if len(devices) > 1:
-        found = ", ".join(sorted(str(device) for device in devices))
         raise ValueError(
-            f"parameters must be on one device; got {found}. Move the model to one of them."
+            f"parameters must be on one device; got {', '.join(devices)}. Move the model to one of "
+            f"them."
         )
 
 
 def check_loss(name: str, loss: object, parameters: Sequence[Tensor]) -> None:
-    """Raises unless a loss, if it is no callable, is what it must be."""
+    """Raises unless a loss, or what its callable returned, is what it must be."""
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"loss {name!r} must be a scalar tensor; its callable returned {type(loss).__name__}."
@@ -368,7 +310,7 @@ def check_loss(name: str, loss: object, parameters: Sequence[Tensor]) -> None:
             f"with .mean()."
         )
     if loss.is_complex():
-        raise ValueError(f"loss {name!r} must be real; got dtype {loss.dtype}.")
+        raise ValueError(f"loss {name!r} must be real; got dtype {loss.dtype}. Pass its .real.")
     if not loss.requires_grad:
         raise ValueError(
             f"loss {name!r} must have a graph; it was computed without gradients (under "
@@ -382,18 +324,6 @@ def check_loss(name: str, loss: object, parameters: Sequence[Tensor]) -> None:
         )
 
 
-def walk_graph(root: Any, walked: set[Any]) -> Iterator[Any]:  # noqa: ANN401  # a node of autograd
-    """Yields the nodes of the graph behind a node, but for those that were walked before."""
-    stack = [root]
-    while stack:
-        node = stack.pop()
-        if node is None or node in walked:
-            continue
-        walked.add(node)
-        yield node
-        stack.extend(child for child, _ in node.next_functions)
-
-
 def _dense(gradient: Tensor | None, parameter: Tensor, name: str) -> Tensor | None:
     if gradient is not None and gradient.layout != torch.strided:
         raise ValueError(
@@ -401,17 +331,3 @@ def _dense(gradient: Tensor | None, parameter: Tensor, name: str) -> Tensor | No
             f"parameter of shape {list(parameter.shape)}. Build the embedding with sparse=False."
         )
     return gradient
-
-
-def _check_no_reentrant_checkpoint(name: str, loss: Tensor, walked: set[Any]) -> None:
-    # A reentrant checkpoint is one opaque node of the graph, so `autograd.grad` finds no path to
-    # the parameters inside and returns None for them without a word. The walk takes about a
-    # microsecond a node, so it is taken only where parameters were missed, and over what the
-    # losses share once.
-    for node in walk_graph(loss.grad_fn, walked):
-        if node.name() == "CheckpointFunctionBackward":
-            raise RuntimeError(
-                f"loss {name!r} passes through a reentrant activation checkpoint, which hides its "
-                f"parameters from per-loss gradients. Call torch.utils.checkpoint.checkpoint(..., "
-                f"use_reentrant=False)."
-            )

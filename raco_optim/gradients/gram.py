@@ -140,25 +140,23 @@ def _columns(rows: list[list[Tensor | None]]) -> Iterator[Column]:
             f"{lengths} entries."
         )
     for j, column in enumerate(zip(*rows, strict=True)):
-        for g in column:
-            if not (g is None or isinstance(g, Tensor)):
+        present = [g for g in column if g is not None]
+        for g in present:
+            if not isinstance(g, Tensor):
                 raise TypeError(
                     f"`gradients` must be rows of tensors (or None), one row per loss; got a row "
                     f"with {type(g).__name__} in it."
                 )
-        if any(g is not None and g.is_complex() for g in column):
+        if any(g.is_complex() for g in present):
             raise ValueError(f"`gradients` must be real; got complex ones for parameter {j}.")
-        shapes = {tuple(g.shape) for g in column if g is not None}
-        if len(shapes) > 1:
+        if len({g.shape for g in present}) > 1:
+            shapes = sorted({tuple(g.shape) for g in present})
             raise ValueError(
-                f"`gradients` must agree in shape for every parameter; got {sorted(shapes)} for "
-                f"parameter {j}."
+                f"`gradients` must agree in shape for every parameter; got {shapes} for parameter "
+                f"{j}."
             )
         yield column
 
 
 def _length(tensors: Sequence[Tensor | None]) -> int:
-    for g in tensors:
-        if g is not None:
-            return g.numel()
-    return 0
+    return next((g.numel() for g in tensors if g is not None), 0)

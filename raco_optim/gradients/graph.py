@@ -111,6 +111,18 @@ def find_uses(losses: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> 
     return found
 
 
+def walk_graph(root: Any, walked: set[Any]) -> Iterator[Any]:  # noqa: ANN401  # a node of autograd
+    """Yields the nodes of the graph behind a node, but for those that were walked before."""
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if node is None or node in walked:
+            continue
+        walked.add(node)
+        yield node
+        stack.extend(child for child, _ in node.next_functions)
+
+
 def _walk(roots: Sequence[Any]) -> tuple[_Consumers, dict[Any, int]]:
     """Returns who uses each node's output, as which input, and which roots reach it, as bits."""
     reached: dict[Any, int] = {}

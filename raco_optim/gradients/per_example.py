@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from raco_optim.gradients.combine import grad_dtype
-from raco_optim.gradients.dense import DenseMode, Gather, explain
+from raco_optim.gradients.dense import DenseMode, Gather
+from raco_optim.gradients.explain import explain
 from raco_optim.objectives import Batch, Found, Gradient
 
 

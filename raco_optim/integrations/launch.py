@@ -124,4 +124,4 @@ def check_start(trainer: Trainer, group: Group | None, resume: str | bool | None
 
 def _all_shared(parameters: Iterable[Tensor]) -> Parameters:
     tensors = list(parameters)
-    return Parameters(tensors, [True] * len(tensors), [])
+    return Parameters(tensors, [True] * len(tensors), [], [p.requires_grad for p in tensors])

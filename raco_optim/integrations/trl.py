@@ -184,7 +184,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         self._objective_log.clear()  # as of an earlier call that was stopped
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **others)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:  # noqa: ANN401
         """As the Trainer's, within the optimizer of the method."""
         super().create_optimizer(model)
         if self.args.method in GRADIENT_METHODS and _found(self.optimizer) is None:

@@ -186,9 +186,8 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
         for name in ("fsdp", "deepspeed", "parallelism_config"):
             if vars(self)[name]:
                 raise ValueError(sharded(f"`{name}`"))
-        if self.method in GRADIENT_METHODS and re.search(
-            "layerwise|lomo", str(self.optim), re.IGNORECASE
-        ):
+        combines = self.method in GRADIENT_METHODS
+        if combines and re.search("layerwise|lomo", str(self.optim), re.IGNORECASE):
             raise ValueError(
                 f"`optim` must step after the backward pass, when gradients are combined; got "
                 f"{self.optim}."

@@ -44,23 +44,25 @@ class Series:
         return self._stack(lambda report: report.weights)
 
     def cosines(self) -> Array:
-        """Cosines of the gradients, ``[n, m, m]``; NaN where a gradient is zero or its loss absent.
+        """Cosines of the gradients, ``[n, m, m]``; NaN where they are not defined.
 
-        A report has 0 there, which would look like orthogonal gradients.
+        That is where a gradient is zero or not finite, or its loss absent. A report may have 0
+        there, which would look like orthogonal gradients.
         """
 
         def defined(report: StepReport) -> Tensor:
-            nonzero = report.gram.diagonal() > 0
-            return torch.where(nonzero[:, None] & nonzero, report.cosines, math.nan)
+            squares = report.gram.diagonal()
+            known = (squares > 0) & squares.isfinite()
+            return torch.where(known[:, None] & known, report.cosines, math.nan)
 
         return self._stack(defined)
 
     def solution(self) -> Array:
-        """p, ``[n, m]``; NaN where there is none."""
+        """p, ``[n, m]``; NaN for an absent loss, and where there is none."""
         return self._stack(lambda report: self._or_nan(report.p))
 
     def clipped(self) -> Array:
-        """The clipped p, ``[n, m]``; NaN where there is none."""
+        """The clipped p, ``[n, m]``; NaN for an absent loss, and where there is none."""
         return self._stack(lambda report: self._or_nan(report.p_clipped))
 
     @property

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 _KEY = "optimizer"
+_Group = dict[str, Any]
 
 
 class BareOptimizer(Optimizer):
@@ -21,11 +23,46 @@ class BareOptimizer(Optimizer):
     """
 
     def _add_hooks(self) -> None:
-        # Into the dict: `setattr` may reach for the inner optimizer's.
         for moment in ("step", "state_dict", "load_state_dict"):
             self.__dict__[f"_optimizer_{moment}_pre_hooks"] = OrderedDict()
             self.__dict__[f"_optimizer_{moment}_post_hooks"] = OrderedDict()
         self._patch_step_function()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state of the inner optimizer; the wrapper's is under the key "raco_optim".
+
+        Accumulated gradients are not part of it: take a checkpoint between steps.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self._saved()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = post_hook(self, state_dict) or state_dict
+        return state_dict
+
+    def load_state_dict(self, state_dict: Any) -> None:  # noqa: ANN401  # a mapping, or several
+        """Loads what `state_dict` returned, or the state of a plain inner optimizer.
+
+        With several inner optimizers also a list of their single states.
+
+        Raises:
+            ValueError: The state does not fit the losses, the method, this version or the inner
+                optimizer. Nothing is loaded then.
+        """
+        given = state_dict
+        if isinstance(given, Mapping):
+            given = dict(given)
+            for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+                given = pre_hook(self, given) or given
+        self._load(given)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _saved(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _load(self, state_dict: Any) -> None:  # noqa: ANN401
+        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         # As in Optimizer, hooks are not kept, nor is the `step` that a scheduler put in place.
@@ -36,24 +73,25 @@ class BareOptimizer(Optimizer):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
         self._add_hooks()
+        self.__dict__.update(state)
 
 
 class JointOptimizer(BareOptimizer):
-    """Joins optimizers: their groups in order, one step, one state.
+    """Joins optimizers: one list of groups, one step, one state.
 
     Args:
         optimizers: Two or more optimizers, which hold no parameter in common.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        self.optimizers = tuple(optimizers)
         self._add_hooks()
+        self.optimizers = tuple(optimizers)
         held: set[int] = set()
         for optimizer in self.optimizers:
             closure = inspect.signature(optimizer.step).parameters.get("closure")
-            if closure is not None and closure.default is inspect.Parameter.empty:
+            needed = closure is not None and closure.default is inspect.Parameter.empty
+            if needed or hasattr(optimizer, "first_step"):  # LBFGS, and SAM
                 raise ValueError(
                     f"`inner` must hold optimizers that step without a closure; got "
                     f"{type(optimizer).__name__} among several. Use it alone."
@@ -65,26 +103,65 @@ class JointOptimizer(BareOptimizer):
                     f"{type(optimizer).__name__} with {len(own & held)} that an earlier one holds."
                 )
             held |= own
+        self._groups: list[_Group] = []
+        self._owned: list[tuple[_Group, int]] = []
+        self._merge()
 
     @property
     def param_groups(self) -> Any:  # noqa: ANN401  # a list, as in Optimizer
-        """The groups of all optimizers, in order."""
-        return _Groups(self.optimizers)
+        """The groups of all optimizers, in the order in which they came."""
+        self._merge()
+        return self._groups
 
     @param_groups.setter
-    def param_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        found: list[list[dict[str, Any]]] = [[] for _ in self.optimizers]
+    def param_groups(self, groups: Iterable[_Group]) -> None:
+        self._merge()
+        self._assign(list(groups), {id(group): k for group, k in self._owned})
+
+    def _merge(self) -> None:
+        """Brings this list and those of the optimizers together; each may have been changed."""
+        joint, owners = list(self._groups), {id(group): k for group, k in self._owned}
+        for k, optimizer in enumerate(self.optimizers):
+            before = [group for group, owner in self._owned if owner == k]
+            now = optimizer.param_groups
+            old_ids, new_ids = list(map(id, before)), list(map(id, now))
+            owners |= dict.fromkeys(new_ids, k)
+            if len(before) == len(now):  # each is the same, or takes the place of another
+                new = dict(zip(old_ids, now, strict=True))
+                joint = [new.get(id(group), group) for group in joint]
+            else:
+                gone = set(old_ids) - set(new_ids)
+                joint = [group for group in joint if id(group) not in gone]
+                joint += [group for group in now if id(group) not in old_ids]
+        self._assign(joint, owners)
+
+    def _assign(self, groups: list[_Group], owners: dict[int, int]) -> None:
+        """Hands each group to the optimizer that owns it, or holds its parameters, or is named."""
         held = [_held(optimizer.param_groups) for optimizer in self.optimizers]
         for group in groups:
-            owners = [k for k, own in enumerate(held) if _held([group]) & own]
-            if not owners:
-                raise ValueError(
-                    f"`param_groups` must hold parameters of the inner optimizers; got a group of "
-                    f"{len(group['params'])} others. Use `add_param_group`."
-                )
-            found[owners[0]].append(group)
-        for optimizer, own in zip(self.optimizers, found, strict=True):
-            optimizer.param_groups = own
+            if id(group) in owners:
+                continue
+            holding = [k for k, own in enumerate(held) if _held([group]) & own]
+            position = group.get(_KEY, holding[0] if len(holding) == 1 else None)
+            try:
+                owners[id(group)] = self._checked_position(position)
+            except ValueError:
+                self._groups[:] = [known for known, _ in self._owned]
+                raise
+        for k, optimizer in enumerate(self.optimizers):
+            # In place: SAM, for one, shares its list with another optimizer.
+            optimizer.param_groups[:] = [group for group in groups if owners[id(group)] == k]
+        self._groups[:] = groups
+        self._owned = [(group, owners[id(group)]) for group in groups]
+
+    def _checked_position(self, position: Any) -> int:  # noqa: ANN401  # that is what it checks
+        if type(position) is not int or position not in range(len(self.optimizers)):
+            raise ValueError(
+                f'a new parameter group must say by the key "{_KEY}" which of the '
+                f"{len(self.optimizers)} inner optimizers takes it, by its position from 0; got "
+                f"{position!r}."
+            )
+        return position
 
     @property
     def state(self) -> Any:  # noqa: ANN401  # a mapping, as in Optimizer
@@ -94,29 +171,24 @@ class JointOptimizer(BareOptimizer):
     @state.setter
     def state(self, state: Mapping[Tensor, Any]) -> None:
         given = dict(state)
-        joint = _State(self.optimizers)
-        for p in list(joint):
-            del joint[p]
-        joint.update(given)
+        self.state.clear()
+        self.state.update(given)
 
     @property
-    def defaults(self) -> dict[str, Any]:
-        """The default options that all optimizers have, with the first one's values."""
+    def defaults(self) -> Any:  # type: ignore[override]  # noqa: ANN401  # a mapping
+        """The default options that all optimizers have, with the first one's values; read-only."""
         first, *others = (optimizer.defaults for optimizer in self.optimizers)
-        return {key: x for key, x in first.items() if all(key in other for other in others)}
+        common = {key: x for key, x in first.items() if all(key in other for other in others)}
+        return MappingProxyType(common)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: _Group) -> None:
         """Adds a group to the inner optimizer whose position the key "optimizer" gives."""
-        group = dict(param_group)
-        position = group.pop(_KEY, None)
-        if position not in range(len(self.optimizers)) or isinstance(position, bool):
-            raise ValueError(
-                f'`param_group` must say by the key "{_KEY}" which of the {len(self.optimizers)} '
-                f"inner optimizers takes it, by its position from 0; got {position!r}."
-            )
-        if _held([group]) & _held(self.param_groups):
-            raise ValueError("`param_group` must hold new parameters; got one that is held.")
-        self.optimizers[position].add_param_group(group)
+        optimizer = self.optimizers[self._checked_position(param_group.get(_KEY))]
+        before = _held(self.param_groups)
+        optimizer.add_param_group(param_group)
+        if _held(optimizer.param_groups[-1:]) & before:
+            del optimizer.param_groups[-1]
+            raise ValueError("some parameters appear in more than one parameter group")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets the gradients of all parameters."""
@@ -125,128 +197,70 @@ class JointOptimizer(BareOptimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # noqa: ANN401
         """Calls the closure once, then lets every optimizer step."""
+        self._merge()
         loss = None if closure is None else closure()
         for optimizer in self.optimizers:
             optimizer.step()
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
+    def _saved(self) -> dict[str, Any]:
         """Returns one state in torch's form, which an optimizer with all the groups can load."""
+        self._merge()
+        parts = [optimizer.state_dict() for optimizer in self.optimizers]
+        for optimizer, part in zip(self.optimizers, parts, strict=True):
+            if part.keys() != {"state", "param_groups"}:
+                raise ValueError(
+                    f"states of several inner optimizers must have torch's form, to be joined; got "
+                    f"one of {type(optimizer).__name__} with {list(part)}. Save `state_dict()` of "
+                    f"each of `optimizers`."
+                )
         joint: dict[str, Any] = {"state": {}, "param_groups": []}
-        start = 0
-        for optimizer in self.optimizers:
-            own = optimizer.state_dict()
-            joint["state"] |= {start + k: entry for k, entry in own["state"].items()}
-            for group in own["param_groups"]:
-                numbers = [start + k for k in group["params"]]
-                joint["param_groups"].append(group | {"params": numbers})
-            start += sum(len(group["params"]) for group in own["param_groups"])
+        groups = [iter(part["param_groups"]) for part in parts]
+        number = 0
+        for _, k in self._owned:
+            group = next(groups[k])
+            new = dict(enumerate(group["params"], start=number))
+            number += len(new)
+            state = parts[k]["state"]
+            joint["state"] |= {i: state[old] for i, old in new.items() if old in state}
+            joint["param_groups"].append(group | {"params": list(new)})
         return joint
 
-    def load_state_dict(self, state_dict: Any) -> None:  # noqa: ANN401  # or a sequence of them
-        """Loads a joint state, or a sequence of states of the single optimizers.
-
-        Raises:
-            ValueError: The groups differ. Nothing is loaded then.
-        """
-        parts = self._parts(state_dict)
-        before = [optimizer.state_dict() for optimizer in self.optimizers]
-        try:
-            for optimizer, part in zip(self.optimizers, parts, strict=True):
-                optimizer.load_state_dict(part)
-        except BaseException:
-            for optimizer, part in zip(self.optimizers, before, strict=True):
-                optimizer.load_state_dict(part)
-            raise
+    def _load(self, state_dict: Any) -> None:  # noqa: ANN401
+        """Loads a joint state, or a sequence of states of the single optimizers, or raises."""
+        self._merge()
+        for optimizer, part in zip(self.optimizers, self._parts(state_dict), strict=True):
+            optimizer.load_state_dict(part)
 
     def _parts(self, state_dict: Any) -> list[dict[str, Any]]:  # noqa: ANN401
-        counts = [len(optimizer.param_groups) for optimizer in self.optimizers]
         if not isinstance(state_dict, Mapping):
-            parts = list(state_dict)
-            if len(parts) != len(counts):
+            if len(state_dict) != len(self.optimizers):
                 raise ValueError(
-                    f"`state_dict` must hold one state for each of the {len(counts)} inner "
-                    f"optimizers; got {len(parts)}."
+                    f"`state_dict` must hold one state for each of the {len(self.optimizers)} "
+                    f"inner optimizers; got {len(state_dict)}."
                 )
-            return parts
-        groups, state = list(state_dict["param_groups"]), state_dict["state"]
-        if len(groups) != sum(counts):
+            return list(state_dict)
+        groups, state = state_dict["param_groups"], state_dict["state"]
+        owners = [k for _, k in self._owned]
+        said = [group.get(_KEY, k) for group, k in zip(groups, owners, strict=False)]
+        if len(groups) != len(owners) or said != owners:
             raise ValueError(
-                f"`state_dict` must have {sum(counts)} parameter groups; got {len(groups)}."
+                f"`state_dict` must have {len(owners)} parameter groups, of the inner optimizers "
+                f"{owners}; got {len(groups)}, of {said}. Add groups in the order of that run."
             )
-        parts = []
-        for count in counts:
-            own, groups = groups[:count], groups[count:]
-            numbers = [k for group in own for k in group["params"]]
-            parts.append(
-                {"state": {k: state[k] for k in numbers if k in state}, "param_groups": own}
-            )
+        parts: list[dict[str, Any]] = [{"state": {}, "param_groups": []} for _ in self.optimizers]
+        for group, k in zip(groups, owners, strict=True):
+            parts[k]["param_groups"].append(group)
+            parts[k]["state"] |= {i: state[i] for i in group["params"] if i in state}
         return parts
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        if name.startswith("__") or name == "optimizers":
-            raise AttributeError(name)
-        found = [getattr(x, name) for x in self.optimizers if hasattr(x, name)]
-        if found and all(map(callable, found)):  # such as train() and eval() of all that have it
-
-            def call_all(*args: Any, **kwargs: Any) -> list[Any]:  # noqa: ANN401
-                return [method(*args, **kwargs) for method in found]
-
-            return found[0] if len(found) == 1 else call_all
-        if len(found) == 1:
-            return found[0]
-        several = f"; {len(found)} inner optimizers have it: ask one of `optimizers`"
-        raise AttributeError(f"{type(self).__name__} has no {name!r}{several if found else ''}.")
 
     def __repr__(self) -> str:
         return "\n".join(map(repr, self.optimizers))
 
 
-def _held(groups: Sequence[Mapping[str, Any]]) -> set[int]:
+def _held(groups: Iterable[Mapping[str, Any]]) -> set[int]:
     """Returns the identities of the parameters in groups."""
-    found = set()
-    for group in groups:
-        params = group["params"]
-        for p in [params] if isinstance(params, Tensor) else params:
-            found.add(id(p[1] if isinstance(p, tuple) else p))
-    return found
-
-
-class _Groups(list[dict[str, Any]]):
-    """The groups of several optimizers; what is deleted is deleted from the optimizer's list."""
-
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        super().__init__(group for x in optimizers for group in x.param_groups)
-        self._optimizers = optimizers
-
-    def __delitem__(self, index: Any) -> None:  # noqa: ANN401  # an integer or a slice
-        gone = self[index]
-        super().__delitem__(index)
-        for optimizer in self._optimizers:
-            for group in [gone] if isinstance(gone, dict) else gone:
-                optimizer.param_groups[:] = [g for g in optimizer.param_groups if g is not group]
-
-    def pop(self, index: Any = -1) -> dict[str, Any]:  # noqa: ANN401
-        """Removes a group from its optimizer, and returns it."""
-        group = self[index]
-        del self[index]
-        return group
-
-    def remove(self, group: dict[str, Any]) -> None:
-        """Removes a group from its optimizer."""
-        del self[next(k for k, g in enumerate(self) if g is group)]
-
-    def clear(self) -> None:
-        """Removes all groups."""
-        del self[:]
-
-    def _refuse(self, *_: Any, **__: Any) -> Any:  # noqa: ANN401
-        raise TypeError(
-            "groups of several inner optimizers can be deleted here, not added or exchanged. Use "
-            f'`add_param_group` with the key "{_KEY}", or `param_groups` of the inner optimizer.'
-        )
-
-    append = extend = insert = sort = reverse = __setitem__ = __iadd__ = __imul__ = _refuse
+    return {id(p) for group in groups for p in group["params"]}
 
 
 class _State(MutableMapping[Tensor, Any]):

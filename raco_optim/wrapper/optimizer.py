@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -12,16 +12,26 @@ from raco_optim.wrapper.joint import BareOptimizer, JointOptimizer
 
 _STATE_KEY = "raco_optim"
 _STATE_VERSION = 1
-# They differentiate the gradient itself, which only one loss's backward pass could offer.
-_NEED_CREATE_GRAPH = ("adahessian", "sophiah")
-# They step inside the backward pass of the model, layer by layer, or do not step at all.
-_STEP_IN_BACKWARD = ("layerwisedummyoptimizer", "lomo", "adalomo")
+_GIVEN = "step along a gradient that it is given, not differentiate it again (`create_graph`)"
+_AFTER = "step after the backward pass, when gradients are combined, not during it"
+# Class, in lower case -> what it must do and can't.
+_REFUSED = {"adahessian": _GIVEN, "sophiah": _GIVEN} | dict.fromkeys(
+    ("lomo", "adalomo", "layerwisedummyoptimizer"), _AFTER
+)
+
+
+def _delegated(name: str, doc: str) -> Any:  # noqa: ANN401  # a property, which mypy lets override
+    return property(
+        lambda self: getattr(self.optimizer, name),
+        lambda self, value: setattr(self.optimizer, name, value),
+        doc=doc,
+    )
 
 
 class OptimizerWrapper(BareOptimizer):
     """Delegates parameter groups, state and defaults to `optimizer`, and adds its own state.
 
-    What the wrapper lacks, attributes and methods, is read from the inner optimizer and set there.
+    What the wrapper lacks, attributes and methods, is read from the inner optimizers and set there.
 
     Note:
         Hooks registered on the wrapper are given the wrapper. Hooks registered for all optimizers
@@ -38,135 +48,79 @@ class OptimizerWrapper(BareOptimizer):
             if not isinstance(given, Optimizer) or isinstance(given, OptimizerWrapper):
                 raise TypeError(
                     f"`inner` must be an optimizer of torch.optim, or a list of them; got "
-                    f"{type(given).__name__}. Build it first: "
+                    f"{given if given == [] else type(given).__name__}. Build it first: "
                     f"{type(self).__name__}(AdamW(model.parameters()), ...)."
                 )
-            self._check_steps_after_backward(given)
-        self.optimizer = found[0] if len(found) == 1 else JointOptimizer(found)
+            for kind in type(given).__mro__:
+                if must := _REFUSED.get(kind.__name__.lower()):
+                    raise ValueError(
+                        f"`inner` must {must}; got {type(given).__name__}. Choose another one."
+                    )
         self._add_hooks()
-
-    @staticmethod
-    def _check_steps_after_backward(inner: Optimizer) -> None:
-        names = {kind.__name__.lower() for kind in type(inner).__mro__}
-        got = f"got {type(inner).__name__}. Choose another optimizer"
-        if names & set(_NEED_CREATE_GRAPH):
-            raise ValueError(
-                f"`inner` must step along a gradient that it is given, not differentiate it again "
-                f"(`create_graph`); {got}."
-            )
-        if names & set(_STEP_IN_BACKWARD):
-            raise ValueError(
-                f"`inner` must step after the backward pass, when gradients are combined, not "
-                f"during it; {got}."
-            )
+        self.optimizer = found[0] if len(found) == 1 else JointOptimizer(found)
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Parameter groups of the inner optimizer."""
-        return self.optimizer.param_groups
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """The inner optimizers."""
+        inner = self.optimizer
+        return inner.optimizers if isinstance(inner, JointOptimizer) else (inner,)
 
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = groups
+    param_groups = _delegated("param_groups", "Parameter groups of the inner optimizer.")
+    state = _delegated("state", "State of the inner optimizer.")
+    defaults = _delegated("defaults", "Default options of the inner optimizer.")
 
-    @property
-    def state(self) -> Any:  # noqa: ANN401  # as in Optimizer
-        """State of the inner optimizer."""
-        return self.optimizer.state
+    def _saved(self) -> dict[str, Any]:
+        own = {"version": _STATE_VERSION, **self._own_state()}
+        return {**self.optimizer.state_dict(), _STATE_KEY: own}
 
-    @state.setter
-    def state(self, state: Any) -> None:  # noqa: ANN401  # as in Optimizer
-        self.optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """Default options of the inner optimizer."""
-        return self.optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.optimizer.defaults = defaults
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group to the inner optimizer."""
-        self.optimizer.add_param_group(param_group)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Resets the gradients of all parameters."""
-        self.optimizer.zero_grad(set_to_none=set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the inner optimizer's state, with the wrapper's under the key "raco_optim".
-
-        Accumulated gradients are not part of it: take a checkpoint between steps.
-        """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        state_dict = self.optimizer.state_dict()
-        state_dict[_STATE_KEY] = {"version": _STATE_VERSION, **self._own_state()}
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = post_hook(self, state_dict) or state_dict
-        return state_dict
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned, or the state of a plain inner optimizer.
-
-        With several inner optimizers also a list of their single states.
-
-        Raises:
-            ValueError: The state does not fit the losses, the method, this version or the inner
-                optimizer. Nothing is loaded then.
-        """
-        given: Any = state_dict
-        own = None
-        if isinstance(given, Mapping):
-            given = dict(given)
-            for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-                given = pre_hook(self, given) or given
-            own = given.pop(_STATE_KEY, None)
-        elif not (isinstance(given, list | tuple) and isinstance(self.optimizer, JointOptimizer)):
+    def _load(self, state_dict: Any) -> None:  # noqa: ANN401
+        given, several = state_dict, len(self.optimizers) > 1
+        if not isinstance(given, Mapping) and not (several and isinstance(given, list | tuple)):
             raise ValueError(
                 f"`state_dict` must be a mapping, as `state_dict` returns it; got "
                 f"{type(given).__name__}."
             )
-        load = None if own is None else self._checked_state(own)
+        load = self._reset
+        if isinstance(given, Mapping) and _STATE_KEY in given:
+            load = self._checked_state(given[_STATE_KEY])
+            given = {key: value for key, value in given.items() if key != _STATE_KEY}
+        # Torch's `load_state_dict` makes new groups and entries: these are those of before.
+        before = [dict(vars(optimizer)) for optimizer in self.optimizers]
         try:
             self.optimizer.load_state_dict(given)
-        except (AttributeError, KeyError, TypeError) as error:
-            got = f"one without {error}" if isinstance(error, KeyError) else f"another ({error})"
-            raise ValueError(
-                f"`state_dict` must be what `state_dict` of this optimizer, or of one like its "
-                f"inner optimizer, returned; got {got}."
-            ) from error
-        except ValueError as error:
+        except BaseException as error:
+            for optimizer, attributes in zip(self.optimizers, before, strict=True):
+                vars(optimizer).update(attributes)
+            if isinstance(error, AttributeError | KeyError | TypeError):
+                got = (
+                    f"one without {error}" if isinstance(error, KeyError) else f"another ({error})"
+                )
+                raise ValueError(
+                    f"`state_dict` must be what `state_dict` of this optimizer, or of one like its "
+                    f"inner optimizer, returned; got {got}."
+                ) from error
             add_note(error, "It was raised by the inner optimizer. Nothing was loaded.")
             raise
-        self._reset()
-        if load is not None:
-            load()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        load()
 
     def _own_state(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of the wrapper itself."""
         return {}
 
-    def _loader(self, own: Mapping[str, Any]) -> Any:  # noqa: ANN401  # a callable
+    def _loader(self, own: Mapping[str, Any]) -> Callable[[], None]:
         """Checks a state, changing nothing, and returns what loads it."""
+        raise NotImplementedError
 
-    def _checked_state(self, own: object) -> Any:  # noqa: ANN401
+    def _checked_state(self, own: object) -> Callable[[], None]:
         expected = f"`state_dict` must be of a {type(self).__name__}"
+        plain = "Without that key it is loaded as the state of the inner optimizer."
         if not isinstance(own, Mapping):
             raise ValueError(
-                f"{expected}; got a {type(own).__name__} under {_STATE_KEY!r}. Without that key it "
-                f"is loaded as the state of the inner optimizer."
+                f"{expected}; got a {type(own).__name__} under {_STATE_KEY!r}. {plain}"
             )
         missing = [key for key in ("version", *self._own_state()) if key not in own]
         if missing:
-            raise ValueError(
-                f"{expected}; under {_STATE_KEY!r} it lacks {missing}. Without that key it is "
-                f"loaded as the state of the inner optimizer."
-            )
+            raise ValueError(f"{expected}; under {_STATE_KEY!r} it lacks {missing}. {plain}")
         version = own["version"]
         if not isinstance(version, int) or version > _STATE_VERSION:
             raise ValueError(
@@ -178,17 +132,29 @@ class OptimizerWrapper(BareOptimizer):
     def _reset(self) -> None:
         """Forgets what belongs to the run before a state is loaded."""
 
+    def _having(self, name: str) -> list[Optimizer]:
+        """Returns the inner optimizers that have an attribute; none before they are there."""
+        there = name != "optimizer" and hasattr(self, "optimizer")
+        return [x for x in self.optimizers if hasattr(x, name)] if there else []
+
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         # Only what is found nowhere else comes here. Python's own names stay unforwarded, so that
-        # pickle and copy ask the wrapper; without `optimizer` it is being unpickled.
-        if name.startswith("__") or "optimizer" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.optimizer, name)
+        # pickle and copy ask the wrapper.
+        found = [] if name.startswith("__") else self._having(name)
+        values = [getattr(x, name) for x in found]
+        if len(values) == 1:
+            return values[0]
+        if values and all(map(callable, values)):  # such as train() and eval()
+            return lambda *args, **kwargs: [method(*args, **kwargs) for method in values]
+        several = f"; {len(values)} inner optimizers have it: ask one of `optimizers`"
+        raise AttributeError(
+            f"{type(self).__name__!r} object has no attribute {name!r}{several if values else ''}"
+        )
 
     def __setattr__(self, name: str, value: object) -> None:
-        own = name == "optimizer" or name in self.__dict__ or hasattr(type(self), name)
-        inner = None if own else getattr(self, "optimizer", None)
-        if inner is not None and hasattr(inner, name):
-            setattr(inner, name, value)  # on the wrapper it would have no effect
-        else:
+        own = name in self.__dict__ or hasattr(type(self), name)
+        found = [] if own else self._having(name)
+        for optimizer in found:  # on the wrapper it would have no effect
+            setattr(optimizer, name, value)
+        if not found:
             super().__setattr__(name, value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,10 +10,12 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from raco_optim._checks import checked_parameters
 
 _KEY = "shared"
+_Role = tuple[bool, bool]  # whether a parameter is shared, and whether it is in the subset
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Roles:
     """Knows by identity which parameters are shared, whatever happens to the groups.
 
     A parameter keeps its role when it is frozen, moved to another group, or removed and added
-    again. A tensor that takes the place of another one in its group (as Accelerate's FSDP2 does)
-    takes over its role. The key "shared" of a group decides for all of the group's parameters.
+    again. A new tensor that takes the place of another of its shape in a group (as Accelerate's
+    FSDP2 does) takes over its role. The key "shared" of a group decides for all in the group.
 
     Args:
         shared: The shared parameters; None if all are that no group says otherwise of.
@@ -76,104 +77,90 @@ class Roles:
         subset: Iterable[Tensor] | None,
         groups: Sequence[dict[str, Any]],
     ) -> None:
-        self._all_shared = shared is None
-        self._shared: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
-        self._subset: list[weakref.ref[Tensor]] = []
-        self._seen: list[tuple[dict[str, Any], list[Tensor]]] = []
-        self._flags: list[Any] = []
-        self._current: Parameters | None = None
         held = [p for group in groups for p in group["params"]]
-        if shared is not None:
+        chosen = held
+        if shared is not None:  # frozen parameters too, which may join later
             chosen = checked_parameters("shared_parameters", shared, held, frozen=True)
-            identities = {id(p) for p in chosen}
+        within = [] if subset is None else checked_parameters("gradients", subset, held)
+        is_shared, in_subset = set(map(id, chosen)), set(map(id, within))
+        if shared is not None:
             for group in groups:
-                given = _key_of(group)
-                for p in group["params"]:
-                    if given is False and id(p) in identities:
-                        raise ValueError(
-                            f'`shared_parameters` must agree with the key "{_KEY}" of the groups; '
-                            f"got a parameter of shape {list(p.shape)} that is in it and in a "
-                            f'group with "{_KEY}": False.'
-                        )
-                    self._remember(p, id(p) in identities if given is None else given)
-            for p in chosen:  # those too that are frozen now and join later
-                self._remember(p, True)
-        if subset is not None:
-            unique = {id(p): p for p in checked_parameters("gradients", subset, held)}
-            self._subset = [weakref.ref(p) for p in unique.values()]
+                both = [p for p in group["params"] if id(p) in is_shared]
+                if both and _key_of(group) is False:
+                    raise ValueError(
+                        f'`shared_parameters` must agree with the key "{_KEY}" of the groups; got '
+                        f"a parameter of shape {list(both[0].shape)} that is in it and in a group "
+                        f'with "{_KEY}": False.'
+                    )
+        known = [(p, (id(p) in is_shared, id(p) in in_subset)) for p in [*held, *chosen]]
+        self._start(shared is None, known)
         self.current(groups)
+
+    def _start(self, all_shared: bool, known: Iterable[tuple[Tensor, _Role]]) -> None:
+        self._all_shared = all_shared
+        # Strong references to what is held: `torch.utils.swap_tensors` refuses weak ones. Weak
+        # references to the rest, so that no memory is kept and no id is taken for another's.
+        self._held: dict[int, tuple[Tensor, _Role]] = {}
+        self._others = WeakTensorKeyDictionary(dict(known))
+        self._groups: list[tuple[dict[str, Any], list[Tensor]]] = []
+        self._keys: list[bool | None] = []
+        self._current: Parameters | None = None
 
     def current(self, groups: Sequence[dict[str, Any]]) -> Parameters:
         """Returns the parameters that the groups hold now, with their roles, or raises."""
+        keys = [key for group in groups for key in [_key_of(group)] * len(group["params"])]
         tensors = [p for group in groups for p in group["params"]]
-        trained, flags = [p.requires_grad for p in tensors], [group.get(_KEY) for group in groups]
-        now = self._current
-        if (
-            now is not None
-            and flags == self._flags
-            and now.are(Parameters(tensors, [], [], trained))
-        ):
-            return now
-        held = {id(p) for p in tensors}
-        subset = list(self._subset)
-        shared = []
+        now = Parameters(tensors, [], [], [p.requires_grad for p in tensors])
+        if self._current is not None and keys == self._keys and self._current.are(now):
+            return self._current
+        identities, held = set(map(id, tensors)), {}
         for group in groups:
-            before = next((old for g, old in self._seen if g is group), [])
-            same_length = len(before) == len(group["params"])
+            old = next((params for g, params in self._groups if g is group), [])
+            same_length = len(old) == len(group["params"])
             for j, p in enumerate(group["params"]):
-                replaced = before[j] if same_length and id(before[j]) not in held else None
-                if replaced is not None and replaced.shape != p.shape:
-                    replaced = None
-                shared.append(self._role(p, group, replaced))
-                if replaced is not None:
-                    subset = [weakref.ref(p) if ref() is replaced else ref for ref in subset]
-        for p, is_shared in zip(tensors, shared, strict=True):
-            self._remember(p, is_shared)
-        self._subset = subset
-        chosen = {id(p) for ref in subset if (p := ref()) is not None}
-        self._seen = [(group, list(group["params"])) for group in groups]
-        self._flags = flags
-        in_subset = [p for p in tensors if id(p) in chosen and p.requires_grad]
-        self._current = Parameters(tensors, shared, in_subset, trained)
-        return self._current
+                known = self._known(p)
+                if known is None and same_length and id(old[j]) not in identities:
+                    known = self._known(old[j]) if old[j].shape == p.shape else None
+                held[id(p)] = p, self._role(p, _key_of(group), known)
+        for p in tensors:
+            self._others.pop(p, None)  # type: ignore[no-untyped-call]
+        for key, (p, role) in self._held.items():
+            if key not in held:
+                self._others[p] = role  # type: ignore[no-untyped-call]
+        self._held, self._keys = held, keys
+        self._groups = [(group, list(group["params"])) for group in groups]
+        now.shared.extend(held[id(p)][1][0] for p in tensors)
+        now.subset.extend(p for p in tensors if held[id(p)][1][1] and p.requires_grad)
+        self._current = now
+        return now
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         """Raises unless a group to be added says, of parameters never seen, if they are shared."""
         for p in group["params"]:
-            self._role(p[1] if isinstance(p, tuple) else p, group, None)
+            tensor = p[1] if isinstance(p, tuple) else p
+            self._role(tensor, _key_of(group), self._known(tensor))
 
-    def _role(self, p: Tensor, group: Mapping[str, Any], replaced: Tensor | None) -> bool:
-        given = _key_of(group)
-        if given is not None:
-            return given
-        for tensor in (p, replaced):
-            ref, is_shared = self._shared.get(id(tensor), (None, False))
-            if tensor is not None and ref is not None and ref() is tensor:
-                return is_shared
-        if self._all_shared:
-            return True
-        raise ValueError(
-            f"a new parameter group must say whether its parameters are shared, since "
-            f"`shared_parameters` was given; got a parameter of shape {list(p.shape)} of which "
-            f'nothing says it. Add "{_KEY}": True (or False, for a head) to its group.'
-        )
+    def _known(self, p: Tensor) -> _Role | None:
+        held = self._held.get(id(p))
+        return self._others.get(p) if held is None else held[1]  # type: ignore[no-untyped-call, no-any-return]
 
-    def _remember(self, p: Tensor, is_shared: bool) -> None:
-        self._shared[id(p)] = weakref.ref(p), is_shared
+    def _role(self, p: Tensor, key: bool | None, known: _Role | None) -> _Role:
+        if key is None and known is None and not self._all_shared:
+            raise ValueError(
+                f"a new parameter group must say whether its parameters are shared, since "
+                f"`shared_parameters` was given; got a parameter of shape {list(p.shape)} of which "
+                f'nothing says it. Add "{_KEY}": True (or False, for a head) to its group.'
+            )
+        is_shared, in_subset = known or (True, False)
+        return is_shared if key is None else key, in_subset
 
     def __getstate__(self) -> dict[str, Any]:
-        # Weak references can't be copied; what is held now is what a copy can know.
-        alive = [(p, s) for ref, s in self._shared.values() if (p := ref()) is not None]
-        subset = [p for ref in self._subset if (p := ref()) is not None]
-        return {"all_shared": self._all_shared, "shared": alive, "subset": subset}
+        # Weak references can't be copied.
+        known = [*self._held.values(), *self._others.items()]  # type: ignore[no-untyped-call]
+        return {"all_shared": self._all_shared, "known": known}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._all_shared = state["all_shared"]
-        self._shared = {}
-        for p, is_shared in state["shared"]:
-            self._remember(p, is_shared)
-        self._subset = [weakref.ref(p) for p in state["subset"]]
-        self._seen, self._flags, self._current = [], [], None
+        self._start(**state)
 
 
 def _key_of(group: Mapping[str, Any]) -> bool | None:

@@ -1,0 +1,36 @@
+"""Gradients of several micro-batches: each loss's are summed before anything is combined."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor
+
+from raco_optim.objectives import Batch, Found, Pending
+
+
+def accumulate(found: Iterable[Found], batch: Batch, *, named: bool) -> Pending:
+    """Adds the gradients of a micro-batch to those of earlier ones."""
+    pending = Pending(batch.names, named, batch.parameters, [], [])
+    for value, row in add_pending(found, batch.pending):
+        pending.values.append(value)
+        # Copied, because autograd may return a tensor that user code holds too.
+        pending.rows.append([None if g is None else g.clone() for g in row])
+    return pending
+
+
+def add_pending(found: Iterable[Found], pending: Pending | None) -> Iterator[Found]:
+    """Adds the pending values and gradients, which stay as they are, to those found."""
+    if pending is None:
+        yield from found
+        return
+    for (value, row), before, earlier in zip(found, pending.values, pending.rows, strict=True):
+        for j, g in enumerate(earlier):  # one at a time, so that each is freed at once
+            row[j] = _sum(g, row[j])
+        yield _sum(before, value), row
+
+
+def _sum(earlier: Tensor | None, later: Tensor | None) -> Tensor | None:
+    if earlier is None or later is None:
+        return later if earlier is None else earlier
+    return earlier + later

@@ -1,0 +1,61 @@
+"""Notes on what a backward pass raises: which loss it was, and the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from raco_optim._checks import add_note
+from raco_optim.gradients.graph import walk_graph
+
+_CALLABLES = "pass the losses as callables, each with its own forward pass."
+# Selective checkpoints, and those of torch.distributed._composable.
+_ONLY_ONCE = f"This activation checkpoint can be computed again only once: {_CALLABLES}"
+_REMEDIES = (
+    ("second time", "An earlier backward pass freed the graph: compute the losses anew."),
+    (
+        "donated buffer",
+        "A compiled model frees its buffers in the first of several backward passes: `import "
+        "torch._functorch.config` and set `torch._functorch.config.donated_buffer = False` before "
+        f"the model's first call, or {_CALLABLES}",
+    ),
+    ("only allowed to backward once", _ONLY_ONCE),
+    ("_GeneratorContextManager", _ONLY_ONCE),
+    ("use_reentrant", "Call `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."),
+    (
+        "out of memory",
+        "A step holds one gradient per loss: take smaller micro-batches (`accumulate=True`), or "
+        'gradients="ghost" or "representation".',
+    ),
+)
+
+
+def explain(name: str, error: Exception, *, again: bool = False) -> None:
+    """Adds a note to what a backward pass raised: the loss and the remedy.
+
+    `again` says that the pass of another loss went through the same graph before.
+    """
+    remedies = [remedy for symptom, remedy in _REMEDIES if symptom in str(error)]
+    if again and not remedies:
+        remedies = [
+            "The pass of an earlier loss went through. A custom autograd function that can go "
+            f"back only once raises here: {_CALLABLES}"
+        ]
+    add_note(error, " ".join([f"It was raised by the backward pass of loss {name!r}.", *remedies]))
+
+
+def check_no_reentrant_checkpoint(name: str, loss: Tensor, walked: set[Any]) -> None:
+    """Raises if the loss passes through a reentrant checkpoint.
+
+    Such a checkpoint is one opaque node of the graph: `autograd.grad` finds no path to the
+    parameters inside and returns None for them. The walk takes about a microsecond a node; nodes
+    in `walked` are left out and new ones are added to it.
+    """
+    for node in walk_graph(loss.grad_fn, walked):
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                f"loss {name!r} must not pass through a reentrant activation checkpoint, which "
+                f"hides its parameters from per-loss gradients. Call "
+                f"torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            )

@@ -1,0 +1,737 @@
+"""Which parameters are trained and shared belongs to tensors and groups, not to positions.
+
+The witness is Algorithm 1 by hand: per-loss gradients of the tensors that must be shared by plain
+backward passes, and p from the 60-digit oracle.
+"""
+
+import copy
+import gc
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+
+from raco_optim import CAGradClip
+from tests.problems_nn import clipped_alpha
+
+DOUBLE = torch.float64
+WEIGHTS = [0.7, 0.3]
+C = 0.4
+
+
+class Net(nn.Module):
+    """A trunk of two layers and a head per loss."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(8, 8, dtype=DOUBLE)
+        self.b = nn.Linear(8, 8, dtype=DOUBLE)
+        self.h = nn.Linear(8, 2, dtype=DOUBLE)
+        self.x, self.y = torch.randn(64, 8, dtype=DOUBLE), torch.randn(64, 2, dtype=DOUBLE)
+        self.y[:, 1] = 0.3 * self.y[:, 1] - self.y[:, 0]
+
+    def losses(self):
+        out = self.h(self.b(self.a(self.x).tanh()).tanh())
+        return list((out - self.y).square().mean(0))
+
+
+def of(*modules):
+    return [p for module in modules for p in module.parameters()]
+
+
+def rows(model, parameters):
+    """Per-loss gradients, ``[2, n]``, by ordinary backward passes; ``.grad`` stays as it is."""
+    found = [
+        torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        for loss in model.losses()
+    ]
+    return torch.stack(
+        [
+            torch.cat(
+                [
+                    (torch.zeros_like(p) if g is None else g).reshape(-1)
+                    for p, g in zip(parameters, row, strict=True)
+                ]
+            )
+            for row in found
+        ]
+    )
+
+
+def flat(parameters):
+    return torch.cat([p.grad.reshape(-1) for p in parameters])
+
+
+def check(opt, model, *, shared, heads, gram_from=None, **options):
+    """One step: `shared` get the corrected gradient, `heads` the weighted one, others none."""
+    model.zero_grad()
+    opt.backward(model.losses(), **options)
+    w = torch.tensor(WEIGHTS, dtype=DOUBLE)
+    alpha = w
+    if shared:
+        J = rows(model, shared)
+        alpha = clipped_alpha(
+            J if gram_from is None else rows(model, gram_from), WEIGHTS, C, "hard"
+        )
+        assert (alpha - w).abs().max() > 0.05, "else nothing would tell shared from not"
+        torch.testing.assert_close(flat(shared), alpha @ J, rtol=1e-8, atol=1e-10)
+    if heads:
+        torch.testing.assert_close(flat(heads), w @ rows(model, heads), rtol=1e-8, atol=1e-10)
+    reached = {id(p) for p in [*shared, *heads]}
+    assert all(p.grad is None for p in model.parameters() if id(p) not in reached)
+
+
+def wrapped(groups, shared=None, **options):
+    return CAGradClip(SGD(groups, lr=0.0), WEIGHTS, C, shared_parameters=shared, **options)
+
+
+def per_module(*modules, **keys):
+    return [{"params": list(module.parameters()), **keys} for module in modules]
+
+
+# --- Groups that go, and come back ---------------------------------------------------------------
+
+
+def test_removed_group():
+    model = Net()
+    opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
+    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    model.a.requires_grad_(False)
+    del opt.param_groups[0]
+    check(opt, model, shared=of(model.b), heads=of(model.h))
+    assert opt.report.cosines is not None
+
+
+def test_removed_group_before_the_first_step():
+    model = Net()
+    opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
+    model.a.requires_grad_(False)
+    del opt.param_groups[0]
+    check(opt, model, shared=of(model.b), heads=of(model.h))
+
+
+def test_frozen_in_place_and_thawed():
+    model = Net()
+    opt = wrapped(of(model), of(model.a, model.b))
+    model.a.requires_grad_(False)
+    check(opt, model, shared=of(model.b), heads=of(model.h))
+    model.a.requires_grad_(True)
+    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    model.h.bias.requires_grad_(False)
+    check(opt, model, shared=of(model.a, model.b), heads=[model.h.weight])
+
+
+@pytest.mark.parametrize("steps_between", [0, 1])
+def test_tensors_that_leave_and_come_back(steps_between):
+    model = Net()
+    opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
+    gone = opt.param_groups.pop(0)
+    gone_head = opt.param_groups.pop(1)
+    for _ in range(steps_between):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nobody holds the others
+            check(opt, model, shared=of(model.b), heads=[])
+    opt.add_param_group({"params": gone_head["params"]})
+    opt.add_param_group({"params": gone["params"]})
+    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+
+
+def test_groups_in_another_order():
+    model = Net()
+    opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
+    opt.param_groups.reverse()
+    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    for group in opt.param_groups:
+        group["params"] = group["params"][::-1]
+    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+
+
+def test_tensors_that_change_places_between_groups():
+    """Each of the same shape as the one whose place it takes."""
+    model = Net()
+    model.h = nn.Linear(8, 8, dtype=DOUBLE)
+    model.y = torch.randn(64, 2, dtype=DOUBLE)
+    losses = model.losses
+    model.losses = lambda: [
+        (model.h(model.b(model.a(model.x).tanh()).tanh())[:, i] - model.y[:, i]).square().mean()
+        for i in range(2)
+    ]
+    assert losses is not model.losses
+    model.y[:, 1] = 0.3 * model.y[:, 1] - model.y[:, 0]
+    opt = wrapped(per_module(model.b, model.h), of(model.b))
+    model.a.requires_grad_(False)
+    opt.backward(model.losses())
+    first, second = opt.param_groups
+    first["params"], second["params"] = second["params"], first["params"]
+    opt.zero_grad()
+    opt.backward(model.losses())
+    J = rows(model, of(model.b))
+    alpha = clipped_alpha(J, WEIGHTS, C, "hard")
+    torch.testing.assert_close(flat(of(model.b)), alpha @ J)
+    torch.testing.assert_close(
+        flat(of(model.h)), torch.tensor(WEIGHTS, dtype=DOUBLE) @ rows(model, of(model.h))
+    )
+
+
+def test_a_list_of_the_groups_parameters_is_assigned():
+    model = Net()
+    opt = wrapped([{"params": of(model)}], of(model.a, model.b))
+    opt.param_groups[0]["params"] = [model.h.weight, model.h.bias, model.b.weight]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check(opt, model, shared=[model.b.weight], heads=of(model.h))
+
+
+def test_groups_assigned_as_a_whole():
+    """As Lightning's fine-tuning callback does on resumption: new dicts, the same tensors."""
+    model = Net()
+    opt = wrapped(per_module(model.b, model.h), of(model.b, model.a.requires_grad_(False)))
+    model.a.requires_grad_(True)
+    rest = {key: x for key, x in opt.param_groups[0].items() if key != "params"}
+    opt.param_groups = [{**rest, "params": of(module)} for module in (model.h, model.a, model.b)]
+    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+
+
+# --- Parameters that join ------------------------------------------------------------------------
+
+
+def late(key=None, params=list, shared="listed"):
+    """A layer that is frozen at first and joins in a new group."""
+    model = Net()
+    model.a.requires_grad_(False)
+    listed = of(model.a, model.b) if shared == "listed" else of(model.b)
+    opt = wrapped(of(model.b, model.h), listed)
+    check(opt, model, shared=of(model.b), heads=of(model.h))
+    model.a.requires_grad_(True)
+    group = {"params": params(model.a.parameters())}
+    if key is not None:
+        group["shared"] = key
+    opt.add_param_group(group)
+    return model, opt
+
+
+@pytest.mark.parametrize("params", [list, iter, tuple], ids=["list", "generator", "tuple"])
+def test_frozen_ones_that_were_listed_join_later(params):
+    model, opt = late(params=params)
+    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+
+
+@pytest.mark.parametrize("key", [True, False])
+def test_a_new_group_says_whether_it_is_shared(key):
+    model, opt = late(key, shared="not listed")
+    if key:
+        check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    else:
+        check(opt, model, shared=of(model.b), heads=of(model.a, model.h))
+
+
+def test_where_nothing_says_it_is_an_error_and_nothing_changes():
+    model = Net()
+    model.a.requires_grad_(False)
+    opt = wrapped(of(model.b, model.h), of(model.b))
+    model.a.requires_grad_(True)
+    for params in (model.a.parameters(), of(model.a), model.a.weight):
+        group = {"params": params}
+        with pytest.raises(ValueError, match=r'"shared": True.*False, for a head'):
+            opt.add_param_group(group)
+        assert len(opt.param_groups) == 1
+    model.a.requires_grad_(False)
+    check(opt, model, shared=of(model.b), heads=of(model.h))
+
+
+def test_behind_the_wrappers_back_it_is_an_error_too():
+    model = Net()
+    model.a.requires_grad_(False)
+    opt = wrapped(of(model.b, model.h), of(model.b))
+    model.a.requires_grad_(True)
+    opt.optimizer.add_param_group({"params": of(model.a)})
+    with pytest.raises(ValueError, match="nothing says it"):
+        opt.backward(model.losses())
+    assert all(p.grad is None for p in model.parameters())
+    opt.param_groups[1]["shared"] = True  # the remedy
+    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+
+
+def test_a_single_tensor_and_named_parameters():
+    model = Net()
+    model.a.requires_grad_(False)
+    opt = wrapped([("b." + n, p) for n, p in model.b.named_parameters()], model.b.parameters())
+    opt.add_param_group({"params": list(model.h.named_parameters(prefix="h")), "shared": False})
+    check(opt, model, shared=of(model.b), heads=of(model.h))
+    model.a.requires_grad_(True)
+    opt.add_param_group({"params": model.a.named_parameters(prefix="a"), "shared": True})
+    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    assert opt.param_groups[2]["param_names"] == ["a.weight", "a.bias"]
+
+    model = Net()
+    opt = wrapped(of(model.b, model.h), of(model.b, model.a.requires_grad_(False)))
+    opt.add_param_group({"params": model.a.weight.requires_grad_(True)})
+    check(opt, model, shared=[model.a.weight, *of(model.b)], heads=of(model.h))
+
+
+def test_what_torch_refuses_is_refused_as_by_torch():
+    model = Net()
+    plain, opt = SGD(of(model.b), lr=0.1), wrapped(of(model.b), of(model.b))
+    for group in ({"params": set(of(model.a)), "shared": True}, {"params": of(model.b)}, []):
+        with pytest.raises(Exception) as expected:
+            plain.add_param_group(copy.copy(group))
+        with pytest.raises(expected.type):
+            opt.add_param_group(copy.copy(group))
+        assert len(opt.param_groups) == 1
+
+
+def test_the_group_that_was_passed_is_the_group():
+    """As in torch: who keeps the dict may change it."""
+    model = Net()
+    opt = wrapped(of(model.b), of(model.b))
+    group = {"params": model.h.parameters(), "shared": False}
+    opt.add_param_group(group)
+    group["lr"] = 0.25
+    assert opt.param_groups[1]["lr"] == 0.25
+
+
+def test_all_frozen_at_first():
+    """A backbone that is frozen as a whole: only heads are trained, with the weighted gradient."""
+    model = Net()
+    trunk = nn.ModuleList([model.a, model.b]).requires_grad_(False)
+    opt = wrapped(of(model.h), trunk.parameters())
+    check(opt, model, shared=[], heads=of(model.h))
+    trunk.requires_grad_(True)
+    opt.add_param_group({"params": trunk.parameters()})
+    check(opt, model, shared=of(trunk), heads=of(model.h))
+
+
+# --- The key "shared" ----------------------------------------------------------------------------
+
+
+def test_the_key_alone_decides():
+    model = Net()
+    opt = wrapped([*per_module(model.a, model.b), *per_module(model.h, shared=False)])
+    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+
+
+def test_the_key_is_set_later_and_taken_away():
+    model = Net()
+    opt = wrapped(per_module(model.a, model.b, model.h))
+    check(opt, model, shared=of(model), heads=[])
+    opt.param_groups[2]["shared"] = False
+    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    del opt.param_groups[2]["shared"]  # a parameter keeps the role that it was given
+    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    opt.param_groups[2]["shared"] = True
+    check(opt, model, shared=of(model), heads=[])
+
+
+def test_a_parameter_moves_into_a_group_with_another_key():
+    """The order of all parameters and the keys of all groups stay as they are."""
+    model = Net()
+    opt = wrapped(
+        [
+            {"params": of(model.a, model.b), "shared": True},
+            {"params": of(model.h), "shared": False},
+        ]
+    )
+    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    first, second = opt.param_groups
+    second["params"] = [*first["params"][2:], *second["params"]]
+    first["params"] = first["params"][:2]
+    check(opt, model, shared=of(model.a), heads=of(model.b, model.h))
+
+
+@pytest.mark.parametrize("key", ["yes", 1, [True]])
+def test_the_key_must_be_true_or_false(key):
+    model = Net()
+    with pytest.raises(ValueError, match='the key "shared".*must be True or False; got'):
+        wrapped(per_module(model.a, shared=key))
+    opt = wrapped(per_module(model.a, model.b))
+    with pytest.raises(ValueError, match='the key "shared".*must be True or False; got'):
+        opt.add_param_group({"params": model.h.parameters(), "shared": key})
+    assert len(opt.param_groups) == 2
+    opt.param_groups[0]["shared"] = key
+    with pytest.raises(ValueError, match='the key "shared".*must be True or False; got'):
+        opt.backward(model.losses())
+
+
+def test_key_and_list_must_agree():
+    model = Net()
+    with pytest.raises(ValueError, match="`shared_parameters` must agree with the key"):
+        wrapped([*per_module(model.a, shared=False), *per_module(model.h)], of(model.a))
+    opt = wrapped([*per_module(model.a, model.b), *per_module(model.h, shared=True)], of(model.a))
+    check(opt, model, shared=of(model.a, model.h), heads=of(model.b))  # the key adds
+
+
+# --- Tensors that are replaced -------------------------------------------------------------------
+
+
+def replace(model, name, opt):
+    """Puts a new tensor in the place of another one, in the module and in its group."""
+    module, attribute = model.get_submodule(name.split(".")[0]), name.split(".")[1]
+    old = getattr(module, attribute)
+    new = nn.Parameter(old.detach().clone())
+    setattr(module, attribute, new)
+    for group in opt.param_groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    return weakref.ref(old)
+
+
+@pytest.mark.parametrize("one_group", [True, False])
+def test_replaced_tensors_take_over_the_role(one_group):
+    model = Net()
+    groups = of(model) if one_group else per_module(model.a, model.b, model.h)
+    opt = wrapped(groups, of(model.a, model.b))
+    for name in ("a.weight", "h.bias", "b.weight", "h.weight", "a.weight"):
+        replace(model, name, opt)
+        check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+
+
+def test_old_tensors_are_freed_and_their_ids_mean_nothing():
+    model = Net()
+    opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
+    gone = []
+    for _ in range(5):
+        gone.append(replace(model, "a.weight", opt))
+        check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    last = [weakref.ref(p) for p in opt.param_groups[0]["params"]]
+    del opt.param_groups[0]
+    model.a = nn.Identity()
+    check(opt, model, shared=of(model.b), heads=of(model.h))
+    gc.collect()
+    assert all(ref() is None for ref in [*gone, *last])
+    # New parameters, at whatever addresses, are unknown.
+    for _ in range(20):
+        layer = nn.Linear(8, 8, dtype=DOUBLE)
+        with pytest.raises(ValueError, match="nothing says it"):
+            opt.add_param_group({"params": layer.parameters()})
+
+
+def test_another_shape_in_the_same_place_is_no_replacement():
+    """An embedding that was resized, say: nothing tells it from another parameter."""
+    model = Net()
+    opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
+    model.h = nn.Linear(8, 2, bias=False, dtype=DOUBLE)
+    model.h.weight = nn.Parameter(torch.randn(2, 8, dtype=DOUBLE))
+    opt.param_groups[2]["params"] = [model.h.weight]  # another number: no place is the same
+    with pytest.raises(ValueError, match=r"shape \[2, 8\] of which nothing says it"):
+        opt.backward(model.losses())
+    opt.param_groups[2]["shared"] = False
+    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+
+
+@pytest.mark.parametrize("swap", [True, False])
+def test_modules_are_moved_and_cast_as_with_a_stock_optimizer(swap):
+    """`swap_tensors`, which torch uses for sharded tensors, refuses weak references."""
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        model = Net()
+        opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
+        check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+        opt.zero_grad()
+        model.float()
+        model.double()
+        check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+# --- Checkpoints and copies ----------------------------------------------------------------------
+
+
+def test_loaded_checkpoint():
+    """Torch makes new group dicts when it loads."""
+    model = Net()
+    opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
+    state = copy.deepcopy(opt.state_dict())
+    model.a.requires_grad_(False)
+    opt.param_groups.pop(0)
+    with pytest.raises(ValueError):
+        opt.load_state_dict(state)
+    check(opt, model, shared=of(model.b), heads=of(model.h))
+    opt.add_param_group({"params": of(model.a.requires_grad_(True))})
+    opt.load_state_dict({**state, "param_groups": state["param_groups"]})
+    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+
+
+def test_a_checkpoint_keeps_the_key_of_a_group():
+    model, opt = late(True, shared="not listed")
+    state = copy.deepcopy(opt.state_dict())
+    resumed = Net()
+    again = wrapped(of(resumed.b, resumed.h), of(resumed.b))
+    again.add_param_group({"params": resumed.a.parameters(), "shared": False})
+    again.load_state_dict(state)
+    check(again, resumed, shared=of(resumed.a, resumed.b), heads=of(resumed.h))
+    assert model is not resumed
+
+
+def test_replaced_and_loaded_at_once_is_an_error():
+    """New tensors in new groups: nothing says what they are, and no position is asked."""
+    model = Net()
+    opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
+    state = opt.state_dict()
+    replace(model, "a.weight", opt)
+    opt.load_state_dict(state)
+    with pytest.raises(ValueError, match="nothing says it"):
+        opt.backward(model.losses())
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_know_frozen_removed_and_late_parameters(how):
+    model = Net()
+    opt = wrapped(
+        [*per_module(model.b), *per_module(model.h)], of(model.a.requires_grad_(False), model.b)
+    )
+    removed = opt.param_groups.pop(0)["params"]
+    assert removed[0] is model.b.weight
+    twin, copied = (
+        copy.deepcopy((model, opt))
+        if how == "deepcopy"
+        else pickle.loads(pickle.dumps((model, opt)))
+    )
+    check(copied, twin, shared=[], heads=of(twin.h)) if how == "none" else None
+    twin.a.requires_grad_(True)
+    copied.add_param_group({"params": of(twin.b)})
+    copied.add_param_group({"params": of(twin.a)})
+    check(copied, twin, shared=of(twin.a, twin.b), heads=of(twin.h))
+    replace(twin, "b.weight", copied)
+    check(copied, twin, shared=of(twin.a, twin.b), heads=of(twin.h))
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(ValueError, match="nothing says it"):
+        copied.add_param_group({"params": [nn.Parameter(torch.zeros(2, dtype=DOUBLE))]})
+
+
+# --- The parameters of an approximate Gram matrix ------------------------------------------------
+
+
+def test_subset_through_every_change():
+    """H of `gradients=<parameters>` is that of the same tensors, wherever they are."""
+    model = Net()
+    opt = wrapped(
+        per_module(model.a, model.b, model.h),
+        of(model.a, model.b),
+        gradients=[model.b.weight, model.h.bias],
+    )
+
+    def checked(subset, shared, heads):
+        check(opt, model, shared=shared, heads=heads, gram_from=subset)
+
+    checked([model.b.weight, model.h.bias], of(model.a, model.b), of(model.h))
+    model.a.requires_grad_(False)
+    del opt.param_groups[0]
+    checked([model.b.weight, model.h.bias], of(model.b), of(model.h))
+    opt.param_groups.reverse()
+    checked([model.b.weight, model.h.bias], of(model.b), of(model.h))
+    opt.add_param_group({"params": model.a.requires_grad_(True).parameters()})
+    checked([model.b.weight, model.h.bias], of(model.a, model.b), of(model.h))
+    replace(model, "b.weight", opt)
+    checked([model.b.weight, model.h.bias], of(model.a, model.b), of(model.h))
+    replace(model, "a.weight", opt)
+    checked([model.b.weight, model.h.bias], of(model.a, model.b), of(model.h))
+    opt.load_state_dict(opt.state_dict())
+    checked([model.b.weight, model.h.bias], of(model.a, model.b), of(model.h))
+    model.h.bias.requires_grad_(False)
+    checked([model.b.weight], of(model.a, model.b), [model.h.weight])
+    model.h.bias.requires_grad_(True)
+    model, opt = copy.deepcopy((model, opt))
+    checked([model.b.weight, model.h.bias], of(model.a, model.b), of(model.h))
+    model, opt = pickle.loads(pickle.dumps((model, opt)))
+    checked([model.b.weight, model.h.bias], of(model.a, model.b), of(model.h))
+    gone = [
+        k for k, g in enumerate(opt.param_groups) if any(p is model.b.weight for p in g["params"])
+    ]
+    group = opt.param_groups.pop(gone[0])
+    opt.add_param_group({"params": group["params"]})
+    checked([model.b.weight, model.h.bias], of(model.a, model.b), of(model.h))
+
+
+def test_subset_that_is_gone():
+    model = Net()
+    opt = wrapped(
+        per_module(model.a, model.b, model.h), of(model.a, model.b), gradients=of(model.a)
+    )
+    model.a.requires_grad_(False)
+    for remove in (False, True):
+        if remove:
+            del opt.param_groups[0]
+        with pytest.raises(ValueError, match="`gradients`"):
+            opt.backward(model.losses())
+
+
+# --- Micro-batches -------------------------------------------------------------------------------
+
+
+def test_a_group_that_changes_between_micro_batches():
+    model = Net()
+    opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
+    opt.backward(model.losses(), accumulate=True)
+    replace(model, "a.weight", opt)
+    with pytest.raises(RuntimeError, match="parameters must stay the same"):
+        opt.backward(model.losses())
+    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+
+
+def test_a_role_that_changes_between_micro_batches():
+    """The gradients are kept per loss; what they are for is asked when they are combined."""
+    model = Net()
+    opt = wrapped(per_module(model.a, model.b, model.h))
+    opt.backward([0.5 * loss for loss in model.losses()], accumulate=True)
+    opt.param_groups[2]["shared"] = False
+    opt.backward([0.5 * loss for loss in model.losses()])
+    J = rows(model, of(model.a, model.b))
+    alpha = clipped_alpha(J, WEIGHTS, C, "hard")
+    torch.testing.assert_close(flat(of(model.a, model.b)), alpha @ J, rtol=1e-8, atol=1e-10)
+
+
+# --- The fine-tuning callbacks of Lightning ------------------------------------------------------
+
+
+@pytest.fixture
+def trainer_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Lightning about itself
+        lightning = pytest.importorskip("lightning.pytorch")
+
+    def make(tmp_path, callbacks, **options):
+        return lightning.Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+            callbacks=callbacks,
+            limit_train_batches=1,
+            **options,
+        )
+
+    return make
+
+
+def lightning_module(inner=AdamW, shared="backbone"):
+    import lightning.pytorch as lightning
+
+    class Module(lightning.LightningModule):
+        """A backbone that is frozen at first, in Lightning's manual optimization."""
+
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+            self.backbone = nn.ModuleList([self.net.a, self.net.b])
+            self.automatic_optimization = False
+            self.seen = []
+
+        def on_train_start(self):
+            # On resumption Lightning restores the groups, and leaves what is in them frozen.
+            if len(self.optimizers().param_groups) > 1:
+                self.backbone.requires_grad_(True)
+
+        def training_step(self, batch, i):
+            opt = self.optimizers()
+            opt.zero_grad()
+            opt.optimizer.backward(self.net.losses())
+            trained = [p.requires_grad for p in self.backbone.parameters()]
+            grads = [None if p.grad is None else p.grad.clone() for p in self.net.parameters()]
+            J = rows(self.net, of(self.backbone)) if all(trained) else None
+            heads = rows(self.net, of(self.net.h))
+            self.seen.append((self.current_epoch, grads, J, heads))
+            opt.step()
+
+        def configure_optimizers(self):
+            given = self.backbone.parameters() if shared == "backbone" else None
+            if shared == "not listed":
+                given = [self.net.h.weight]
+            trained = [p for p in self.parameters() if p.requires_grad]
+            return CAGradClip(inner(trained, lr=0.01), WEIGHTS, C, shared_parameters=given)
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(range(4), batch_size=4)
+
+    return Module()
+
+
+def checked_epochs(module, frozen_until):
+    """Every epoch gave the backbone the corrected gradient, and the head the weighted one."""
+    w = torch.tensor(WEIGHTS, dtype=DOUBLE)
+    for epoch, grads, J, heads in module.seen:
+        assert (J is None) == (epoch < frozen_until)
+        torch.testing.assert_close(torch.cat([g.reshape(-1) for g in grads[4:]]), w @ heads)
+        if J is not None:
+            alpha = clipped_alpha(J, WEIGHTS, C, "hard")
+            assert (alpha - w).abs().max() > 0.05
+            torch.testing.assert_close(torch.cat([g.reshape(-1) for g in grads[:4]]), alpha @ J)
+
+
+def backbone_callback():
+    from lightning.pytorch.callbacks import BackboneFinetuning
+
+    return BackboneFinetuning(unfreeze_backbone_at_epoch=2, verbose=False, backbone_initial_lr=1e-3)
+
+
+def base_callback(key=None):
+    from lightning.pytorch.callbacks import BaseFinetuning
+
+    class Callback(BaseFinetuning):
+        def freeze_before_training(self, module):
+            self.freeze(module.backbone)
+
+        def finetune_function(self, module, epoch, optimizer):
+            if epoch != 2:
+                return
+            if key is None:
+                self.unfreeze_and_add_param_group(module.backbone, optimizer)
+            else:
+                self.make_trainable(module.backbone)
+                optimizer.add_param_group(
+                    {"params": list(module.backbone.parameters()), "shared": key}
+                )
+
+    return Callback()
+
+
+pytest_lightning = pytest.mark.filterwarnings("ignore::Warning:lightning")
+
+
+@pytest_lightning
+@pytest.mark.parametrize("callback", [backbone_callback, base_callback])
+def test_lightning_unfreezes_the_backbone(trainer_of, tmp_path, callback):
+    module = lightning_module()
+    trainer_of(tmp_path, [callback()], max_epochs=4, enable_checkpointing=False).fit(module)
+    assert [epoch for epoch, *_ in module.seen] == [0, 1, 2, 3]
+    checked_epochs(module, 2)
+
+
+@pytest_lightning
+@pytest.mark.parametrize("epochs", [1, 2, 3], ids=["frozen", "about to unfreeze", "unfrozen"])
+@pytest.mark.parametrize("callback", [backbone_callback, base_callback])
+def test_lightning_resumes_in_the_middle(trainer_of, tmp_path, callback, epochs):
+    whole = lightning_module()
+    trainer_of(tmp_path, [callback()], max_epochs=5, enable_checkpointing=False).fit(whole)
+    first = lightning_module()
+    trainer = trainer_of(tmp_path, [callback()], max_epochs=epochs, enable_checkpointing=False)
+    trainer.fit(first)
+    trainer.save_checkpoint(tmp_path / "middle.ckpt")
+    resumed = lightning_module()
+    trainer = trainer_of(tmp_path, [callback()], max_epochs=5, enable_checkpointing=False)
+    trainer.fit(resumed, ckpt_path=tmp_path / "middle.ckpt", weights_only=False)
+    checked_epochs(resumed, 2)
+    assert [epoch for epoch, *_ in resumed.seen] == list(range(epochs, 5))
+    for p, q in zip(whole.net.parameters(), resumed.net.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest_lightning
+@pytest.mark.parametrize("callback", [backbone_callback, base_callback])
+def test_lightning_where_nothing_says_it(trainer_of, tmp_path, callback):
+    module = lightning_module(shared="not listed")
+    with pytest.raises(ValueError, match=r'nothing says it. Add "shared": True'):
+        trainer_of(tmp_path, [callback()], max_epochs=4, enable_checkpointing=False).fit(module)
+
+
+@pytest_lightning
+def test_lightning_with_the_key(trainer_of, tmp_path):
+    module = lightning_module(shared="backbone")
+    callback = base_callback(key=True)
+    trainer_of(tmp_path, [callback], max_epochs=4, enable_checkpointing=False).fit(module)
+    checked_epochs(module, 2)
