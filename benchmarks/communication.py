@@ -87,7 +87,7 @@ def run(rank: int, number: int, m: int, way: str, folder: str) -> None:
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-4)
     settings: dict[str, Any] = {}
     if "representation" in way:
-        settings["gram"] = "representation"
+        settings["gradients"] = "representation"
     if "gram_every" in way:
         settings["gram_every"] = 4
     opt = CAGradClip(adamw, [1 / m] * m, **settings)
@@ -99,7 +99,7 @@ def run(rank: int, number: int, m: int, way: str, folder: str) -> None:
         before = _bytes_sent()
         dist.barrier()
         adamw.zero_grad()
-        if settings.get("gram") == "representation":
+        if settings.get("gradients") == "representation":
             z = model[0](x)
             opt.backward(list(model[1](z).square().mean(0)), representation=z)
         else:

@@ -152,23 +152,6 @@ def check_gram_values(rows: list[list[float]]) -> None:
                 )
 
 
-def as_list(losses: Any) -> list[Any]:  # noqa: ANN401  # that is what it checks
-    """Returns the losses as a list, or raises `TypeError`."""
-    if not isinstance(losses, Iterable) or (isinstance(losses, Tensor) and losses.dim() == 0):
-        raise TypeError(
-            f"`losses` must be a sequence or a mapping of losses; got a single "
-            f"{type(losses).__name__}. Pass [loss]."
-        )
-    return list(losses)
-
-
-def check_any_present(losses: Sequence[object]) -> None:
-    """Raises `ValueError` if there is no loss, or None stands for all of them."""
-    if all(loss is None for loss in losses):
-        got = "None for all of them" if losses else "none"
-        raise ValueError(f"`losses` must hold at least one loss; got {got}.")
-
-
 def checked_parameters(
     argument: str,
     parameters: Any,  # noqa: ANN401  # that is what it checks

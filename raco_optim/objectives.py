@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from raco_optim._checks import as_list, check_any_present, checked_weights
+from raco_optim._checks import checked_weights
 
 if TYPE_CHECKING:
     from raco_optim.distributed.group import Group
@@ -172,6 +172,34 @@ class Objectives:
         return weights, places
 
 
+def is_mapping(values: Any) -> bool:  # noqa: ANN401  # that is what it checks
+    """Whether names lead to values; a TensorDict has them, and iterates over its batch."""
+    return hasattr(values, "keys") and hasattr(values, "__getitem__")
+
+
+def is_single(losses: Any) -> bool:  # noqa: ANN401  # that is what it checks
+    """Whether this is one loss and not several."""
+    several = is_mapping(losses) or isinstance(losses, Iterable)
+    return not several or (isinstance(losses, Tensor) and losses.dim() == 0)
+
+
+def as_list(losses: Any) -> list[Any]:  # noqa: ANN401  # that is what it checks
+    """Returns the losses as a list, or raises `TypeError`."""
+    if is_single(losses):
+        raise TypeError(
+            f"`losses` must be a sequence or a mapping of losses; got a single "
+            f"{type(losses).__name__}. Pass [loss]."
+        )
+    return list(losses)
+
+
+def check_any_present(losses: Sequence[object]) -> None:
+    """Raises `ValueError` if there is no loss, or None stands for all of them."""
+    if all(loss is None for loss in losses):
+        got = "None for all of them" if losses else "none"
+        raise ValueError(f"`losses` must hold at least one loss; got {got}.")
+
+
 class _ReadOnlyDict(dict[str, float]):
     """The weights by name, which say how to set them when somebody changes an entry."""
 
@@ -187,11 +215,6 @@ class _ReadOnlyDict(dict[str, float]):
     def __reduce__(self) -> tuple[Any, ...]:
         # A class that torch.load(weights_only=True) reads. A copy may be changed.
         return OrderedDict, (), None, None, iter(self.items())
-
-
-def is_mapping(values: Any) -> bool:  # noqa: ANN401  # that is what it checks
-    """Whether names lead to values; a TensorDict has them, and iterates over its batch."""
-    return hasattr(values, "keys") and hasattr(values, "__getitem__")
 
 
 def shortened(name: str) -> str:

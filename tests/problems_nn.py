@@ -97,6 +97,11 @@ def everything(model: nn.Module, opt: Optimizer) -> object:
     return bits([model.state_dict(), grads, opt.state_dict()])
 
 
+def said(error: BaseException) -> str:
+    """The message of an exception, and its notes."""
+    return "\n".join([str(error), *getattr(error, "__notes__", [])])
+
+
 def jacobian(model: nn.Module, losses: Callable[[], Sequence[Tensor]]) -> Tensor:
     """Per-loss gradients as rows, ``[m, n]`` float64: one plain backward per forward pass."""
     grads = [p.grad for p in model.parameters()]
@@ -120,8 +125,25 @@ def flat_grad(model: nn.Module) -> Tensor:
     )
 
 
-def clipped_alpha(jacobian: Tensor, weights: Sequence[float], c: float, clip: str) -> Tensor:
-    """alpha of Algorithm 1 from the Jacobian, with p from the 60-digit oracle."""
+def clipped_alpha(
+    jacobian: Tensor,
+    weights: Sequence[float],
+    c: float,
+    clip: str,
+    present: Sequence[bool] | None = None,
+) -> Tensor:
+    """alpha of Algorithm 1 from the Jacobian, with p from the 60-digit oracle.
+
+    Of the losses that are there: W alpha(H, w / W), W the sum of their weights (spec, section 2).
+    """
+    if present is not None and not all(present):
+        here = [i for i, x in enumerate(present) if x]
+        total = sum(weights[i] for i in here)
+        alpha = torch.zeros(len(weights), dtype=torch.float64)
+        if total > 0:
+            shares = [weights[i] / total for i in here]
+            alpha[here] = total * clipped_alpha(jacobian[here], shares, c, clip)
+        return alpha
     J, w = jacobian.double().numpy(), np.asarray(weights, float)
     p = exact_minimum(J @ J.T, w, c).p
     p = np.where(p > 1e-15, p, 0)  # 60 digits rounded: 1e-31 is zero, and clipping must see that

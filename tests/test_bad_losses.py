@@ -18,6 +18,7 @@ from tests.problems_nn import (
     everything,
     inverse_norms,
     network,
+    said,
     train_step,
     two_losses,
 )
@@ -157,7 +158,7 @@ def test_bad_loss(case, form, accumulate, as_callable):
     bad = (lambda: make(state.model)) if as_callable else make(state.model)
     with pytest.raises(exception) as caught:
         state.opt.backward(as_asked(state.opt, [first, bad]), accumulate=accumulate)
-    message = str(caught.value)
+    message = said(caught.value)
     name = "1" if form == "list" else NAMES[1]
     assert [f for f in (f"loss {name!r}", *fragments) if f not in message] == []
     state.check()
@@ -169,7 +170,7 @@ def test_bad_callable(case):
     state = Untouched(MAKE["list"])
     with pytest.raises(exception) as caught:
         state.opt.backward([lambda: good(state.model)[0], bad])
-    assert [f for f in fragments if f not in str(caught.value)] == []
+    assert [f for f in fragments if f not in said(caught.value)] == []
     state.check()
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from raco_optim import CAGradClip, per_loss_gradients
-from tests.problems_nn import Buffered, batch, bits, network, two_losses
+from tests.problems_nn import Buffered, batch, bits, network, said, two_losses
 
 
 def by_backward(parameters, forward):
@@ -279,7 +279,7 @@ def test_donated_buffers_are_named_with_their_remedy(monkeypatch):
     model = network()
     with pytest.raises(RuntimeError) as caught:
         per_loss_gradients(two_losses(model, batch(0)), list(model.parameters()))
-    message = str(caught.value)
+    message = said(caught.value)
     assert text in message
     assert "torch._functorch.config.donated_buffer = False" in message
     assert "callables" in message

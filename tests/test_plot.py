@@ -49,15 +49,15 @@ def run_of(m=2, n=4, method=CAGradClip, weights=None, seed=0) -> list[StepReport
     ]
 
 
-def turned_by(degrees: float, gradients=((1.0, 0.0), (0.0, 1.0))) -> StepReport:
+def turned_by(degrees: float, rows=((1.0, 0.0), (0.0, 1.0))) -> StepReport:
     """Reports a step of two losses in which clipping turned the correction by an angle."""
-    rows = torch.tensor(gradients, dtype=torch.float64)
-    template = report_of(gradients, {"loss 0": 0.5, "loss 1": 0.5})
-    angle = math.radians(degrees)
-    along = torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
-    along = along @ rows.new_tensor([[1, 0], [0, 1]]) @ rows.inverse()
-    p = rows.new_tensor([1.0, 0.0]) @ rows.inverse()
-    return dataclasses.replace(template, gram=rows @ rows.T, p=p, p_clipped=along)
+    x = math.radians(degrees)
+    before, after = [1.0, 0.0], [math.cos(x), math.sin(x)]
+    # Coefficients with which the gradients, the rows, combine to these vectors.
+    p, p_clipped = torch.linalg.solve(
+        torch.tensor(rows, dtype=torch.float64), torch.tensor([before, after]).double(), left=False
+    )
+    return dataclasses.replace(report_of(rows, [0.5, 0.5]), p=p, p_clipped=p_clipped)
 
 
 def lines(ax, dashes: str = "-") -> list[np.ndarray]:
@@ -150,6 +150,71 @@ def test_conflict_rate_is_the_share_of_the_steps_with_an_update():
     assert ax.get_xlabel() == "step (means of 5)"
 
 
+@pytest.mark.parametrize("where", ["gradient", "loss", "rule"])
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+def test_steps_that_were_not_finite_are_in_no_rate(where, nonfinite):
+    agree, conflict = [[1.0, 0.0], [1.0, 1.0]], [[1.0, 0.0], [-4.0, 0.1]]
+    good = [report_of(rows, [0.5, 0.5]) for rows in (agree, agree, agree, conflict)]
+    x = nn.Parameter(torch.ones(2))
+    sgd, options = torch.optim.SGD([x], 0.1), {"weights": [0.5, 0.5], "nonfinite": nonfinite}
+    if where == "rule":
+        opt = MultiObjectiveOptimizer(sgd, lambda gram: gram[0] * math.nan, **options)
+    else:
+        opt = CAGradClip(sgd, **options)
+    # The root has the value 0 and an infinite slope there.
+    first = (x[0] - 1).sqrt() if where == "gradient" else x[0]
+    opt.backward([first + (math.nan if where == "loss" else 0.0), x @ torch.tensor(conflict[1])])
+    bad = opt.report
+    assert bad.conflicting
+    if nonfinite == "skip":
+        assert bad.outcome is Outcome.SKIPPED
+    elif where != "rule":
+        assert bad.outcome is Outcome.NONFINITE
+    # One in four of the steps with a finite update; two in five of all.
+    np.testing.assert_allclose(np.ravel(lines(plot.conflict_rate([*good, bad]))), [25, 25])
+    ax = plot.conflict_rate([*good, bad], window=1)
+    np.testing.assert_allclose(lines(ax), [[0, 0, 0, 100, math.nan]] * 2)
+    np.testing.assert_allclose(lines(plot.solution([*good, bad], window=1))[0][-1], math.nan)
+    with pytest.raises(ValueError, match="must have an update in at least one step"):
+        plot.conflict_rate([bad])
+
+
+def test_a_pair_with_an_infinite_product_has_no_cosine():
+    gram = torch.tensor([[math.inf, 1.0], [1.0, 1.0]], dtype=torch.float64)
+    good = report_of([[1.0, 0.0], [1.0, 0.0]], [0.5, 0.5])
+    ax = plot.cosines([good, dataclasses.replace(good, gram=gram), good], window=1)
+    np.testing.assert_allclose(lines(ax), [[1, math.nan, 1]])
+
+
+def test_an_absent_loss_is_a_gap_in_p_and_its_step_counts():
+    rows, names = [[1.0, -4.0], [-1.0, 1.0]], {"a": 0.1, "b": 0.4, "c": 0.5}
+    absent = report_of([*rows, [math.nan] * 2], names)
+    assert absent.absent == ("c",)
+    # The step of the two alone, with their shares of the weights.
+    alone = report_of(rows, [0.2, 0.8])
+    full = report_of([*rows, [1.0, 1.0]], names)
+    reports = [full, absent, full]
+    ax = plot.solution(reports, window=1)
+    for dashes, name in (("--", "p"), ("-", "p_clipped")):
+        drawn = [curve[1] for curve in lines(ax, dashes)]
+        np.testing.assert_allclose(drawn, [*getattr(alone, name), math.nan])
+    drawn = lines(plot.clip_angle(reports, window=1))[0][1]
+    np.testing.assert_allclose(drawn, lines(plot.clip_angle([alone], window=1))[0][0])
+    assert drawn > 1
+    np.testing.assert_allclose(lines(plot.conflict_rate(reports, window=1))[0], [100] * 3)
+    # Four losses are the rows of a heat map.
+    four = {"a": 0.1, "b": 0.4, "c": 0.25, "d": 0.25}
+    reports = [report_of([*rows, [1.0, 1.0], last], four) for last in ([2.0, 1.0], [math.nan] * 2)]
+    cells, labels = heat_map(plot.solution(reports, window=1))
+    empty = {
+        x: row.mask.tolist() for x, row in zip(labels, np.ma.masked_invalid(cells), strict=True)
+    }
+    assert empty["d"] == empty["d, clipped"] == [False, True]
+    assert not any(map(any, (empty[x] for x in "abc")))
+    for log in (reports, [absent] * 3):
+        plot.overview(log).draw_without_rendering()
+
+
 @pytest.mark.parametrize("window", [1, 7, 40])
 def test_means_and_quartiles_are_those_of_the_finite_values(window):
     rng = np.random.default_rng(0)
@@ -173,12 +238,10 @@ def test_means_and_quartiles_are_those_of_the_finite_values(window):
 
 def test_ten_thousand_steps_are_a_few_points(tmp_path):
     rng = np.random.default_rng(0)
-    angle = rng.uniform(0, 90, 10_000)
+    angle, conflict = rng.integers(0, 90, 10_000), rng.integers(0, 2, 10_000)
     kinds = [((1.0, 0.0), (0.0, 1.0)), ((1.0, 0.0), (-1.0, 1.0))]
-    templates = [[turned_by(x, rows) for x in range(91)] for rows in kinds]
-    angle = angle.round()
-    conflict = rng.integers(0, 2, 10_000)
-    reports = [templates[k][int(x)] for k, x in zip(conflict, angle, strict=True)]
+    found = {(k, x): turned_by(x, rows) for k, rows in enumerate(kinds) for x in range(90)}
+    reports = [found[k, x] for k, x in zip(conflict.tolist(), angle.tolist(), strict=True)]
     figure = plot.overview(reports)
     for ax in figure.axes:
         assert all(len(line.get_xdata()) <= 120 for line in ax.get_lines())
@@ -264,7 +327,7 @@ def test_overview_has_what_the_rule_has(method, labels):
 
 def test_overview_of_a_single_loss_or_step_draws():
     assert len(plot.overview(run_of(m=1)).axes) == 2
-    plot.overview(run_of(n=1)).canvas.draw()
+    plot.overview(run_of(n=1)).draw_without_rendering()
 
 
 def test_a_file_a_log_and_reports_give_one_picture(tmp_path):
@@ -564,13 +627,45 @@ def test_own_axes_are_drawn_into_and_settings_left_alone(picture):
     )
 
 
-def test_legends_cover_no_data():
+def covered(figure: Figure) -> list[str]:
+    """Legends that lie upon axes, labels or another legend, or beyond the edge of the figure."""
+    figure.draw_without_rendering()  # the canvas of a bare figure draws nothing
+    legends = {ax: ax.get_legend().get_window_extent() for ax in figure.axes if ax.get_legend()}
+    found = []
+    for owner, box in legends.items():
+        others = [
+            *(("axes", ax.get_window_extent()) for ax in figure.axes),
+            *(("x", ax.xaxis.get_tightbbox()) for ax in figure.axes),
+            *(("y", ax.yaxis.get_tightbbox()) for ax in figure.axes),
+            *(("legend", other) for ax, other in legends.items() if ax is not owner),
+        ]
+        found += [what for what, other in others if other.shrunk(0.98, 0.98).overlaps(box)]
+        inside = figure.bbox.padded(20)  # its layout is good to a few points; `save` cuts nothing
+        found += ["edge"] * (not all(inside.contains(*corner) for corner in box.corners()))
+    return found
+
+
+@pytest.mark.parametrize("length", [1, 30])
+def test_legends_cover_no_data(length):
+    weights = {x * length: 1 / 3 for x in "abc"}
+    figure = plot.overview(run_of(n=8, weights=weights))
+    assert [len(legend_of(ax)) for ax in figure.axes if ax.get_legend()] == [3, 6, 2]
+    assert covered(figure) == []
+    front = plot.front([ended(two(w), losses) for w, losses in ENDS.items()])
+    assert len(legend_of(front)) == 3
+    assert covered(front.figure) == []
+
+
+def test_a_legend_upon_data_is_noticed():
     figure = plot.overview(run_of(m=3, n=8))
-    figure.canvas.draw()
-    for ax in figure.axes:
-        if ax.get_legend() is not None:
-            legend, box = ax.get_legend().get_window_extent(), ax.get_window_extent()
-            assert legend.y0 >= box.y1 - 1
+    upper, lower = figure.axes[0], figure.axes[3]
+    upper.get_legend().set_loc("upper left")
+    assert covered(figure) == ["axes"]
+    upper.get_legend().set_loc("lower left")
+    assert covered(figure) == []
+    figure.set_layout_engine("none")
+    lower.get_legend().set_bbox_to_anchor((0, 1.5), lower.transAxes)
+    assert "axes" in covered(figure)
 
 
 def test_names_are_text_whatever_is_in_them(tmp_path):

@@ -373,6 +373,20 @@ def test_once_it_is_mended_the_next_call_succeeds(two_ranks: Ranks, what, text) 
             assert torch.equal(grad, expected)
 
 
+def not_mended(rank):
+    x = nn.Parameter(torch.ones(4) * rank)
+    opt = CAGradClip(torch.optim.SGD([x], 0.1), [0.5, 0.5])
+    with pytest.raises(ValueError, match="the values of the parameters"):
+        opt.backward([x.sum(), x[0]])
+    opt.backward([x.sum(), x[0]])
+
+
+def test_what_is_not_mended_is_refused_again(two_ranks: Ranks) -> None:
+    for found in two_ranks.outcomes(not_mended):
+        assert isinstance(found.error, ValueError)
+        assert "the values of the parameters must be the same" in str(found.error)
+
+
 def copied_and_moved(rank):
     """A copy in one process makes all of them compare the values again."""
     x = nn.Parameter(torch.ones(4))

@@ -194,6 +194,20 @@ def test_a_critical_point_is_left_alone(c, solver, clip):
                 assert (below.coefficients >= torch.tensor(weights, dtype=DOUBLE) - 1e-15).all()
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_radius_of_one_leaves_nothing_of_g0_at_a_critical_point(solver):
+    """G_p is long there and points against g0: d is what their rounding leaves, so it is zero.
+
+    Adam would scale what is left to a whole step.
+    """
+    for m in (2, 3, 5):
+        for seed in range(10):
+            g = nearly_critical(m, 0.0, seed, DOUBLE)
+            w = simplex_point(np.random.default_rng(seed).dirichlet(np.ones(m)) + 0.1)
+            mixing = mixing_coefficients(g @ g.T, w, 1.0, clip="none", solver=solver)
+            assert mixing.coefficients.tolist() == [0.0] * m
+
+
 @pytest.mark.parametrize("c", [1.0, 1.5, 2.0])
 def test_elsewhere_a_large_radius_moves(c):
     """A critical point is no excuse: where a thousandth is left, |d - g0| = c |g0|."""

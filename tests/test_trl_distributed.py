@@ -20,6 +20,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
+import raco_optim
 from raco_optim.cli import main
 from raco_optim.cli.runs import RUN_FILE
 from raco_optim.integrations import trl as trl_module
@@ -282,6 +283,45 @@ def test_what_fails_in_one_process_fails_in_all(
     assert all(isinstance(outcome, Failure) for outcome in outcomes)
     assert isinstance(outcomes[1].error, error)
     assert elsewhere in outcomes[0].trace
+
+
+def skipping(rank: int, settings: Settings, rows: Rows) -> Trained:
+    """The scores of one process are NaN in the first micro-batch of the second step."""
+    forward, calls = trl_module.completion_log_probs, []
+
+    def spoiled(*arguments: Any) -> Tensor:
+        calls.append(1)
+        return forward(*arguments) * (math.nan if rank == 1 and len(calls) == 3 else 1.0)
+
+    with mock.patch.object(trl_module, "completion_log_probs", spoiled):
+        return train(rank, settings, rows)
+
+
+def test_all_skip_what_is_not_finite_in_one_process(two_ranks: Ranks, settings: Settings) -> None:
+    rows = tiny_pairs(12, missing=0.3)
+    settings |= MICRO | {"max_steps": 3, "nonfinite": "skip"}
+    mine, theirs = two_ranks.run(skipping, settings, rows)
+    assert_same(mine, theirs)
+    expected = two_ranks.run(ranked, settings | {"max_steps": 2}, [*rows[:4], *rows[8:]], {})
+    assert all(torch.equal(mine[0][name], x) for name, x in expected[0][0].items())
+    assert [entry.get("skipped") for entry in mine[1][:3]] == [None, 1, 1]
+    assert mine[1][1]["labelled/helpful"] == 0
+
+
+def set_apart(rank: int, settings: Settings, rows: Rows) -> None:
+    def change(*_: Any, optimizer: Any, **__: Any) -> None:
+        raco_optim.unwrap(optimizer).c = 0.1 * (rank + 1)
+
+    with launched(rank):
+        trainer = make_trainer(settings, rows)
+        trainer.add_callback(Watch("on_step_end", change))
+        trainer.train()
+
+
+def test_what_is_set_between_steps_is_the_same_in_all(two_ranks: Ranks, settings: Settings) -> None:
+    for outcome in two_ranks.outcomes(set_apart, settings | EIGHT, tiny_pairs(32)):
+        assert isinstance(outcome.error, ValueError)
+        assert "`c` must be the same in all processes" in outcome.trace
 
 
 def run_out_of_memory(rank: int, settings: Settings, rows: Rows) -> Trained:

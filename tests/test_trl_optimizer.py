@@ -95,6 +95,21 @@ class TestReport:
         assert len(seen) == 2
         assert all(mode.startswith(expected) for mode in seen)
 
+    @pytest.mark.filterwarnings("ignore")  # of torch, about its compiler's options
+    @pytest.mark.parametrize(
+        ("checkpointing", "expected"), [(False, "dense"), (True, "per_example")]
+    )
+    def test_compiled_adapters(
+        self, settings: Settings, checkpointing: bool, expected: str
+    ) -> None:
+        rows, options = tiny_pairs(8), SGD | {"gradient_checkpointing": checkpointing}
+        compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+        trainer = make_trainer(settings, rows, peft_config=lora(), **options, **compiled)
+        trainer.train()
+        assert optimizer_of(trainer).report.gradients == expected
+        plain = trained(settings, rows, peft_config=lora(), **options)
+        assert_close(parameters(trainer), plain, 1e-5)
+
     def test_step_logger_in_a_callback(self, settings: Settings, tmp_path: Path) -> None:
         path = tmp_path / "steps.jsonl"
         trainer = make_trainer(settings, tiny_pairs(12), max_steps=3)

@@ -78,7 +78,7 @@ def main(epochs: int = 3, batch_size: int = 32, mixed_precision: str = "no") -> 
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
-        report = optimizer.optimizer.report  # `optimizer.optimizer` is the CAGradClip
+        report = raco_optim.unwrap(optimizer).report
         accelerator.print(epoch, dict(zip(report.names, report.losses.tolist(), strict=True)))
     return accelerator.unwrap_model(model)
 

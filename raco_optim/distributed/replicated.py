@@ -57,7 +57,7 @@ class SummedGradients(DenseGradients):
         return self.products
 
     def head_norms(self) -> Tensor:
-        """See `raco_optim.gradients.dense.PerLossGradients`."""
+        """See `raco_optim.gradients.PerLossGradients`."""
         return self.norms
 
 

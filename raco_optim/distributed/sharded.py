@@ -39,8 +39,8 @@ from raco_optim.distributed.agreement import raise_together
 from raco_optim.distributed.group import Group
 from raco_optim.distributed.replicated import SummedGradients
 from raco_optim.gradients.combine import stashed_gradients
-from raco_optim.gradients.dense import DenseGradients, DenseMode, evaluate
-from raco_optim.gradients.explain import explain
+from raco_optim.gradients.dense import DenseGradients, DenseMode, check_loss
+from raco_optim.gradients.explain import evaluate, explain
 from raco_optim.objectives import Batch, Found, Gradient
 from raco_optim.wrapper.parameters import Parameters
 
@@ -73,7 +73,8 @@ class ShardedMode(DenseMode):
                 retain = batch.retain_graph or (isinstance(loss, Tensor) and i < last)
                 if not isinstance(loss, Tensor):
                     with raise_together(batch.group):
-                        loss = evaluate(name, loss, parameters)
+                        loss = evaluate(name, loss)
+                        check_loss(name, loss, parameters)
                 try:
                     torch.autograd.backward(loss, retain_graph=retain)
                 except Exception as error:

@@ -13,7 +13,8 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +92,8 @@ class ApproximateGradients:
             part = [tensors[j] for j in chosen]
             passes = iterate_gradients([total], part, [name], keep_graph=keep, needed=None)
             for j, g in zip(chosen, next(passes)[1], strict=True):
-                row[j] = g
+                # Autograd may return one tensor for two parameters, or one that user code holds.
+                row[j] = None if g is None else g.clone()
         if all(g is None for g in row):
             raise ValueError(
                 "losses must depend on a parameter of the optimizer; together they reach none. Was "
@@ -212,23 +214,24 @@ class KeptGram:
         return {"gram": self.gram, "losses": self.losses, "age": self.age}
 
     @classmethod
-    def loaded(cls, state: object, places: Sequence[int] | None) -> KeptGram:
-        """Makes one of a state, with losses in the order that `places` gives, or raises."""
-        try:
-            assert isinstance(state, Mapping)
+    def loaded(
+        cls,
+        state: Any,  # noqa: ANN401  # that is what it checks
+        names: Sequence[str] | None,
+        places: Sequence[int] | None,
+    ) -> KeptGram:
+        """Makes one of a state of these losses, in the order that `places` gives, or raises."""
+        with suppress(AttributeError, IndexError, KeyError, TypeError, ValueError):
             gram, losses, age = state["gram"], state["losses"], state["age"]
-            assert isinstance(age, int) and age >= 0 and isinstance(losses, list)
-            assert all(name is None or isinstance(name, str) for name in losses)
-            if gram is None:
+            known = [str(x) for x in losses] if names is None else names
+            fits = type(age) is int and age >= 0
+            if fits and gram is None:
                 return cls(None, [], age)
-            assert isinstance(gram, Tensor) and gram.is_floating_point()
-            assert gram.shape == (len(losses), len(losses))
-            if places is not None:
-                gram = gram[places][:, places]
-                losses = [losses[place] for place in places]
-        except (AssertionError, IndexError, KeyError) as error:
-            raise ValueError(
-                f"`state_dict` must hold, as 'kept_gram', a Gram matrix of shape [m, m], the names "
-                f"of its m losses and its age; got {state!r}."
-            ) from error
-        return cls(gram, list(losses), age)
+            fits = fits and gram.is_floating_point() and gram.shape == (len(losses), len(losses))
+            if fits and all(x in (None, name) for x, name in zip(losses, known, strict=True)):
+                order = list(range(len(losses)) if places is None else places)
+                return cls(gram[order][:, order], [losses[k] for k in order], age)
+        raise ValueError(
+            f"`state_dict` must hold, as 'kept_gram', a Gram matrix of shape [m, m], the names of "
+            f"its m losses and its age; got {state!r}."
+        )

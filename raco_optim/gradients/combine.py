@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -57,14 +57,11 @@ def combine_rows(
     scales = {True: as_scales(alpha), False: as_scales(weights)}
     combined: Gradient = []
     for j, is_shared in enumerate(shared):
-        tensors, chosen = [], []
-        for row, scale in zip(rows, scales[is_shared], strict=True):
-            g = row[j]
-            if g is not None:
-                tensors.append(g)
-                chosen.append(scale)
-                row[j] = None
-        combined.append(combination(tensors, chosen).to(tensors[0].dtype) if tensors else None)
+        pairs = zip(rows, scales[is_shared], strict=True)
+        terms = [(g, scale) for row, scale in pairs if (g := row[j]) is not None]
+        for row in rows:
+            row[j] = None
+        combined.append(combination(*zip(*terms, strict=True)) if terms else None)
     return combined
 
 
@@ -79,27 +76,36 @@ def write_gradients(
     """
     reached = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
     fresh = [(p, _like(g, p)) for p, g in reached if p.grad is None]
-    held = [p.grad for p, _ in reached if p.grad is not None]
-    added = [g.to(p.grad.dtype) for p, g in reached if p.grad is not None]
+    pairs = [_local(p, g) for p, g in reached if p.grad is not None]
+    held, added = [grad for grad, _ in pairs], [g for _, g in pairs]
     writes: list[Callable[[], object]] = [partial(setattr, p, "grad", g) for p, g in fresh]
     if held:
         writes.append(partial(torch._foreach_add_, held, added))
-    version, written = [g._version for g in held[:1]], list[bool]()
+    written: list[bool] = []
     try:
         # Python looks for signals between its own instructions, and there are none in here.
         call_all = map(methodcaller("__call__"), [*writes, done, partial(written.append, True)])
         deque(call_all, maxlen=0)
     except BaseException:
-        if not written and version == [g._version for g in held[:1]]:
+        if not written:
             for p, _ in fresh:
                 p.grad = None
-        elif not written:  # DTensor adds in Python, where an interrupt may arrive afterwards
-            done()
         raise
     for p, _ in reached:
         hooks = p._post_accumulate_grad_hooks
         for hook in tuple(hooks.values()) if hooks else ():
             hook(p)
+
+
+def _local(parameter: Tensor, gradient: Any) -> tuple[Any, Tensor]:  # noqa: ANN401  # a DTensor
+    """Returns ``.grad`` and the gradient; of DTensors this process's parts, which are tensors."""
+    grad: Any = parameter.grad
+    gradient = gradient.to(grad.dtype)
+    if not hasattr(grad, "to_local"):
+        return grad, gradient
+    if grad.placements != gradient.placements:  # a sum over processes that is not formed yet
+        grad = parameter.grad = grad.redistribute(placements=gradient.placements)
+    return grad.to_local(), gradient.to_local()
 
 
 def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
@@ -125,7 +131,7 @@ def as_scales(coefficients: Tensor) -> list[Any]:
 
 
 def combination(tensors: Sequence[Tensor], scales: Sequence[Any]) -> Tensor:
-    r"""Returns :math:`\sum_i \alpha_i x_i`, formed in float32 at least."""
+    r"""Returns :math:`\sum_i \alpha_i x_i`, formed in float32 at least and rounded once."""
     # Never in place: autograd may return one tensor for two parameters, an expanded one, or one
     # that the user's code still holds.
     combined = _scaled(tensors[0], scales[0])
@@ -134,7 +140,7 @@ def combination(tensors: Sequence[Tensor], scales: Sequence[Any]) -> Tensor:
             combined.add_(_at_least_single(x), alpha=scale)
         else:
             combined.add_(_scaled(x, scale))
-    return combined
+    return combined.to(tensors[0].dtype)
 
 
 def _scaled(x: Tensor, scale: Any) -> Tensor:  # noqa: ANN401  # a number or a tensor
@@ -151,10 +157,7 @@ def _at_least_single(x: Tensor) -> Tensor:
 
 @contextmanager
 def stashed_gradients(parameters: Sequence[Tensor]) -> Iterator[Callable[[], list[Tensor | None]]]:
-    """Puts ``.grad`` and its hooks aside; yields what takes, and clears, a backward pass's.
-
-    Post-accumulate-grad hooks run once, on the combined gradient, and not on that of one loss.
-    """
+    """Puts ``.grad`` and its hooks aside; yields a function that takes, and clears, ``.grad``."""
 
     def take() -> list[Tensor | None]:
         found = [p.grad for p in parameters]
@@ -164,7 +167,7 @@ def stashed_gradients(parameters: Sequence[Tensor]) -> Iterator[Callable[[], lis
 
     hooks = [p._post_accumulate_grad_hooks for p in parameters]
     for p in parameters:
-        p._post_accumulate_grad_hooks = None
+        p._post_accumulate_grad_hooks = OrderedDict()  # autograd would go on to call those of None
     kept = take()
     try:
         yield take

@@ -6,47 +6,29 @@ r"""Mode "dense", the default: the gradients of all losses are in memory at once
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from raco_optim._checks import add_note, as_list, check_any_present
+from raco_optim.gradients import Gather, PerLossGradients
 from raco_optim.gradients.accumulation import accumulate, add_pending
 from raco_optim.gradients.combine import combine_rows
-from raco_optim.gradients.explain import check_no_reentrant_checkpoint, explain
-from raco_optim.gradients.gram import gram_matrix
-from raco_optim.objectives import Batch, Found, Gradient, Loss, Pending
-
-_A_PARAMETER = (
-    "a parameter of the optimizer; it reaches none. Was the optimizer built from this model's "
-    "parameters? Pass None for a loss that is absent from this batch."
+from raco_optim.gradients.explain import (
+    A_PARAMETER,
+    check_no_reentrant_checkpoint,
+    evaluate,
+    explain,
+    sparse_gradient,
 )
+from raco_optim.gradients.gram import gram_matrix
+from raco_optim.objectives import Batch, Found, Gradient, Loss, Pending, as_list, check_any_present
+
 # Bytes from which on fresh memory costs more, in page faults, than a copy into memory at hand.
 _LARGE = 2**20
-
-
-class PerLossGradients(Protocol):
-    """What every mode offers of the gradients of m losses."""
-
-    exact: bool
-    """Whether a finite Gram matrix says that the combined gradient is finite."""
-    values: list[Tensor | None]
-    """Values of the losses; None for an absent one."""
-    nonfinite_ranks: str
-    """Which processes have a loss that is NaN or Inf, in words: " on rank 1"; "" for none."""
-
-    def gram(self) -> Tensor:
-        """Computes the Gram matrix of the shared parameters' gradients, ``[m, m]``, float64."""
-
-    def head_norms(self) -> Tensor:
-        """Returns norms of the head gradients, ``[m]``; non-finite iff a head gradient is."""
-
-    def combine(self, alpha: Tensor, weights: Tensor) -> Gradient:
-        """Combines by alpha where parameters are shared, else by the weights; consumes them."""
 
 
 def per_loss_gradients(
@@ -98,16 +80,11 @@ def per_loss_gradients(
     return [gradient for _, gradient in iterate_gradients(ordered, chosen, names)]
 
 
-Gather = Callable[[Batch, Iterable[Found]], PerLossGradients]
-"""Averages gradients over processes, as soon as each is found."""
-
-
 class Memory:
-    """Holds large gradients in memory that is kept from step to step.
+    """Holds large gradients in memory that is kept from step to step; copies of it are empty.
 
-    On a CPU the allocator gives large blocks back to the system, and faulting m gradients in anew
-    costs more than the Gram matrix and the combination together. On an accelerator it keeps them
-    by itself. Copies and pickles of this memory are empty.
+    On a CPU the allocator returns large blocks to the system, and to fault m gradients in anew
+    costs more than the Gram matrix and the combination together. Accelerators keep them.
     """
 
     def __init__(self) -> None:
@@ -119,9 +96,8 @@ class Memory:
             if g is None or g.device.type != "cpu" or g.nbytes < _LARGE:
                 continue
             held = self._tensors.get((i, j))
-            if held is None or held.shape != g.shape or held.dtype != g.dtype:
-                held = torch.empty_like(g)
-                self._tensors[i, j] = held
+            if held is None or (held.shape, held.dtype) != (g.shape, g.dtype):
+                held = self._tensors[i, j] = torch.empty_like(g)
             row[j] = held.copy_(g)
         return row
 
@@ -153,11 +129,10 @@ class DenseGradients:
     def head_norms(self) -> Tensor:
         """See `PerLossGradients`."""
         norms = torch.zeros(len(self.rows), dtype=torch.float64, device=self._device)
-        for j in [j for j, s in enumerate(self.shared) if not s]:
-            for i, row in enumerate(self.rows):
-                g = row[j]
-                if g is not None:
-                    norms[i] += torch.linalg.vector_norm(g, dtype=torch.float64)
+        for norm, row in zip(norms, self.rows, strict=True):
+            for g, is_shared in zip(row, self.shared, strict=True):
+                if g is not None and not is_shared:
+                    norm += torch.linalg.vector_norm(g, dtype=torch.float64)
         return norms
 
     def combine(self, alpha: Tensor, weights: Tensor) -> Gradient:
@@ -209,13 +184,12 @@ def iterate_gradients(
     edges: Sequence[GradientEdge] = (),
     *,
     keep_graph: bool = False,
-    needed: str | None = _A_PARAMETER,
+    needed: str | None = A_PARAMETER,
 ) -> Iterator[Found]:
     """Yields value and gradient of one loss after the other; see `per_loss_gradients`.
 
-    `check_losses` is the caller's part. Behind the gradients of the parameters come those of
-    `edges` of the losses' graph. `needed` says what a loss that reaches none of them was to depend
-    on, and the remedy; None allows it.
+    The gradients of `edges` of the graph follow those of the parameters. `needed` says what a loss
+    must depend on, and the remedy; None allows a loss that reaches nothing.
     """
     inputs: Any = (*(p for p in parameters if p.requires_grad), *edges)
     tensors = [i for i, loss in enumerate(losses) if isinstance(loss, Tensor)]
@@ -225,7 +199,9 @@ def iterate_gradients(
         if loss is None:
             yield None, [None] * (len(parameters) + len(edges))
             continue
-        value = loss if isinstance(loss, Tensor) else evaluate(name, loss, parameters)
+        value = loss if isinstance(loss, Tensor) else evaluate(name, loss)
+        if value is not loss:
+            check_loss(name, value, parameters)
         retain = keep_graph or i in tensors[:-1]
         try:
             found: Gradient = list(
@@ -243,24 +219,14 @@ def iterate_gradients(
         if calls and i < calls[-1]:
             # The next callable may refill a buffer that a custom function returned as gradient.
             found = [None if g is None else g.clone() for g in found]
+        if any(g is not None and g.layout != torch.strided for g in found):
+            raise sparse_gradient(name, found)
         reached = iter(found)
-        row = [_dense(next(reached), p, name) if p.requires_grad else None for p in parameters]
+        row = [next(reached) if p.requires_grad else None for p in parameters]
         row.extend(reached)
         # What the caller frees of the row is to be free during the next backward pass.
         del found, reached
         yield value, row
-
-
-def evaluate(name: str, loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> Tensor:
-    """Calls a loss that is given as a callable, and checks what it returns."""
-    try:
-        with torch.enable_grad():
-            value = loss()
-    except Exception as error:
-        add_note(error, f"It was raised by the callable of loss {name!r}.")
-        raise
-    check_loss(name, value, parameters)
-    return value
 
 
 def check_losses(
@@ -322,12 +288,3 @@ def check_loss(name: str, loss: object, parameters: Sequence[Tensor]) -> None:
             f"loss {name!r} must be on the device of the parameters, {parameters[0].device}; got "
             f"{loss.device}. Move it there with .to()."
         )
-
-
-def _dense(gradient: Tensor | None, parameter: Tensor, name: str) -> Tensor | None:
-    if gradient is not None and gradient.layout != torch.strided:
-        raise ValueError(
-            f"gradients must be dense; loss {name!r} has a {gradient.layout} gradient for the "
-            f"parameter of shape {list(parameter.shape)}. Build the embedding with sparse=False."
-        )
-    return gradient

@@ -1,14 +1,22 @@
-"""Notes on what a backward pass raises: which loss it was, and the remedy."""
+"""What stops a loss, in words: which one it was, and the remedy."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from raco_optim._checks import add_note
 from raco_optim.gradients.graph import walk_graph
+from raco_optim.objectives import Gradient
 
+# What a loss must depend on, and the remedy.
+A_PARAMETER = (
+    "a parameter of the optimizer; it reaches none. Was the optimizer built from this model's "
+    "parameters? Pass None for a loss that is absent from this batch."
+)
 _CALLABLES = "pass the losses as callables, each with its own forward pass."
 # Selective checkpoints, and those of torch.distributed._composable.
 _ONLY_ONCE = f"This activation checkpoint can be computed again only once: {_CALLABLES}"
@@ -45,6 +53,16 @@ def explain(name: str, error: Exception, *, again: bool = False) -> None:
     add_note(error, " ".join([f"It was raised by the backward pass of loss {name!r}.", *remedies]))
 
 
+def evaluate(name: str, loss: Callable[[], Tensor]) -> Tensor:
+    """Calls a loss that is given as a callable."""
+    try:
+        with torch.enable_grad():
+            return loss()
+    except Exception as error:
+        add_note(error, f"It was raised by the callable of loss {name!r}.")
+        raise
+
+
 def check_no_reentrant_checkpoint(name: str, loss: Tensor, walked: set[Any]) -> None:
     """Raises if the loss passes through a reentrant checkpoint.
 
@@ -59,3 +77,12 @@ def check_no_reentrant_checkpoint(name: str, loss: Tensor, walked: set[Any]) -> 
                 f"hides its parameters from per-loss gradients. Call "
                 f"torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
             )
+
+
+def sparse_gradient(name: str, gradients: Gradient) -> ValueError:
+    """Returns the error for a gradient that is not dense."""
+    found = next(g for g in gradients if g is not None and g.layout != torch.strided)
+    return ValueError(
+        f"gradients must be dense; loss {name!r} has a {found.layout} gradient for the parameter "
+        f"of shape {list(found.shape)}. Build the embedding with sparse=False."
+    )

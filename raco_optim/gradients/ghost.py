@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from raco_optim.gradients import PerLossGradients
 from raco_optim.gradients.combine import LOW_PRECISION, as_scales, combination, grad_dtype
 from raco_optim.gradients.dense import (
     DenseGradients,
     DenseMode,
     Memory,
-    PerLossGradients,
     iterate_gradients,
 )
 from raco_optim.gradients.gram import gram_matrix

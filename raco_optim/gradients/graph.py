@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,7 +112,7 @@ def find_uses(losses: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> 
 
 
 def walk_graph(root: Any, walked: set[Any]) -> Iterator[Any]:  # noqa: ANN401  # a node of autograd
-    """Yields the nodes of the graph behind a node, but for those that were walked before."""
+    """Yields the nodes behind a node, but for those in `walked`, to which it adds them."""
     stack = [root]
     while stack:
         node = stack.pop()

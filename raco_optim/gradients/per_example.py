@@ -21,10 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raco_optim.gradients import Gather
 from raco_optim.gradients.combine import grad_dtype
-from raco_optim.gradients.dense import DenseMode, Gather
+from raco_optim.gradients.dense import DenseMode
 from raco_optim.gradients.explain import explain
 from raco_optim.objectives import Batch, Found, Gradient
+
+_NOT_WATCHED = "no layer was watched in this forward pass, or parameters changed after it"
+_OTHER_SHAPE = "a layer's output is not [N, ..., features]"
+_USED_OTHERWISE = "a parameter is used outside its layer, or has a hook"
+_INTERACT = "examples interact, or a hook changes gradients"
+# A gradient from the layers and one from autograd differ by rounding: by less than this, or than
+# so many units in the last place of the whole gradient, where a part of it should be zero.
+_TOLERANCE, _UNITS = 0.01, 32
 
 
 class PerExampleMode(DenseMode):
@@ -39,9 +48,9 @@ class PerExampleMode(DenseMode):
         self._layers = LinearLayerGradients(model, parameters)
 
     def check(self, batch: Batch, *, accumulate: bool) -> None:
-        """Raises unless there are scalars, wherever the losses share a forward pass."""
+        """Raises unless there are scalars, wherever the losses are tensors."""
         z: Any = batch.through
-        if batch.tensors is None and z is None:
+        if z is None and (batch.tensors is None or not any(x is not None for x in batch.losses)):
             return
         if not isinstance(z, Tensor) or z.dim() != 1 or not z.requires_grad:
             got = f"shape {list(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
@@ -54,13 +63,14 @@ class PerExampleMode(DenseMode):
     def rows(self, batch: Batch) -> Iterator[Found]:
         """Yields value and gradient of one loss after the other."""
         losses, scalars = batch.tensors, batch.through
-        self.ran = "dense: callables"
-        if losses is not None and scalars is not None:
+        why = "callables" if losses is None else "all losses are absent"
+        if scalars is not None and losses is not None and any(x is not None for x in losses):
             found, why = self._layers.gradients(scalars, losses, batch.names)
             if found is not None:
                 self.ran = self.name
-                return zip([x if x is None else x.detach() for x in losses], found, strict=True)
-            self.ran = f"dense: {why}"
+                values = [None if x is None else x.detach().clone() for x in losses]
+                return zip(values, found, strict=True)
+        self.ran = f"dense: {why}"
         return super().rows(batch)
 
 
@@ -100,12 +110,18 @@ class LinearLayerGradients:
         # Before other hooks, which may change the output.
         handles = [x.register_forward_hook(hook, prepend=True) for x in self._layers]
         weakref.finalize(self, _remove, handles)
+        self._modules = list(model.modules())
+        self._trusted: list[bool] | None = None
+        # Of the outputs in the forward passes since gradients were computed, or before.
         self._shapes: set[torch.Size] = set()
+        self._served = False
         self._forget()
 
     def _forget(self) -> None:
         self._sensitivities: Tensor | None = None
+        self._scales = torch.empty(0)
         self._resolution = 0.0
+        self._fits = True
         self._rows: list[Gradient] = []
 
     def gradients(
@@ -121,97 +137,133 @@ class LinearLayerGradients:
         Returns:
             m lists, as `raco_optim.per_loss_gradients` does. None, with the graph intact, and the
             reason, where that can't be: a parameter is outside the linear layers, a layer's output
-            is not ``[N, ..., features]``, a loss depends on more than the scalars, or
-            :math:`\nabla \sum_n z_n` from the layers is not what autograd says it is (a parameter
-            was used outside its layer too, or has a hook).
+            is not ``[N, ..., features]``, a loss depends on more than the scalars, or the layers'
+            :math:`\nabla \sum_n z_n` is not that of autograd (a parameter is used outside its
+            layer too, or has a hook). At first, and whenever layers change between training and
+            evaluation, one more pass compares :math:`\nabla \sum_n v_n z_n` for other v: it tells
+            whether examples interact, as in batch normalization.
         """
-        shapes, self._shapes = self._shapes, set()
+        self._served = True
         if not self._covers:
             return None, "a parameter is outside of torch.nn.Linear"
-        if not shapes or any(len(s) < 2 or s[0] != len(scalars) for s in shapes):
-            return None, "a layer's output is not [N, ..., features]"
+        if not self._shapes:
+            return None, _NOT_WATCHED
+        if not any(_is_per_example(shape, len(scalars)) for shape in self._shapes):
+            return self._distrusted(_OTHER_SHAPE)
         if any(loss is not None and _depends_on_more(loss, scalars) for loss in losses):
             return None, "a loss depends on more than the scalars"
         try:
-            rows = self._rows_of(scalars, losses, names)
+            rows, why = self._rows_of(scalars, losses, names)
         finally:
             self._forget()
         if rows is None:
-            return None, "a parameter is used outside its layer, or has a hook"
+            return self._distrusted(why)
         found = iter(rows)
         return [[None] * self._number if x is None else next(found) for x in losses], ""
 
+    def _distrusted(self, why: str) -> tuple[None, str]:
+        self._trusted = None
+        return None, why
+
     def _rows_of(
         self, scalars: Tensor, losses: Sequence[Tensor | None], names: Sequence[str]
-    ) -> list[Gradient] | None:
-        u = [torch.ones_like(scalars)]
+    ) -> tuple[list[Gradient] | None, str]:
+        modes = [module.training for module in self._modules]
+        # Uneven, so that neither examples that change places nor a clamped gradient go unseen.
+        v = torch.arange(1.0, len(scalars) + 1, device=scalars.device).cos().to(scalars.dtype)
+        tests = [torch.ones_like(v)] if modes == self._trusted else [torch.ones_like(v), v]
+        u = list(tests)
         for name, loss in zip(names, losses, strict=True):
-            if loss is None:
-                continue
-            try:
-                (of_loss,) = torch.autograd.grad(
-                    loss, scalars, retain_graph=True, allow_unused=True
-                )
-            except Exception as error:
-                explain(name, error)
-                raise
-            if of_loss is None:
-                raise ValueError(
-                    f"loss {name!r} must depend on `scalars`; it does not. Pass the tensor itself "
-                    f"that all losses are computed from."
-                )
-            u.append(of_loss)
-        self._sensitivities = torch.stack(u)
+            if loss is not None:
+                (of_loss,) = _grad(name, loss, [scalars])
+                if of_loss is None:
+                    raise ValueError(
+                        f"loss {name!r} must depend on `scalars`; it does not. Pass the tensor "
+                        f"itself that all losses are computed from."
+                    )
+                u.append(of_loss)
+        everything = " + ".join(names)
+        sensitivities = torch.stack(u)
+        # At most 1, so that float16 holds them whatever the scale of the losses.
+        largest = sensitivities.abs().amax(1).to(torch.promote_types(v.dtype, torch.float32))
+        exponents = torch.frexp(largest).exponent.clamp(-126, 126)
+        self._scales = torch.ldexp(torch.ones_like(largest), exponents)
+        self._sensitivities = sensitivities / self._scales[:, None]
         self._rows = [[None] * self._number for _ in u]
-        try:
-            total = torch.autograd.grad(
-                scalars.sum(), self._parameters, retain_graph=True, allow_unused=True
-            )
-        except Exception as error:
-            explain(" + ".join(names), error)
-            raise
-        of_total, *rows = self._rows
-        return rows if self._equal([of_total[j] for j in self._positions.values()], total) else None
+        trained = self._parameters
+        total = _grad(everything, scalars, trained, torch.ones_like(scalars))
+        self._sensitivities = None
+        if not self._fits:
+            return None, _OTHER_SHAPE
+        errors, norms = self._compare(self._rows[0], total)
+        tolerance, whole = self._resolution**0.5, norms.norm()
+        allowed = min(tolerance, _TOLERANCE) * norms
+        allowed += _UNITS * min(self._resolution, 2.0**-23) * whole
+        if not bool((errors <= allowed).all() & (whole > 0)):
+            return None, _USED_OTHERWISE
+        if len(tests) > 1:
+            errors, norms = self._compare(self._rows[1], _grad(everything, scalars, trained, v))
+            # Two passes, parts of which (norms, softmax) may be of float32 whatever the layers are.
+            allowed = max(tolerance, 2**-11.5) * torch.maximum(norms.norm(), whole)
+            if not bool(errors.norm() <= allowed):
+                return None, _INTERACT
+            self._trusted = modes
+        return self._rows[len(tests) :], ""
 
-    def _equal(self, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> bool:
-        if any((x is None) != (y is None) for x, y in zip(a, b, strict=True)):
-            return False
-        pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
-        errors = torch.stack([torch.linalg.vector_norm(x - y) for x, y in pairs])
-        norms = torch.stack([torch.linalg.vector_norm(y) for _, y in pairs])
-        return bool((errors <= self._resolution**0.5 * norms).all())
+    def _compare(self, row: Gradient, true: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """Returns norms of the errors and of the true gradients, one for each parameter."""
+        errors, norms = [], []
+        for j, y in zip(self._positions.values(), true, strict=True):
+            x, y = (self._scales.new_zeros(()) if g is None else g for g in (row[j], y))
+            errors.append(torch.linalg.vector_norm(x - y))
+            norms.append(torch.linalg.vector_norm(y))
+        return torch.stack(errors), torch.stack(norms)
 
     def watch(self, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
         """Marks the output of a layer, if it has a graph."""
-        if not (output.requires_grad and inputs and layer in self._layers):
+        if not (output.requires_grad and inputs):
             return None
+        if self._served:
+            self._shapes, self._served = set(), False
         self._shapes.add(output.shape)
-        watched: Tensor = _Watched.apply(  # type: ignore[no-untyped-call]
-            output, inputs[0].detach(), layer, self
-        )
+        x = inputs[0].detach() if id(layer.weight) in self._positions else None
+        watched: Tensor = _Watched.apply(output, x, layer, self)  # type: ignore[no-untyped-call]
         return watched
 
-    def _add(self, layer: nn.Linear, x: Tensor, delta: Tensor) -> None:
-        if self._sensitivities is None:  # an ordinary backward pass
+    def add(self, layer: nn.Linear, x: Tensor | None, delta: Tensor) -> None:
+        """Adds a layer's part of all gradients, if they are being computed."""
+        u = self._sensitivities
+        if u is None:  # an ordinary backward pass
             return
-        u = self._sensitivities.to(delta.dtype)
-        x, delta = (t.to(delta.dtype).reshape(len(t), -1, t.shape[-1]) for t in (x, delta))
+        if not _is_per_example(delta.shape, u.shape[1]):
+            self._fits = False
+            return
         self._resolution = max(self._resolution, torch.finfo(delta.dtype).eps)
+        delta = delta.reshape(len(delta), -1, delta.shape[-1])
+        if id(layer.bias) in self._positions:
+            sums = delta.sum(1, dtype=torch.promote_types(delta.dtype, torch.float32))
+            self._sum(layer.bias, u.to(sums.dtype) @ sums)
+        if x is None:
+            return
+        x = x.to(delta.dtype).reshape(len(x), -1, x.shape[-1])
         wide, narrow = (x, delta) if delta.shape[-1] <= x.shape[-1] else (delta, x)
         # All losses in one product, which reads the wide factor once: [N, tokens, m, narrow].
-        scaled = u.T[:, None, :, None] * narrow[:, :, None, :]
+        scaled = u.T[:, None, :, None].to(delta.dtype) * narrow[:, :, None, :]
         products = scaled.flatten(0, 1).flatten(1).T @ wide.flatten(0, 1)
-        for i, product in enumerate(products.view(len(u), narrow.shape[-1], -1)):
-            self._sum(i, layer.weight, product if narrow is delta else product.T)
-            if layer.bias is not None:
-                self._sum(i, layer.bias, u[i] @ delta.sum(1))
+        products = products.view(len(u), narrow.shape[-1], -1)
+        self._sum(layer.weight, products if narrow is delta else products.mT)
 
-    def _sum(self, i: int, parameter: Tensor, part: Tensor) -> None:
-        j = self._positions.get(id(parameter))
-        if j is None:
-            return
-        part, earlier = part.to(grad_dtype(parameter)).contiguous(), self._rows[i][j]
-        self._rows[i][j] = part if earlier is None else earlier + part
+    def _sum(self, parameter: Tensor, parts: Tensor) -> None:
+        j = self._positions[id(parameter)]
+        scales = self._scales.view(-1, *[1] * parameter.dim())
+        parts = parts.to(grad_dtype(parameter))
+        for row, part in zip(self._rows, parts * scales.to(parts.dtype), strict=True):
+            earlier = row[j]
+            row[j] = part.contiguous() if earlier is None else earlier + part
+
+
+def _is_per_example(shape: torch.Size, number: int) -> bool:
+    return len(shape) > 1 and shape[0] == number
 
 
 class _Hook:
@@ -221,7 +273,7 @@ class _Hook:
         self._watcher = None if watcher is None else weakref.ref(watcher)
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
-        watcher = self._watcher and self._watcher()
+        watcher = None if self._watcher is None else self._watcher()
         return None if watcher is None else watcher.watch(layer, inputs, output)
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
@@ -231,6 +283,16 @@ class _Hook:
 def _remove(handles: list[Any]) -> None:
     for handle in handles:
         handle.remove()
+
+
+def _grad(
+    name: str, output: Tensor, inputs: Sequence[Tensor], weights: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(output, inputs, weights, retain_graph=True, allow_unused=True)
+    except Exception as error:
+        explain(name, error)
+        raise
 
 
 def _depends_on_more(loss: Tensor, scalars: Tensor) -> bool:
@@ -262,7 +324,7 @@ class _Watched(torch.autograd.Function):
     def forward(
         ctx: Any,  # noqa: ANN401  # here and below: of autograd
         output: Tensor,
-        x: Tensor,
+        x: Tensor | None,
         layer: nn.Linear,
         watcher: LinearLayerGradients,
     ) -> Tensor:
@@ -274,5 +336,5 @@ class _Watched(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
         (x,) = ctx.saved_tensors
-        ctx.watcher._add(ctx.layer, x, delta)
+        ctx.watcher.add(ctx.layer, x, delta)
         return delta, None, None, None

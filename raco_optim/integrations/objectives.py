@@ -26,16 +26,20 @@ def multi_objective(
 ) -> MultiObjectiveOptimizer:
     """Wraps an optimizer for a method that combines the gradients of the objectives."""
     weights = args.objective_weights
-    options: AllOptions = {
-        "gradients": "per_example",
-        "model": model,
-        "nonfinite": args.nonfinite,
-    }
+    options: AllOptions = {"nonfinite": args.nonfinite}
+    if uses_scores(args):
+        options |= {"gradients": "per_example", "model": model}
     if args.method == "mgda":
         return MGDA(inner, weights, **options)
     if args.method == "cagrad":
         return CAGrad(inner, weights, args.c, solver=args.solver, **options)
     return CAGradClip(inner, weights, args.c, solver=args.solver, **options)
+
+
+def uses_scores(args: MultiObjectiveDPOConfig) -> bool:
+    """Whether the optimizer is given the scores of the completions, for one backward pass."""
+    # Compiled as a whole, a model does not run the hooks that this needs.
+    return not args.torch_compile or bool(args.gradient_checkpointing)
 
 
 def needs_reference(args: MultiObjectiveDPOConfig, *, training: bool) -> bool:

@@ -297,11 +297,12 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
                     scores = completion_log_probs(model, inputs)
                     losses = self._of_objectives(scores, inputs, counts, training=True)
                 named = dict(zip(self._names, losses, strict=True))
+                scalars = scores if objectives.uses_scores(self.args) else None
                 if not last and any(loss is not None for loss in losses):
-                    optimizer.backward(named, accumulate=True, scalars=scores)
+                    optimizer.backward(named, accumulate=True, scalars=scalars)
             # Where no process has a label in any micro-batch, nothing is to be learned.
             if last and (counts is None or counts.any()):
-                optimizer.backward(named, scalars=scores)
+                optimizer.backward(named, scalars=scalars)
                 self._objective_log.add_step(optimizer.report)
         assert isinstance(optimizer.weights, Mapping)
         loss = objectives.weighted(losses, optimizer.weights.values())

@@ -168,7 +168,7 @@ def overview(log: Log, *, window: int | None = None) -> Figure:
         drawn.append(panels.draw_cosines)
     if np.isfinite(series.solution()).any():
         drawn.append(panels.draw_solution)
-    if series.clips and np.isfinite(series.clip_angle()).any():
+    if series.clips and np.isfinite(series.clip_angle).any():
         drawn.append(panels.draw_clip_angle)
     drawn.append(panels.draw_conflict_rate)
     columns = min(2, len(drawn))

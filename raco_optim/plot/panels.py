@@ -93,7 +93,7 @@ def draw_solution(ax: Axes, series: Series, window: int | None) -> None:
 
 def draw_clip_angle(ax: Axes, series: Series, window: int | None) -> None:
     """Draws the angle by which clipping turned the correction."""
-    angle = series.clip_angle()
+    angle = series.clip_angle
     if not np.isfinite(angle).any():
         raise ValueError(
             "`log` must have a clip angle in at least one step; got none. CAGradClip alone clips: "

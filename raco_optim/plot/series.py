@@ -6,19 +6,18 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from raco_optim.report import Outcome, StepReport
+from raco_optim.report import StepReport
 from raco_optim.step_log import StepLog, read_steps
 
 Log = str | os.PathLike[str] | StepLog | Sequence[StepReport]
 Array = npt.NDArray[np.float64]
-
-_WITHOUT_UPDATE = (Outcome.SKIPPED, Outcome.NONFINITE)
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,14 @@ class Series:
         """The clipped p, ``[n, m]``; NaN for an absent loss, and where there is none."""
         return self._stack(lambda report: self._or_nan(report.p_clipped))
 
-    @property
+    @cached_property
     def clips(self) -> bool:
         """Whether p was ever clipped."""
         clipped = self.clipped()
         known = np.isfinite(clipped)
         return bool((clipped[known] != self.solution()[known]).any())
 
+    @cached_property
     def clip_angle(self) -> Array:
         """By how many degrees clipping turned the correction, ``[n]``; NaN where undefined."""
         # Of x = 1 - cos, the arc cosine of 1 - x would lose the digits of a small angle.
@@ -93,9 +93,19 @@ class Series:
     def _or_nan(self, x: Tensor | None) -> Tensor:
         return torch.full([len(self.names)], math.nan, dtype=torch.float64) if x is None else x
 
+    @cached_property
+    def _updates(self) -> Array:
+        """1 for a step with a finite update, else NaN, ``[n]``."""
+        skipped = np.array([report.skip for report in self.reports])
+        absent = np.array([[x in report.absent for x in self.names] for report in self.reports])
+        gram, alpha = (self._stack(lambda r, k=k: getattr(r, k)) for k in ("gram", "coefficients"))
+        finite = np.isfinite(gram).all(axis=(1, 2)) & np.isfinite(alpha).all(axis=1)
+        finite = finite & (np.isfinite(self.losses()) | absent).all(axis=1) & ~skipped
+        return np.where(finite, 1.0, math.nan)
+
     def _shares(self, of: Callable[[StepReport], bool]) -> Array:
-        found = [math.nan if r.outcome in _WITHOUT_UPDATE else of(r) for r in self.reports]
-        return np.array(found, dtype=np.float64)
+        found = np.array([of(report) for report in self.reports], dtype=np.float64)
+        return self._updates * found
 
 
 def gather(log: Log, argument: str = "log") -> Series:

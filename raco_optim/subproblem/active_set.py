@@ -1,10 +1,23 @@
 r"""The exact solver of the subproblem for any number of losses.
 
-It solves the dual stated in `raco_optim.subproblem.certificate`. At a fixed level :math:`\nu` that is a
-least-distance problem, solved by block principal pivoting on the support of q. Its distance
-:math:`N(\nu)` is convex and increasing, so Newton's method descends monotonically on the level
-where it is c. A factorisation serves every level of its support, so that the last support gives
-the level in closed form.
+It solves the dual that `certificate` states. For a fixed level :math:`\nu` the dual asks for the
+shortest :math:`N = |\sum_i q_i \hat g_i|` that lifts every loss to the level. That is a
+least-distance problem, and :math:`N(\nu)` is convex and increasing. So Newton's method on
+:math:`N(\nu) = c` goes down from a level that is too high and never overshoots. The lowest vertex
+of the simplex gives that level, and is often the solution itself.
+
+**Why the level is not fixed in advance.** On a given support q is linear in the level. One
+factorisation therefore serves all levels of a support, and on the last support the equation
+:math:`N(\nu) = c` is quadratic: the level has a closed form.
+
+**Why block pivoting, and why not only that.** Exchanging all violating losses at once settles most
+supports in two or three rounds, but may cycle. The number of violating losses shows it: where that
+number has not fallen for some rounds, Lawson and Hanson's method, which is slower and cannot cycle,
+solves the level.
+
+**Why neighbours of C.** Dependent gradients make C singular, and a Gram matrix from float32 sums is
+not even semi-definite. Adding a multiple of the identity by as much as the rounding of C makes it
+definite. The solution of the neighbour is a guess for `certificate`, which judges it by C itself.
 """
 
 from __future__ import annotations
@@ -96,8 +109,7 @@ def _search(C: Array, e: Array, b: Array, c: float) -> DualSolution | None:
         return DualSolution(q, level, slack, unique)
     support[best] = True
 
-    # Exchange all violating losses at once while that lowers their number (patience: a few
-    # rises); where it does not, Lawson and Hanson's method solves the level for certain.
+    # The number of violating losses may fail to fall three times.
     fewest, patience, settled = m + 1, 3, False
     for _ in range(20 + 2 * m):
         index = support.nonzero()[0]

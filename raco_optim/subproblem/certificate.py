@@ -2,14 +2,27 @@ r"""From the support of a solution to the certified minimiser that is closest to
 
 With the unit gradients :math:`\hat g_i = g_i / D_i`, their cosines C, and
 :math:`b_i = \langle \hat g_i, \hat g_0 \rangle`, the subproblem is to minimise
-:math:`\sum_i p_i D_i b_i + c |\sum_i p_i D_i \hat g_i|` over the simplex. Its dual,
+:math:`\sum_i p_i D_i b_i + c |\sum_i p_i D_i \hat g_i|` over the simplex. Its dual is
 
 .. math:: \max_{\nu, d} \; \nu \quad \text{s.t.} \quad \langle \hat g_i, d \rangle \ge \nu / D_i,
-          \quad |d - \hat g_0| \le c, \qquad d = \hat g_0 + \sum_i q_i \hat g_i, \; q \ge 0,
+          \quad |d - \hat g_0| \le c, \qquad d = \hat g_0 + \sum_i q_i \hat g_i, \; q \ge 0.
 
-asks for the vector d near the weighted gradient that serves the worst-off loss best; then
+It asks for the vector d near the weighted gradient that serves the worst-off loss best. Then
 :math:`p \propto q / D`, and :math:`y = (d - \hat g_0) / c` is the direction of :math:`G_p`, or
 the subgradient of the norm where :math:`G_p = 0`.
+
+**Why a certificate.** Any y with :math:`|y| \le 1` bounds the minimum from below, by
+:math:`\min_i D_i (b_i + c \langle \hat g_i, y \rangle)`, because :math:`|G_p|` is at least the
+product of :math:`G_p` and y. So a wrong y makes the gap larger, never false. Every step below may
+therefore guess: it proposes a point with a y, and the first proposal with a tight gap wins.
+
+**Why several proposals.** Three things go wrong in floating point, each where another proposal
+still works. (1) Several p are optimal if gradients are dependent. They share the image
+:math:`G_p`, and the one closest to w is a projection (`_closest`). (2) Close to
+:math:`G_p = 0` the direction of :math:`G_p` is rounding, but the level :math:`\nu` keeps its
+digits, and the optimality conditions give y from it (`_refined`). (3) At :math:`G_p = 0` the norm
+has a kink. There y is free, and the cone of directions in which no loss rises gives it
+(`points_at_zero`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Phi is a linear function plus a hyperbola with its vertex at t0, the point neare
 
     Phi(t) = |g_0| l (kappa t + c sqrt((t - t0)^2 + delta^2 / l^2)) + constant
 
-with l = |g_1 - g_2|, kappa = cos(g_0, g_1 - g_2) and delta the distance of the line from the origin.
+with l = |g_1 - g_2|, kappa = cos(g_0, g_1 - g_2), and delta the distance of the line from zero.
 The code uses h11 - h12 and h22 - h12 (or the sums, for opposed gradients). They are exact where
 they are small; products of norms would lose the digits that tell nearly equal gradients apart.
 """

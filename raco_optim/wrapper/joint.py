@@ -22,6 +22,9 @@ class BareOptimizer(Optimizer):
     those of the inner optimizers as soon as a checkpoint is loaded.
     """
 
+    _saved: Callable[[], dict[str, Any]]
+    _load: Callable[[Any], None]
+
     def _add_hooks(self) -> None:
         for moment in ("step", "state_dict", "load_state_dict"):
             self.__dict__[f"_optimizer_{moment}_pre_hooks"] = OrderedDict()
@@ -58,19 +61,10 @@ class BareOptimizer(Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _saved(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def _load(self, state_dict: Any) -> None:  # noqa: ANN401
-        raise NotImplementedError
-
     def __getstate__(self) -> dict[str, Any]:
         # As in Optimizer, hooks are not kept, nor is the `step` that a scheduler put in place.
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if name != "step" and not name.endswith("_hooks")
-        }
+        own = self.__dict__.items()
+        return {name: x for name, x in own if name != "step" and not name.endswith("_hooks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._add_hooks()
@@ -78,11 +72,7 @@ class BareOptimizer(Optimizer):
 
 
 class JointOptimizer(BareOptimizer):
-    """Joins optimizers: one list of groups, one step, one state.
-
-    Args:
-        optimizers: Two or more optimizers, which hold no parameter in common.
-    """
+    """Joins optimizers of different parameters: one list of groups, one step, one state."""
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self._add_hooks()
@@ -122,32 +112,25 @@ class JointOptimizer(BareOptimizer):
         """Brings this list and those of the optimizers together; each may have been changed."""
         joint, owners = list(self._groups), {id(group): k for group, k in self._owned}
         for k, optimizer in enumerate(self.optimizers):
-            before = [group for group, owner in self._owned if owner == k]
-            now = optimizer.param_groups
-            old_ids, new_ids = list(map(id, before)), list(map(id, now))
-            owners |= dict.fromkeys(new_ids, k)
-            if len(before) == len(now):  # each is the same, or takes the place of another
-                new = dict(zip(old_ids, now, strict=True))
+            old = [id(group) for group, owner in self._owned if owner == k]
+            now = {id(group): group for group in optimizer.param_groups}
+            owners |= dict.fromkeys(now, k)
+            if len(old) == len(now):  # each is the same, or takes the place of another
+                new = dict(zip(old, now.values(), strict=True))
                 joint = [new.get(id(group), group) for group in joint]
             else:
-                gone = set(old_ids) - set(new_ids)
-                joint = [group for group in joint if id(group) not in gone]
-                joint += [group for group in now if id(group) not in old_ids]
+                joint = [group for group in joint if id(group) in now or id(group) not in old]
+                joint += [group for key, group in now.items() if key not in old]
         self._assign(joint, owners)
 
     def _assign(self, groups: list[_Group], owners: dict[int, int]) -> None:
-        """Hands each group to the optimizer that owns it, or holds its parameters, or is named."""
+        """Hands each group to the optimizer that owns it, or is named, or holds its parameters."""
         held = [_held(optimizer.param_groups) for optimizer in self.optimizers]
         for group in groups:
-            if id(group) in owners:
-                continue
-            holding = [k for k, own in enumerate(held) if _held([group]) & own]
-            position = group.get(_KEY, holding[0] if len(holding) == 1 else None)
-            try:
+            if id(group) not in owners:
+                holding = [k for k, own in enumerate(held) if _held([group]) & own]
+                position = group.get(_KEY, holding[0] if len(holding) == 1 else None)
                 owners[id(group)] = self._checked_position(position)
-            except ValueError:
-                self._groups[:] = [known for known, _ in self._owned]
-                raise
         for k, optimizer in enumerate(self.optimizers):
             # In place: SAM, for one, shares its list with another optimizer.
             optimizer.param_groups[:] = [group for group in groups if owners[id(group)] == k]
@@ -156,6 +139,7 @@ class JointOptimizer(BareOptimizer):
 
     def _checked_position(self, position: Any) -> int:  # noqa: ANN401  # that is what it checks
         if type(position) is not int or position not in range(len(self.optimizers)):
+            self._groups[:] = [group for group, _ in self._owned]  # without the one in question
             raise ValueError(
                 f'a new parameter group must say by the key "{_KEY}" which of the '
                 f"{len(self.optimizers)} inner optimizers takes it, by its position from 0; got "
@@ -163,16 +147,9 @@ class JointOptimizer(BareOptimizer):
             )
         return position
 
-    @property
-    def state(self) -> Any:  # noqa: ANN401  # a mapping, as in Optimizer
-        """The states of all optimizers, by parameter."""
-        return _State(self.optimizers)
-
-    @state.setter
-    def state(self, state: Mapping[Tensor, Any]) -> None:
-        given = dict(state)
-        self.state.clear()
-        self.state.update(given)
+    state: Any = property(
+        lambda self: _State(self.optimizers), doc="The states of all optimizers, by parameter."
+    )
 
     @property
     def defaults(self) -> Any:  # type: ignore[override]  # noqa: ANN401  # a mapping
@@ -192,10 +169,11 @@ class JointOptimizer(BareOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets the gradients of all parameters."""
+        self._merge()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=set_to_none)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # noqa: ANN401
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401
         """Calls the closure once, then lets every optimizer step."""
         self._merge()
         loss = None if closure is None else closure()
@@ -208,11 +186,12 @@ class JointOptimizer(BareOptimizer):
         self._merge()
         parts = [optimizer.state_dict() for optimizer in self.optimizers]
         for optimizer, part in zip(self.optimizers, parts, strict=True):
-            if part.keys() != {"state", "param_groups"}:
+            keys = [k for k in (*part, *part["state"]) if type(k) is not int]
+            if set(keys) != {"state", "param_groups"}:
                 raise ValueError(
                     f"states of several inner optimizers must have torch's form, to be joined; got "
-                    f"one of {type(optimizer).__name__} with {list(part)}. Save `state_dict()` of "
-                    f"each of `optimizers`."
+                    f"one of {type(optimizer).__name__} with {keys}. Save `state_dict()` of each "
+                    f"of `optimizers`."
                 )
         joint: dict[str, Any] = {"state": {}, "param_groups": []}
         groups = [iter(part["param_groups"]) for part in parts]
@@ -233,22 +212,22 @@ class JointOptimizer(BareOptimizer):
             optimizer.load_state_dict(part)
 
     def _parts(self, state_dict: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+        owners, number = [k for _, k in self._owned], len(self.optimizers)
         if not isinstance(state_dict, Mapping):
-            if len(state_dict) != len(self.optimizers):
+            if len(state_dict) != number:
                 raise ValueError(
-                    f"`state_dict` must hold one state for each of the {len(self.optimizers)} "
-                    f"inner optimizers; got {len(state_dict)}."
+                    f"`state_dict` must hold one state for each of the {number} inner optimizers; "
+                    f"got {len(state_dict)}."
                 )
             return list(state_dict)
         groups, state = state_dict["param_groups"], state_dict["state"]
-        owners = [k for _, k in self._owned]
         said = [group.get(_KEY, k) for group, k in zip(groups, owners, strict=False)]
         if len(groups) != len(owners) or said != owners:
             raise ValueError(
                 f"`state_dict` must have {len(owners)} parameter groups, of the inner optimizers "
                 f"{owners}; got {len(groups)}, of {said}. Add groups in the order of that run."
             )
-        parts: list[dict[str, Any]] = [{"state": {}, "param_groups": []} for _ in self.optimizers]
+        parts: list[dict[str, Any]] = [{"state": {}, "param_groups": []} for _ in range(number)]
         for group, k in zip(groups, owners, strict=True):
             parts[k]["param_groups"].append(group)
             parts[k]["state"] |= {i: state[i] for i in group["params"] if i in state}
@@ -264,31 +243,28 @@ def _held(groups: Iterable[Mapping[str, Any]]) -> set[int]:
 
 
 class _State(MutableMapping[Tensor, Any]):
-    """The states of several optimizers."""
+    """The states of several optimizers, each entry with the optimizer that holds the parameter."""
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        self._optimizers = optimizers
-
-    def _of(self, p: Tensor) -> Any:  # noqa: ANN401  # a mapping
-        for optimizer in self._optimizers:
-            if p in optimizer.state or id(p) in _held(optimizer.param_groups):
-                return optimizer.state
-        raise KeyError(p)
+        self._of: dict[Tensor, Any] = {}
+        for x in optimizers:
+            held = (p for group in x.param_groups for p in group["params"])
+            self._of |= dict.fromkeys((*held, *x.state), x.state)
 
     def __getitem__(self, p: Tensor) -> Any:  # noqa: ANN401
-        return self._of(p)[p]
+        return self._of[p][p]
 
     def __setitem__(self, p: Tensor, entry: Any) -> None:  # noqa: ANN401
-        self._of(p)[p] = entry
+        self._of[p][p] = entry
 
     def __delitem__(self, p: Tensor) -> None:
-        del self._of(p)[p]
+        del self._of[p][p]
 
     def __contains__(self, p: object) -> bool:
-        return any(p in optimizer.state for optimizer in self._optimizers)
+        return p in self._of and p in self._of[p]  # type: ignore[index]  # no entry is made
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (p for optimizer in self._optimizers for p in optimizer.state)
+        return (p for p, state in self._of.items() if p in state)
 
     def __len__(self) -> int:
-        return sum(len(optimizer.state) for optimizer in self._optimizers)
+        return len(list(iter(self)))

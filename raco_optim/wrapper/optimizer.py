@@ -42,6 +42,10 @@ class OptimizerWrapper(BareOptimizer):
     # the wrapper; with False, `GradScaler` unscales.
     _step_supports_amp_scaling = False
 
+    _own_state: Callable[[], dict[str, Any]]  # what a checkpoint keeps of the wrapper itself
+    _loader: Callable[[Mapping[str, Any]], Callable[[], None]]  # checks one, returns what loads it
+    _reset: Callable[[], None]  # forgets what a state of the inner optimizer does not go with
+
     def __init__(self, inner: Optimizer | Sequence[Optimizer]) -> None:
         found: list[Any] = list(inner) if isinstance(inner, list | tuple) and inner else [inner]
         for given in found:
@@ -103,14 +107,6 @@ class OptimizerWrapper(BareOptimizer):
             raise
         load()
 
-    def _own_state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps of the wrapper itself."""
-        return {}
-
-    def _loader(self, own: Mapping[str, Any]) -> Callable[[], None]:
-        """Checks a state, changing nothing, and returns what loads it."""
-        raise NotImplementedError
-
     def _checked_state(self, own: object) -> Callable[[], None]:
         expected = f"`state_dict` must be of a {type(self).__name__}"
         plain = "Without that key it is loaded as the state of the inner optimizer."
@@ -128,9 +124,6 @@ class OptimizerWrapper(BareOptimizer):
                 f"{version!r}. Update raco_optim."
             )
         return self._loader(own)
-
-    def _reset(self) -> None:
-        """Forgets what belongs to the run before a state is loaded."""
 
     def _having(self, name: str) -> list[Optimizer]:
         """Returns the inner optimizers that have an attribute; none before they are there."""

@@ -122,11 +122,9 @@ class Roles:
                 if known is None and same_length and id(old[j]) not in identities:
                     known = self._known(old[j]) if old[j].shape == p.shape else None
                 held[id(p)] = p, self._role(p, _key_of(group), known)
+        self._others.update(self._held.values())
         for p in tensors:
             self._others.pop(p, None)  # type: ignore[no-untyped-call]
-        for key, (p, role) in self._held.items():
-            if key not in held:
-                self._others[p] = role  # type: ignore[no-untyped-call]
         self._held, self._keys = held, keys
         self._groups = [(group, list(group["params"])) for group in groups]
         now.shared.extend(held[id(p)][1][0] for p in tensors)
@@ -142,7 +140,7 @@ class Roles:
 
     def _known(self, p: Tensor) -> _Role | None:
         held = self._held.get(id(p))
-        return self._others.get(p) if held is None else held[1]  # type: ignore[no-untyped-call, no-any-return]
+        return self._others.get(p) if held is None else held[1]  # type: ignore[no-untyped-call]
 
     def _role(self, p: Tensor, key: bool | None, known: _Role | None) -> _Role:
         if key is None and known is None and not self._all_shared:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import reprlib
-import textwrap
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,10 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raco_optim import _checks as checks
-from raco_optim.distributed import replicated
 from raco_optim.distributed.agreement import parameter_settings, raise_together
 from raco_optim.distributed.group import Group
-from raco_optim.gradients import ghost
+from raco_optim.gradients import PerLossGradients
 from raco_optim.gradients.approximate import (
     ApproximateGradients,
     ApproximateMode,
@@ -28,28 +24,33 @@ from raco_optim.gradients.approximate import (
     check_approximation,
 )
 from raco_optim.gradients.combine import write_gradients
-from raco_optim.gradients.dense import (
-    DenseMode,
-    PerLossGradients,
-    check_losses,
-    check_parameters,
+from raco_optim.gradients.dense import check_losses, check_parameters
+from raco_optim.objectives import (
+    Batch,
+    Losses,
+    Objectives,
+    Weights,
+    check_any_present,
+    is_mapping,
+    is_single,
 )
-from raco_optim.gradients.graph import walk_graph
-from raco_optim.gradients.per_example import PerExampleMode
-from raco_optim.objectives import Batch, Losses, Objectives, Pending, Weights, is_mapping
+from raco_optim.optimizer.core import (
+    BetweenSteps,
+    Core,
+    Mode,
+    Options,
+    Progress,
+    checked_gradients,
+    checked_nonfinite,
+)
 from raco_optim.report import StepReport, first_nonfinite
 from raco_optim.rules.function import FunctionRule
 from raco_optim.rules.rule import MixingCoefficients, Rule
-from raco_optim.wrapper.optimizer import OptimizerWrapper
 from raco_optim.wrapper.parameters import Parameters, Roles
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
-NonFinite = Literal["raise", "skip", "propagate"]
-Mode = Literal["dense", "ghost", "per_example", "representation"]
-MODES = ("dense", "ghost", "per_example", "representation")
 # Mode -> the argument of `backward` that it needs.
 _THROUGH = {"representation": "representation", "per_example": "scalars"}
 _CLOSURE = (
@@ -59,48 +60,7 @@ _CLOSURE = (
 )
 
 
-class Options(TypedDict, total=False):
-    """Keyword arguments that every `MultiObjectiveOptimizer` takes; it documents them."""
-
-    nonfinite: NonFinite
-    gram_every: int
-    model: nn.Module | None
-    process_group: ProcessGroup | None
-
-
-@dataclass(frozen=True)
-class _Progress:
-    """What one call hands to the next; replaced at once, so that an interrupt can't split it."""
-
-    report: StepReport | None = None
-    pending: Pending | None = None
-    skip: bool = False
-    skipped: int = 0
-    kept: KeptGram = field(default_factory=KeptGram)
-
-
-@dataclass
-class _Core:
-    """All that the optimizer holds; wrappers that imitate its class (Fabric's) share it."""
-
-    objectives: Objectives
-    rule: Rule
-    asked: str
-    roles: Roles
-    group: Group
-    gram_every: int
-    nonfinite: NonFinite
-    model: nn.Module | None
-    mode: Any = None
-    mode_of: tuple[int, bool] | None = None
-    unheld: dict[int, Tensor] | None = field(default_factory=dict)
-    progress: _Progress = field(default_factory=_Progress)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"mode": None, "mode_of": None}
-
-
-class MultiObjectiveOptimizer(OptimizerWrapper):
+class MultiObjectiveOptimizer(BetweenSteps):
     r"""Wraps `torch.optim` optimizers so that they step along a combination of several gradients.
 
     ``backward(losses)`` computes one gradient per loss and their Gram matrix H, asks `rule` for
@@ -189,7 +149,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         if unknown:
             raise TypeError(f"{type(self).__name__} got the unexpected arguments {sorted(unknown)}")
         super().__init__(inner)
-        asked, subset, model = "subset", _checked_gradients(gradients), options.get("model")
+        asked, subset, model = "subset", checked_gradients(gradients), options.get("model")
         if isinstance(subset, str):
             asked, subset = subset, None
         if (asked == "per_example") != isinstance(model, nn.Module):
@@ -197,14 +157,14 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
                 f'`model` must be a torch.nn.Module with gradients="per_example" and None '
                 f"otherwise; got {type(model).__name__} and gradients={asked!r}."
             )
-        self._core = _Core(
+        self._core = Core(
             objectives=Objectives(weights),
             rule=rule if isinstance(rule, Rule) else FunctionRule(rule),
             asked=asked,
             roles=Roles(shared_parameters, subset, self.param_groups),
             group=Group(options.get("process_group")),
             gram_every=checks.checked_count("gram_every", options.get("gram_every", 1)),
-            nonfinite=_checked_nonfinite(options.get("nonfinite", "raise")),
+            nonfinite=checked_nonfinite(options.get("nonfinite", "raise")),
             model=model,
         )
         self._parameters(self._group)
@@ -255,7 +215,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             pending = mode.accumulate(batch, named=is_mapping(losses))
             core.progress = replace(progress, pending=pending)
             return
-        reused = progress.kept.serves(batch.present, core.gram_every)
+        reused = core.gram_every > 1 and progress.kept.serves(batch.present, core.gram_every)
         gradients: PerLossGradients
         if reused:
             assert progress.kept.gram is not None
@@ -263,7 +223,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         else:
             gradients = mode.collect(batch)
         if group is not None:  # a loss that is absent here may be there
-            checks.check_any_present(gradients.values)
+            check_any_present(gradients.values)
         report = replace(
             self._solve(batch, gradients),
             gradients="earlier step" if reused else mode.ran,
@@ -272,16 +232,17 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         combined = [] if report.skip else gradients.combine(report.coefficients, report.weights)
         if not report.skip and core.nonfinite != "propagate" and not gradients.exact:
             report = self._checked_combination(report, combined)
-        self._warn_of_unheld()
+        if core.unheld is not None:
+            core.warn_of_unheld(batch.parameters, type(self).__name__)
         if report.skip:
             skipped = progress.skipped + 1
             report = replace(report, skipped=skipped)
-            core.progress = _Progress(report, None, True, skipped, progress.kept)
+            core.progress = Progress(report, None, True, skipped, progress.kept)
         else:
             kept = progress.kept
             if core.gram_every > 1:
                 kept = KeptGram(report.gram, batch.present, report.gram_age)
-            after = _Progress(report, None, progress.skip, progress.skipped, kept)
+            after = Progress(report, None, progress.skip, progress.skipped, kept)
             write_gradients(
                 batch.parameters.tensors, combined, partial(setattr, core, "progress", after)
             )
@@ -308,18 +269,24 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             before = core.progress.report
             with torch.enable_grad():
                 losses = closure()
-            if isinstance(losses, Tensor) and losses.dim() == 0:
-                raise TypeError(_CLOSURE.format(got="returned one tensor"))
-            if losses is not None and core.progress.report is not before:
-                raise TypeError(_CLOSURE.format(got="called `backward` and returned losses"))
+            ran, got = core.progress.report is not before, ""
+            if losses is None:
+                if core.progress.report is None:
+                    got = "returned None, and there was no `backward`"
+            elif ran:
+                got = "called `backward` and returned losses"
+            elif is_single(losses):
+                got = f"returned a single {type(losses).__name__}"
+            if got:
+                raise TypeError(_CLOSURE.format(got=got))
             if losses is not None:
                 self.backward(losses)
-            report = core.progress.report
-            if report is None:
-                raise TypeError(_CLOSURE.format(got="returned None, and there was no `backward`"))
             if self._skipping():
                 raise _SkippedError
-            return None if losses is None else report.losses @ report.weights.to(report.losses)
+            report = core.progress.report
+            if report is None or (losses is None and not ran):
+                return None
+            return report.losses @ report.weights.to(report.losses)
 
         with contextlib.suppress(_SkippedError):
             return self.optimizer.step(weighted_loss)  # type: ignore[arg-type]  # a Tensor
@@ -329,72 +296,6 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         """Resets the gradients of all parameters, and drops accumulated ones."""
         self.optimizer.zero_grad(set_to_none=set_to_none)
         self._core.progress = replace(self._core.progress, pending=None, skip=False)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group to the inner optimizer.
-
-        Args:
-            param_group: As in torch. Where `shared_parameters` was given and does not hold these
-                parameters, the key ``"shared"`` says whether they are shared. With several inner
-                optimizers the key ``"optimizer"`` is the position of the one that takes them.
-
-        Raises:
-            ValueError: A key is missing or of no use. Nothing is added then.
-        """
-        params = param_group["params"]
-        if isinstance(params, Tensor | Iterator):  # in place, as torch does
-            param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
-        self._core.roles.check_group(param_group)
-        self.optimizer.add_param_group(param_group)
-
-    @property
-    def report(self) -> StepReport:
-        """What the last `backward` did. Reading it waits for the device.
-
-        Raises:
-            RuntimeError: There was no `backward` yet.
-        """
-        if self.last_step is not None:
-            return self.last_step.to_host()
-        raise RuntimeError("there is nothing to report yet. Call `backward` first.")
-
-    @property
-    def last_step(self) -> StepReport | None:
-        """The report with its tensors still on their device; None before the first `backward`."""
-        return self._core.progress.report
-
-    @property
-    def weights(self) -> Mapping[str, float] | tuple[float, ...] | None:
-        """The user's weights, as they were given, read-only; others may be set between steps."""
-        return self._core.objectives.given
-
-    @weights.setter
-    def weights(self, weights: Weights) -> None:
-        self._core.objectives.replace(weights)
-
-    @property
-    def rule(self) -> Any:  # noqa: ANN401  # a Rule, or the function that was given
-        """The rule; another one may be set between steps."""
-        rule = self._core.rule
-        return rule.function if isinstance(rule, FunctionRule) else rule
-
-    @rule.setter
-    def rule(self, rule: Rule | Callable[[Tensor], Tensor | MixingCoefficients]) -> None:
-        self._core.rule = rule if isinstance(rule, Rule) else FunctionRule(rule)
-
-    @property
-    def nonfinite(self) -> NonFinite:
-        """What to do with NaN and Inf; may be set between steps."""
-        return self._core.nonfinite
-
-    @nonfinite.setter
-    def nonfinite(self, nonfinite: NonFinite) -> None:
-        self._core.nonfinite = _checked_nonfinite(nonfinite)
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the first of the processes, or the only one."""
-        return self._core.group.is_main
 
     @property
     def _group(self) -> Group | None:
@@ -410,23 +311,8 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         parameters = core.roles.current(self.param_groups)
         mode_of = id(parameters), group is not None
         if core.mode_of != mode_of:
-            core.mode, core.mode_of = self._chosen_mode(parameters, group), mode_of
+            core.mode, core.mode_of = core.chosen_mode(parameters, group), mode_of
         return parameters
-
-    def _chosen_mode(self, parameters: Parameters, group: Group | None) -> Any:  # noqa: ANN401
-        """Chooses how gradients are computed; the only place where that is decided."""
-        core = self._core
-        if core.asked in ("representation", "subset"):
-            return ApproximateMode(core.asked)
-        if parameters.is_sharded:
-            from raco_optim.distributed.sharded import ShardedMode
-
-            return ShardedMode(core.asked)
-        gather = None if group is None else replicated.gather
-        if core.asked == "per_example":
-            assert core.model is not None
-            return PerExampleMode(core.model, parameters.tensors, gather)
-        return ghost.GhostMode(gather) if core.asked == "ghost" else DenseMode(gather)
 
     def _batch(
         self,
@@ -442,7 +328,7 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         parameters = self._parameters(group)
         settings: dict[str, Any] = {}
         if group is not None:
-            settings = parameter_settings(group, parameters) | self._settings()
+            settings = parameter_settings(group, parameters) | core.settings()
         # A micro-batch that sends nothing may fail without the other processes.
         alone = group is None or (accumulate and not parameters.is_sharded)
         with contextlib.nullcontext() if alone else raise_together(group, settings):
@@ -480,13 +366,14 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
                 check_approximation(batch, accumulate=accumulate)
             core.mode.check(batch, accumulate=accumulate)
             check_losses(ordered, parameters.tensors, names)
-            all_of_them = batch.present if parameters.is_sharded or approximate else names
-            settings["`losses` (None if absent)"] = list(all_of_them)
-            settings["`accumulate`"] = accumulate
-            settings["whether the Gram matrix is due"] = not kept.serves(
-                batch.present, core.gram_every
-            )
-        return batch if core.unheld is None else self._watching(batch)
+            if not alone:
+                must_agree = parameters.is_sharded or approximate
+                settings["`losses` (None if absent)"] = batch.present if must_agree else names
+                settings["`accumulate`"] = accumulate
+                settings["whether the Gram matrix is due"] = not kept.serves(
+                    batch.present, core.gram_every
+                )
+        return batch if core.unheld is None else core.watching(batch)
 
     def _solve(self, batch: Batch, gradients: PerLossGradients) -> StepReport:
         """Computes the Gram matrix and asks the rule for coefficients.
@@ -521,7 +408,11 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
                 None if x is None else torch.where(finite.to(x.device), x, torch.nan)
                 for x in (mixing.p, mixing.p_clipped, mixing.gap)
             )
-            alpha = torch.where(finite.to(alpha.device), alpha, w.to(alpha))
+            there = [
+                0.0 if v is None else x
+                for x, v in zip(batch.weights, gradients.values, strict=True)
+            ]
+            alpha = torch.where(finite.to(alpha.device), alpha, alpha.new_tensor(there))
             return replace(report, coefficients=alpha, p=p, p_clipped=p_clipped, gap=gap)
         # The one copy to the host; what follows is of size m and done there.
         norms = gradients.head_norms()
@@ -550,6 +441,9 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
         """Asks the rule for coefficients of the losses that are there; an absent one gets 0."""
         rule, weights, m = self._core.rule, batch.weights, len(batch.names)
         some_absent = len(present) < m
+        if not present:  # in any micro-batch
+            none = gram.new_full((m,), torch.nan)
+            return MixingCoefficients(gram.new_zeros(m), p=none, p_clipped=none)
         if some_absent:
             gram, weights = gram[present][:, present], [weights[i] for i in present]
         with torch.no_grad():
@@ -558,7 +452,9 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             else:
                 with raise_together(batch.group):
                     mixing = rule(gram, weights)
-                mixing = batch.group.broadcast_from_first(mixing)
+                # By the host: a tensor of cuda:0 would be unpickled on cuda:0 in every process.
+                own = [None if x is None else x.cpu() for x in vars(mixing).values()]
+                mixing = MixingCoefficients(*batch.group.broadcast_from_first(own))
             if not some_absent:
                 return mixing
 
@@ -601,109 +497,6 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
             self._core.progress = replace(progress, skip=False)
         return progress.skip
 
-    def _watching(self, batch: Batch) -> Batch:
-        """Looks, before the first step, for parameters that nobody holds."""
-        core, tensors = self._core, batch.parameters.tensors
-        if batch.parameters.is_sharded:  # the leaves are gathered copies, which nobody holds
-            return batch
-        held, walked = {id(p) for p in tensors}, set[Any]()
-
-        def watched(loss: Any) -> Any:  # noqa: ANN401  # a tensor or what else a callable returned
-            for node in walk_graph(getattr(loss, "grad_fn", None), walked):
-                leaf = getattr(node, "variable", None)
-                if isinstance(leaf, nn.Parameter) and id(leaf) not in held:
-                    core.unheld = {**(core.unheld or {}), id(leaf): leaf}
-            return loss
-
-        losses = [
-            watched(loss)
-            if loss is None or isinstance(loss, Tensor)
-            else (lambda loss=loss: watched(loss()))
-            for loss in batch.losses
-        ]
-        return replace(batch, losses=losses)
-
-    def _warn_of_unheld(self) -> None:
-        found, self._core.unheld = self._core.unheld, None
-        if found:
-            warnings.warn(
-                f"the losses depend on {len(found)} parameters, with "
-                f"{sum(p.numel() for p in found.values())} numbers, that no inner optimizer holds: "
-                f"`backward` gives them no gradient, and they do not move. Pass all optimizers "
-                f"together, {type(self).__name__}([trunk_optimizer, head_optimizer], ...), or "
-                f"freeze these parameters with requires_grad_(False).",
-                stacklevel=4,
-            )
-
-    def _settings(self) -> dict[str, Any]:
-        """Returns what must be the same in all processes."""
-        core = self._core
-        own = core.rule.settings() | {
-            "weights": core.objectives.state_dict(),
-            "gradients": core.asked,
-            "gram_every": core.gram_every,
-            "nonfinite": core.nonfinite,
-        }
-        return {f"`{name}`": value for name, value in own.items()}
-
-    def _described(self) -> Iterator[tuple[str, str]]:
-        """Yields what `repr` shows of the wrapper itself."""
-        core = self._core
-        if isinstance(core.rule, FunctionRule):
-            yield "rule", repr(core.rule.function)
-        if core.objectives.weights is not None:
-            yield "weights", str(core.objectives)
-        for name, value in core.rule.settings().items():
-            yield name, repr(value)
-        if core.asked != "dense":
-            yield "gradients", repr(core.asked)
-        if core.gram_every > 1:
-            yield "gram_every", repr(core.gram_every)
-        if core.nonfinite != "raise":
-            yield "nonfinite", repr(core.nonfinite)
-
-    @reprlib.recursive_repr()  # a rule may be a method of the optimizer
-    def __repr__(self) -> str:
-        own = "".join(f"{name}={value}, " for name, value in self._described())
-        lines = textwrap.wrap(own, 96, break_long_words=False, break_on_hyphens=False)
-        inside = textwrap.indent("\n".join([*lines, repr(self.optimizer)]), "  ")
-        return f"{type(self).__name__}(\n{inside}\n)"
-
-    def __str__(self) -> str:
-        report = self.last_step
-        return repr(self) if report is None else f"{self!r}\n{report}"
-
-    def _own_state(self) -> dict[str, Any]:
-        core = self._core
-        state, rule = core.objectives.state_dict(), core.rule.state_dict()
-        state |= {"rule": rule} if isinstance(core.rule, FunctionRule) else rule
-        progress = core.progress
-        return state | {"skipped": progress.skipped, "kept_gram": progress.kept.state_dict()}
-
-    def _loader(self, own: Mapping[str, Any]) -> Callable[[], None]:
-        core = self._core
-        weights, places = core.objectives.loaded(own)
-        rule_state: Any = own.get("rule")
-        if not isinstance(core.rule, FunctionRule):
-            rule_state = {key: own[key] for key in core.rule.state_dict()}
-        core.rule.check_state(rule_state)
-        skipped, kept = own["skipped"], KeptGram.loaded(own["kept_gram"], places)
-        if not isinstance(skipped, int) or isinstance(skipped, bool) or skipped < 0:
-            raise ValueError(
-                f"`state_dict` must hold, as 'skipped', a number of updates >= 0; got {skipped!r}."
-            )
-
-        def load() -> None:
-            core.objectives.weights = weights
-            core.rule.load_state_dict(rule_state)
-            kept_or_none = kept if core.gram_every > 1 else KeptGram()
-            core.progress = replace(core.progress, skipped=skipped, kept=kept_or_none)
-
-        return load
-
-    def _reset(self) -> None:
-        self._core.progress = replace(self._core.progress, kept=KeptGram())
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._parameters(self._group)
@@ -711,75 +504,3 @@ class MultiObjectiveOptimizer(OptimizerWrapper):
 
 class _SkippedError(Exception):
     """Leaves the inner step when the losses of its closure are not finite."""
-
-
-def unwrap(optimizer: Any) -> MultiObjectiveOptimizer:  # noqa: ANN401  # or any wrapper of one
-    """Returns the `MultiObjectiveOptimizer` inside other wrappers.
-
-    Accelerate's ``AcceleratedOptimizer``, for one, hides the methods that torch optimizers lack.
-    The result has them: ``backward``, ``report``, ``weights``, ``c``.
-
-    Args:
-        optimizer: The optimizer, or a wrapper that holds it as its attribute ``optimizer``.
-
-    Raises:
-        TypeError: There is no `MultiObjectiveOptimizer` inside.
-
-    Example:
-        >>> import torch, raco_optim
-        >>> x = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
-        >>> opt = raco_optim.CAGradClip(torch.optim.SGD([x], lr=0.1), [0.5, 0.5], c=0.0)
-        >>> raco_optim.unwrap(opt) is opt
-        True
-    """
-    found = optimizer
-    # Lightning's and Fabric's wrappers are instances too: the innermost one is meant.
-    while not isinstance(found, MultiObjectiveOptimizer) or isinstance(
-        found.optimizer, MultiObjectiveOptimizer
-    ):
-        try:
-            found = found.optimizer
-        except AttributeError:
-            raise TypeError(
-                f"`optimizer` must be a MultiObjectiveOptimizer such as CAGradClip, or a wrapper "
-                f"of one; got {type(optimizer).__name__}."
-            ) from None
-    return found
-
-
-def backward(optimizer: Any, losses: Losses, **options: Any) -> None:  # noqa: ANN401
-    """Calls ``backward`` of the optimizer that `unwrap` finds; see there.
-
-    Args:
-        optimizer: The optimizer, or a wrapper of it.
-        losses: See `MultiObjectiveOptimizer.backward`.
-        **options: As there.
-
-    Raises:
-        TypeError: There is no `MultiObjectiveOptimizer` inside.
-
-    Example:
-        >>> import torch, raco_optim
-        >>> x = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
-        >>> opt = raco_optim.CAGradClip(torch.optim.SGD([x], lr=0.1), [0.5, 0.5], c=0.0)
-        >>> raco_optim.backward(opt, [x[0], x[1]])
-        >>> x.grad
-        tensor([0.5000, 0.5000])
-    """
-    unwrap(optimizer).backward(losses, **options)
-
-
-def _checked_gradients(gradients: Any) -> Any:  # noqa: ANN401  # a mode or parameters
-    if isinstance(gradients, str):
-        return checks.checked_choice("gradients", gradients, MODES)
-    if isinstance(gradients, Tensor) or not isinstance(gradients, Iterable):
-        raise TypeError(
-            f"`gradients` must be one of {', '.join(map(repr, MODES))}, or an iterable of "
-            f"parameters; got "
-            f"{'a single tensor' if isinstance(gradients, Tensor) else repr(gradients)}."
-        )
-    return gradients
-
-
-def _checked_nonfinite(nonfinite: NonFinite) -> NonFinite:
-    return checks.checked_choice("nonfinite", nonfinite, ("raise", "skip", "propagate"))

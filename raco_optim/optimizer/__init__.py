@@ -1,0 +1,10 @@
+"""`MultiObjectiveOptimizer`: ``backward`` takes several losses, ``step`` is the inner optimizer's.
+
+`multi_objective` reads like a step; `core` holds its state and chooses the mode.
+"""
+
+from raco_optim.optimizer.core import Mode as Mode
+from raco_optim.optimizer.core import Options as Options
+from raco_optim.optimizer.multi_objective import MultiObjectiveOptimizer as MultiObjectiveOptimizer
+from raco_optim.optimizer.unwrap import backward as backward
+from raco_optim.optimizer.unwrap import unwrap as unwrap

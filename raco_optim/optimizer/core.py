@@ -1,0 +1,294 @@
+"""All that a `MultiObjectiveOptimizer` holds between steps."""
+
+from __future__ import annotations
+
+import reprlib
+import textwrap
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from torch import Tensor, nn
+
+from raco_optim import _checks as checks
+from raco_optim.distributed import replicated
+from raco_optim.distributed.group import Group
+from raco_optim.gradients import ghost
+from raco_optim.gradients.approximate import ApproximateMode, KeptGram
+from raco_optim.gradients.dense import DenseMode
+from raco_optim.gradients.graph import walk_graph
+from raco_optim.gradients.per_example import PerExampleMode
+from raco_optim.objectives import Batch, Objectives, Pending, Weights
+from raco_optim.report import StepReport
+from raco_optim.rules.function import FunctionRule
+from raco_optim.rules.rule import MixingCoefficients, Rule
+from raco_optim.wrapper.optimizer import OptimizerWrapper
+from raco_optim.wrapper.parameters import Parameters, Roles
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+NonFinite = Literal["raise", "skip", "propagate"]
+Mode = Literal["dense", "ghost", "per_example", "representation"]
+MODES = ("dense", "ghost", "per_example", "representation")
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments that every `MultiObjectiveOptimizer` takes; it documents them."""
+
+    nonfinite: NonFinite
+    gram_every: int
+    model: nn.Module | None
+    process_group: ProcessGroup | None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one call hands to the next; replaced at once, so that an interrupt can't split it."""
+
+    report: StepReport | None = None
+    pending: Pending | None = None
+    skip: bool = False
+    skipped: int = 0
+    kept: KeptGram = field(default_factory=KeptGram)
+
+
+@dataclass
+class Core:
+    """All that the optimizer holds; wrappers that imitate its class (Fabric's) share it."""
+
+    objectives: Objectives
+    rule: Rule
+    asked: str
+    roles: Roles
+    group: Group
+    gram_every: int
+    nonfinite: NonFinite
+    model: nn.Module | None
+    mode: Any = None
+    mode_of: tuple[int, bool] | None = None
+    unheld: dict[int, Tensor] | None = field(default_factory=dict)
+    progress: Progress = field(default_factory=Progress)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"mode": None, "mode_of": None}
+
+    def chosen_mode(self, parameters: Parameters, group: Group | None) -> Any:  # noqa: ANN401
+        """Chooses how gradients are computed; the only place where that is decided."""
+        if self.asked in ("representation", "subset"):
+            return ApproximateMode(self.asked)
+        if parameters.is_sharded:
+            from raco_optim.distributed.sharded import ShardedMode
+
+            return ShardedMode(self.asked)
+        gather = None if group is None else replicated.gather
+        if self.asked == "per_example":
+            assert self.model is not None
+            return PerExampleMode(self.model, parameters.tensors, gather)
+        return ghost.GhostMode(gather) if self.asked == "ghost" else DenseMode(gather)
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what must be the same in all processes."""
+        own = self.rule.settings() | {
+            "weights": self.objectives.given,
+            "gradients": self.asked,
+            "gram_every": self.gram_every,
+            "nonfinite": self.nonfinite,
+        }
+        return {f"`{name}`": value for name, value in own.items()}
+
+    def described(self) -> Iterator[tuple[str, str]]:
+        """Yields what `repr` shows of the optimizer itself."""
+        if isinstance(self.rule, FunctionRule):
+            yield "rule", repr(self.rule.function)
+        if self.objectives.weights is not None:
+            yield "weights", str(self.objectives)
+        for name, value in self.rule.settings().items():
+            yield name, repr(value)
+        if self.asked != "dense":
+            yield "gradients", repr(self.asked)
+        if self.gram_every > 1:
+            yield "gram_every", repr(self.gram_every)
+        if self.nonfinite != "raise":
+            yield "nonfinite", repr(self.nonfinite)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps of the optimizer itself."""
+        state, rule = self.objectives.state_dict(), self.rule.state_dict()
+        state |= {"rule": rule} if isinstance(self.rule, FunctionRule) else rule
+        progress = self.progress
+        return state | {"skipped": progress.skipped, "kept_gram": progress.kept.state_dict()}
+
+    def loader(self, own: Mapping[str, Any]) -> Callable[[], None]:
+        """Checks a state, changing nothing, and returns what loads it."""
+        weights, places = self.objectives.loaded(own)
+        rule_state: Any = own.get("rule")
+        if not isinstance(self.rule, FunctionRule):
+            rule_state = {key: own[key] for key in self.rule.state_dict()}
+        self.rule.check_state(rule_state)
+        names: Any = own["names"] or (weights and [str(i) for i in range(len(weights))])
+        skipped, kept = own["skipped"], KeptGram.loaded(own["kept_gram"], names, places)
+        if not isinstance(skipped, int) or isinstance(skipped, bool) or skipped < 0:
+            raise ValueError(
+                f"`state_dict` must hold, as 'skipped', a number of updates >= 0; got {skipped!r}."
+            )
+
+        def load() -> None:
+            self.objectives.weights = weights
+            self.rule.load_state_dict(rule_state)
+            kept_or_none = kept if self.gram_every > 1 else KeptGram()
+            self.progress = replace(self.progress, skipped=skipped, kept=kept_or_none)
+
+        return load
+
+    def watching(self, batch: Batch) -> Batch:
+        """Looks, before the first step, for parameters that nobody holds."""
+        tensors = batch.parameters.tensors
+        held, walked = {id(p) for p in tensors}, set[Any]()
+        if batch.parameters.is_sharded:  # FSDP2's leaves are gathered copies
+            held = set()
+
+        def watched(loss: Any) -> Any:  # noqa: ANN401  # a tensor or what else a callable returned
+            for node in walk_graph(getattr(loss, "grad_fn", None), walked):
+                leaf = getattr(node, "variable", None)
+                if isinstance(leaf, nn.Parameter) and id(leaf) not in held:
+                    self.unheld = {**(self.unheld or {}), id(leaf): leaf}
+            return loss
+
+        losses = [
+            watched(loss)
+            if loss is None or isinstance(loss, Tensor)
+            else (lambda loss=loss: watched(loss()))
+            for loss in batch.losses
+        ]
+        return replace(batch, losses=losses)
+
+    def warn_of_unheld(self, parameters: Parameters, cls: str) -> None:
+        """Warns of them, once."""
+        found, self.unheld = self.unheld, None
+        if found and parameters.is_sharded:  # gathered copies are known by their shapes alone
+            shapes = [p.shape for p in parameters.tensors]
+            for key, p in list(found.items()):
+                if p.shape in shapes:
+                    shapes.remove(p.shape)
+                    del found[key]
+        if found:
+            warnings.warn(
+                f"the losses depend on {len(found)} parameters, with "
+                f"{sum(p.numel() for p in found.values())} numbers, that no inner optimizer holds: "
+                f"`backward` gives them no gradient, and they do not move. Pass all optimizers "
+                f"together, {cls}([trunk_optimizer, head_optimizer], ...), or "
+                f"freeze these parameters with requires_grad_(False).",
+                stacklevel=5,  # two frames are torch's, around `backward`
+            )
+
+
+class BetweenSteps(OptimizerWrapper):
+    """What a user reads and sets between the steps of a `MultiObjectiveOptimizer`."""
+
+    _core: Core
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group to the inner optimizer.
+
+        Args:
+            param_group: As in torch. Where `shared_parameters` was given and does not hold these
+                parameters, the key ``"shared"`` says whether they are shared. With several inner
+                optimizers the key ``"optimizer"`` is the position of the one that takes them.
+
+        Raises:
+            ValueError: A key is missing or of no use. Nothing is added then.
+        """
+        params = param_group["params"]
+        if isinstance(params, Tensor | Iterator):  # in place, as torch does
+            param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
+        self._core.roles.check_group(param_group)
+        self.optimizer.add_param_group(param_group)
+
+    @property
+    def report(self) -> StepReport:
+        """What the last `backward` did. Reading it waits for the device.
+
+        Raises:
+            RuntimeError: There was no `backward` yet.
+        """
+        if self.last_step is not None:
+            return self.last_step.to_host()
+        raise RuntimeError("there is nothing to report yet. Call `backward` first.")
+
+    @property
+    def last_step(self) -> StepReport | None:
+        """The report with its tensors still on their device; None before the first `backward`."""
+        return self._core.progress.report
+
+    @property
+    def weights(self) -> Mapping[str, float] | tuple[float, ...] | None:
+        """The user's weights, as they were given, read-only; others may be set between steps."""
+        return self._core.objectives.given
+
+    @weights.setter
+    def weights(self, weights: Weights) -> None:
+        self._core.objectives.replace(weights)
+
+    @property
+    def rule(self) -> Any:  # noqa: ANN401  # a Rule, or the function that was given
+        """The rule; another one may be set between steps."""
+        rule = self._core.rule
+        return rule.function if isinstance(rule, FunctionRule) else rule
+
+    @rule.setter
+    def rule(self, rule: Rule | Callable[[Tensor], Tensor | MixingCoefficients]) -> None:
+        self._core.rule = rule if isinstance(rule, Rule) else FunctionRule(rule)
+
+    @property
+    def nonfinite(self) -> NonFinite:
+        """What to do with NaN and Inf; may be set between steps."""
+        return self._core.nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, nonfinite: NonFinite) -> None:
+        self._core.nonfinite = checked_nonfinite(nonfinite)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the first of the processes, or the only one."""
+        return self._core.group.is_main
+
+    @reprlib.recursive_repr()  # a rule may be a method of the optimizer
+    def __repr__(self) -> str:
+        own = "".join(f"{name}={value}, " for name, value in self._core.described())
+        lines = textwrap.wrap(own, 96, break_long_words=False, break_on_hyphens=False)
+        inside = textwrap.indent("\n".join([*lines, repr(self.optimizer)]), "  ")
+        return f"{type(self).__name__}(\n{inside}\n)"
+
+    def __str__(self) -> str:
+        report = self.last_step
+        return repr(self) if report is None else f"{self!r}\n{report}"
+
+    def _own_state(self) -> dict[str, Any]:
+        return self._core.state_dict()
+
+    def _loader(self, own: Mapping[str, Any]) -> Callable[[], None]:
+        return self._core.loader(own)
+
+    def _reset(self) -> None:
+        self._core.progress = replace(self._core.progress, kept=KeptGram())
+
+
+def checked_gradients(gradients: Any) -> Any:  # noqa: ANN401  # a mode or parameters
+    """Returns a mode or parameters, or raises."""
+    if isinstance(gradients, str):
+        return checks.checked_choice("gradients", gradients, MODES)
+    if isinstance(gradients, Tensor) or not isinstance(gradients, Iterable):
+        raise TypeError(
+            f"`gradients` must be one of {', '.join(map(repr, MODES))}, or an iterable of "
+            f"parameters; got "
+            f"{'a single tensor' if isinstance(gradients, Tensor) else repr(gradients)}."
+        )
+    return gradients
+
+
+def checked_nonfinite(nonfinite: NonFinite) -> NonFinite:
+    """Returns what to do with NaN and Inf, or raises."""
+    return checks.checked_choice("nonfinite", nonfinite, ("raise", "skip", "propagate"))
