@@ -28,24 +28,28 @@ from torch import Tensor
 from benchmarks.harness import RESULTS, UsageError, environment, make_folder, write_whole
 from benchmarks.multitask import many
 from benchmarks.multitask.claims_tables import fill_page
-from benchmarks.multitask.toys import Rule, descend, grid, random_quadratics, steps_to
+from benchmarks.multitask.toys import descend, grid, random_quadratics, steps_to
 from benchmarks.multitask.training import Recipe
 from benchmarks.problems import Problem, cagrad_toy, convex_quadratics, fonseca_fleming
+from raco_optim import Rule
+from raco_optim.rules import CAGradRule, Clip, LinearRule
 
 SEEDS = (0, 1, 2, 3, 4)
 RADII = (0.4, 0.8)
 TWO = ((0.2, 0.8), (0.5, 0.5), (0.8, 0.2))
-NAMES = {"linear": None, "cagrad": "none", "raco": "hard", "soft": "soft"}
+CLIPS: dict[str, Clip] = {"cagrad": "none", "raco": "hard", "soft": "soft"}
 STARTS = 8
 _DAMAGED = (OSError, ValueError, TypeError)  # what is no file, no JSON, or no object of it
 
 
-def rules(radii: Sequence[float] = RADII, *, soft: bool = False) -> Iterator[tuple[str, Rule]]:
-    """Names and rules: the weighted sum, and the others at every radius."""
-    yield "linear", Rule()
+def rules(
+    radii: Sequence[float] = RADII, *, soft: bool = False
+) -> Iterator[tuple[str, float, Rule]]:
+    """Names, radii and rules: the weighted sum, and the others at every radius."""
+    yield "linear", 0.0, LinearRule()
     for c in radii:
         for name in ("cagrad", "raco", *(["soft"] if soft else [])):
-            yield name, Rule(NAMES[name], c)
+            yield name, c, CAGradRule(c, CLIPS[name])
 
 
 def normal_starts(problem: Problem, spread: float) -> Tensor:
@@ -69,13 +73,13 @@ def speed() -> Iterator[dict[str, Any]]:
     """Steps to the front, and how far the weighted loss still is from its minimum."""
     for name, problem, starts, lr, steps, adam in cases():
         theta, weights = grid(starts, TWO)
-        for rule_name, rule in rules():
+        for rule_name, c, rule in rules():
             found = descend(problem, theta, weights, rule, steps=steps, lr=lr, adam=adam)
             distance = torch.stack([problem.distance(row) for row in found.losses])
             yield {
                 "problem": name,
                 "rule": rule_name,
-                "c": rule.c,
+                "c": c,
                 "units": len(starts),
                 "steps": _list(steps_to(distance, 0.01 * distance[0])),
                 "distance": _list(distance[-1] / distance[0]),
@@ -93,7 +97,7 @@ def longer() -> Iterator[dict[str, Any]]:
         theta, weights = grid(starts, TWO)
         for c in RADII if not adam else ():
             rate = lr * (1 + c)
-            found = descend(problem, theta, weights, Rule(), steps=steps, lr=rate)
+            found = descend(problem, theta, weights, LinearRule(), steps=steps, lr=rate)
             distance = torch.stack([problem.distance(row) for row in found.losses])
             yield {"problem": name, "c": c, "steps": _list(steps_to(distance, 0.01 * distance[0]))}
 
@@ -113,7 +117,7 @@ def objectives() -> Iterator[dict[str, Any]]:
             generator = torch.Generator().manual_seed(seed)
             start = 2 * torch.randn(1, 40, generator=generator, dtype=torch.float64)
             theta, weights = grid(start, list(kinds.values()))
-            for name, rule in rules(soft=True):
+            for name, c, rule in rules(soft=True):
                 found = descend(problem, theta, weights, rule, steps=300, lr=0.02)
                 excess = _excess(problem, found.losses, weights)
                 reached = steps_to(excess, torch.full((len(weights),), 0.01))
@@ -124,7 +128,7 @@ def objectives() -> Iterator[dict[str, Any]]:
                         "m": m,
                         "weights": kind,
                         "rule": name,
-                        "c": rule.c,
+                        "c": c,
                         "steps": float(reached[i]) if reached[i].isfinite() else None,
                         "excess": float(excess[-1, i]),
                         "clip_changed": float(found.clip_changed[i]),
@@ -141,7 +145,7 @@ def noise() -> Iterator[dict[str, Any]]:
     ):
         theta, weights = grid(normal_starts(problem, spread), TWO)
         for size in (0.0, 0.3, 1.0, 3.0):
-            for rule_name, rule in rules():
+            for rule_name, c, rule in rules():
                 found = descend(problem, theta, weights, rule, steps=400, lr=0.02, noise=size)
                 last = _excess(problem, found.losses[-100:], weights, found.losses[0])
                 distance = torch.stack([problem.distance(row) for row in found.losses[-100:]])
@@ -149,7 +153,7 @@ def noise() -> Iterator[dict[str, Any]]:
                     "on": name,
                     "noise": size,
                     "rule": rule_name,
-                    "c": rule.c,
+                    "c": c,
                     "excess": _list(last.mean(0)),
                     "distance": _list(distance.mean(0) / problem.distance(found.losses[0])),
                 }

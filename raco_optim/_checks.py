@@ -27,7 +27,7 @@ def add_note(error: BaseException, note: str) -> None:
     if hasattr(error, "add_note"):
         error.add_note(note)
     else:
-        error.__notes__ = [*getattr(error, "__notes__", []), note]
+        vars(error)["__notes__"] = [*vars(error).get("__notes__", []), note]
 
 
 def checked_weights(weights: Any) -> list[float]:  # noqa: ANN401  # that is what it checks

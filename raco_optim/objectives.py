@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -32,6 +32,23 @@ class Pending:
     parameters: Parameters
     values: list[Tensor | None]
     rows: list[Gradient]
+
+    def moved_to(self, parameters: Parameters) -> Pending:
+        """Returns them for parameters that were added or reordered; raises if some are gone."""
+        if self.parameters.are(parameters):
+            return self
+        before = {id(p): j for j, p in enumerate(self.parameters.tensors)}
+        places = [before.get(id(p)) for p in parameters.tensors]
+        trained = {j for j, t in zip(places, parameters.trained, strict=True) if t}
+        for row in self.rows:
+            if any(g is not None and j not in trained for j, g in enumerate(row)):
+                raise RuntimeError(
+                    "parameters with gradients of this step must stay until it ends; some were "
+                    "frozen, removed or replaced between its micro-batches. Call `zero_grad` and "
+                    "begin the step anew."
+                )
+        rows = [[None if j is None else row[j] for j in places] for row in self.rows]
+        return replace(self, parameters=parameters, rows=rows)
 
 
 @dataclass(frozen=True)

@@ -104,8 +104,8 @@ class CAGradClip(_WithRadius):
         solver: Solver = "exact",
         **options: Unpack[AllOptions],
     ) -> None:
-        weights = _given(weights)
-        super().__init__(inner, CAGradRule(c, clip, solver), weights=weights, **options)
+        rule = CAGradRule(c, clip, solver)
+        super().__init__(inner, rule, weights=_given(weights), **options)
 
     @property
     def clip(self) -> Clip:

@@ -16,7 +16,7 @@ from benchmarks.beyond.study import FOLDER
 from benchmarks.harness import filled
 from benchmarks.multitask.toys import random_quadratics
 from raco_optim import CAGradClip, mixing_coefficients, solve_subproblem
-from raco_optim.cli.errors import UsageError
+from raco_optim.cli import UsageError
 
 RADII = (0.0, 0.4, 0.8)
 
@@ -50,7 +50,7 @@ def test_no_correction_is_longer_than_the_radius(name, m, c):
     """|G0 - g0| <= c |g0|, all that Theorem 3.1 needs of a rule."""
     w = weights(m)
     for H in grams(m):
-        alpha = RULES[name](w.tolist(), c)(H).coefficients
+        alpha = RULES[name](c)(H, w.tolist()).coefficients
         d = alpha - w
         assert alpha.isfinite().all()
         assert (d @ H @ d).clamp(min=0).sqrt() <= c * (w @ H @ w).clamp(min=0).sqrt() * (1 + 1e-7)
@@ -63,8 +63,8 @@ def test_no_correction_is_longer_than_the_radius(name, m, c):
 def test_a_common_scale_of_the_losses_changes_nothing(name, m):
     for H in list(grams(m))[:20]:
         for k in (1e-14, 1e14):
-            first = RULES[name](weights(m).tolist(), 0.4)(H).coefficients
-            second = RULES[name](weights(m).tolist(), 0.4)(H * k).coefficients
+            first = RULES[name](0.4)(H, weights(m).tolist()).coefficients
+            second = RULES[name](0.4)(H * k, weights(m).tolist()).coefficients
             torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)
 
 
@@ -76,7 +76,7 @@ def test_theorem_3_1_bounds_the_smallest_criticality(name, c):
     problem = random_quadratics(m, 6, seed=1)
     w, eta = weights(m), 1 / 4  # curvatures are at most 4
     theta = torch.full((6,), 3.0, dtype=torch.float64, requires_grad=True)
-    rule = RULES[name](w.tolist(), c)
+    rule = RULES[name](c)
     optimizer = torch.optim.SGD([theta], lr=eta)
     first, least = None, torch.inf
     for step in range(1, steps + 1):
@@ -86,7 +86,7 @@ def test_theorem_3_1_bounds_the_smallest_criticality(name, c):
         first = value if first is None else first
         least = min(least, float((w @ J).square().sum()))
         assert least <= 2 * first / (eta * (1 - c**2) * step)
-        theta.grad = rule(J @ J.T).coefficients @ J
+        theta.grad = rule(J @ J.T, w.tolist()).coefficients @ J
         optimizer.step()
 
 
@@ -101,7 +101,7 @@ def test_soft_clipping_is_the_hard_one_when_cold_and_the_library_s_at_one(m, mon
             monkeypatch.setattr(rules, "TEMPERATURE", temperature)
             expected = mixing_coefficients(H, w, 0.4, clip=clip).coefficients
             torch.testing.assert_close(
-                rules.soft(w, 0.4)(H).coefficients, expected, rtol=2e-3, atol=1e-9
+                rules.Soft(0.4)(H, w).coefficients, expected, rtol=2e-3, atol=1e-9
             )
 
 
@@ -110,43 +110,43 @@ def test_budgeted_clipping_shortens_the_correction_at_a_vertex_by_the_weight():
     w = [0.9, 0.1]
     full = mixing_coefficients(H, w, 0.4)
     assert full.p.tolist() == [0.0, 1.0]
-    short = rules.budget(w, 0.4)(H).coefficients - H.new_tensor(w)
+    short = rules.Budget(0.4)(H, w).coefficients - H.new_tensor(w)
     torch.testing.assert_close(short, 0.1 * (full.coefficients - H.new_tensor(w)))
 
 
 def test_a_smoothed_gram_matrix_that_does_not_change_is_none():
     w = weights(3).tolist()
     H = next(grams(3))
-    rule = rules.smooth(w, 0.4)
+    rule = rules.Smooth(0.4)
     for scale in (1.0, 1e6, 1e-6):  # as a GradScaler changes it
         expected = mixing_coefficients(H, w, 0.4).coefficients
-        torch.testing.assert_close(rule(scale * H).coefficients, expected, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(rule(scale * H, w).coefficients, expected, rtol=1e-7, atol=1e-9)
 
 
 def test_the_smoothed_gram_matrix_is_the_bias_corrected_average():
-    w, rule = [0.3, 0.7], rules.smooth([0.3, 0.7], 0.4)
+    w, rule = [0.3, 0.7], rules.Smooth(0.4)
     made = list(grams(2))[:6]
     for t, H in enumerate(made, start=1):
         average = sum(
             0.1 * 0.9 ** (t - s) * G / G.trace() for s, G in enumerate(made[:t], start=1)
         ) / (1 - 0.9**t)
-        torch.testing.assert_close(rule(H).p, solve_subproblem(average, w, 0.4).p)
+        torch.testing.assert_close(rule(H, w).p, solve_subproblem(average, w, 0.4).p)
 
 
 def test_without_conflict_the_radius_is_zero_and_between_opposites_all_of_c():
     w = [0.2, 0.8]
     aligned = torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
-    assert rules.conflict(w, 0.4)(aligned).coefficients.tolist() == w
+    assert rules.Conflict(0.4)(aligned, w).coefficients.tolist() == w
     opposite = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
     expected = mixing_coefficients(opposite, w, 0.4).coefficients
-    torch.testing.assert_close(rules.conflict(w, 0.4)(opposite).coefficients, expected)
+    torch.testing.assert_close(rules.Conflict(0.4)(opposite, w).coefficients, expected)
 
 
 @pytest.mark.parametrize("m", [2, 3, 6])
 def test_the_projection_hurts_no_loss_where_the_radius_allows_it(m):
     w = weights(m)
     for H in list(grams(m))[:20]:
-        alpha = rules.cone(w.tolist(), 1.0)(H).coefficients  # |v| <= |g0|: never cut short
+        alpha = rules.Cone(1.0)(H, w.tolist()).coefficients  # |v| <= |g0|: never cut short
         norms = H.diagonal().sqrt()
         assert (H @ alpha >= -1e-9 * norms * norms.max()).all()
         u = alpha - w
@@ -154,7 +154,7 @@ def test_the_projection_hurts_no_loss_where_the_radius_allows_it(m):
         # Complementary slackness: only losses that would be hurt are helped, to exactly zero.
         assert ((H @ alpha)[u > 1e-9].abs() <= 1e-7 * norms.max() ** 2).all()
     friendly = torch.eye(m, dtype=torch.float64) + 0.1
-    assert rules.cone(w.tolist(), 0.4)(friendly).coefficients.tolist() == w.tolist()
+    assert rules.Cone(0.4)(friendly, w.tolist()).coefficients.tolist() == w.tolist()
 
 
 @pytest.mark.parametrize("m", [2, 3, 5])
@@ -162,7 +162,7 @@ def test_bounded_p_is_below_its_bound_and_no_grid_point_is_better(m):
     w, c = weights(m), 0.6
     generator = torch.Generator().manual_seed(0)
     for H in list(grams(m))[:10]:
-        p = rules.tail(w.tolist(), c)(H).p
+        p = rules.Tail(c)(H, w.tolist()).p
         assert (p <= 2 * w + 1e-9).all() and abs(float(p.sum()) - 1) < 1e-9
         s = c * (w @ H @ w).sqrt()
 
@@ -182,7 +182,7 @@ def test_bounded_p_is_cagrad_where_the_bound_leaves_everything_free(monkeypatch)
     monkeypatch.setattr(rules, "MASS", 1 / min(w))
     for H in list(grams(4))[:10]:
         expected = mixing_coefficients(H, w, 0.4, clip="none").coefficients
-        torch.testing.assert_close(rules.tail(w, 0.4)(H).coefficients, expected)
+        torch.testing.assert_close(rules.Tail(0.4)(H, w).coefficients, expected)
 
 
 # The inner metric
@@ -310,28 +310,95 @@ def test_every_candidate_trains_with_heads_and_an_absent_loss(name):
     assert opt.report.absent == ("1",)
 
 
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_an_absent_loss_leaves_the_others_their_correction(name):
+    """Its step is that of the others with weights w / W, times W, the sum of their weights w."""
+    # The first two at a cosine of -0.43, and the first hurt by the weighted sum.
+    rows = torch.tensor([[1.0, -2.0, 2.0], [-1.5, 1.5, 0.8], [2.0, 0.5, -3.0]]).double()
+
+    def gradient(w, rows):
+        x = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+        opt = candidate(name, torch.optim.Adam([x]), w, 0.4)
+        opt.backward([None if row is None else row @ x for row in rows])
+        return x.grad, opt.report
+
+    found, report = gradient([0.1, 0.4, 0.5], [rows[0], rows[1], None])
+    alone, _ = gradient([0.2, 0.8], list(rows[:2]))
+    torch.testing.assert_close(found, 0.5 * alone)
+    assert (found - rows.new_tensor([0.1, 0.4]) @ rows[:2]).norm() > 0.01  # there is a correction
+    assert report.coefficients[2] == 0
+    assert report.absent == ("2",)
+    assert report.p is None or report.p.isnan().tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("name", ["smooth", "persistent"])
+def test_a_rule_with_a_memory_resumes_as_if_it_had_not_stopped(name, tmp_path):
+    rows = torch.randn(8, 2, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def new():
+        x = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
+        return x, candidate(name, torch.optim.Adam([x], lr=0.1), [0.3, 0.7], 0.8)
+
+    def train(x, opt, rows):
+        for row in rows:
+            opt.zero_grad()
+            opt.backward(list(row @ x))
+            opt.step()
+        return x.detach().clone()
+
+    x, opt = new()
+    middle = train(x, opt, rows[:5])
+    torch.save(opt.state_dict(), tmp_path / "state.pt")
+    expected = train(x, opt, rows[5:])
+
+    def resumed(forget=False):
+        x, opt = new()
+        x.data.copy_(middle)
+        opt.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        if forget:
+            opt.rule.load_state_dict(rules.RULES[name](0.8).state_dict())
+        return train(x, opt, rows[5:])
+
+    assert torch.equal(resumed(), expected)
+    assert not torch.equal(resumed(forget=True), expected)
+    for state in ({}, {"total": 0.0, "mass": 1.0}, {"total": torch.zeros(2, 2), "mass": "one"}):
+        with pytest.raises(ValueError, match="`state` of the rule must hold"):
+            opt.rule.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["smooth", "persistent"])
+def test_a_step_with_an_absent_loss_leaves_the_memory_as_it_is(name):
+    rule, H = rules.RULES[name](0.4), torch.tensor([[4.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+    rule(H, [0.3, 0.7])
+    before = rule.state_dict()
+    assert rule(H[:1, :1], [0.3]).coefficients.tolist() == [0.3 * 1.4]
+    after = rule.state_dict()
+    assert after["mass"] == before["mass"]
+    assert torch.equal(after["total"], before["total"])
+
+
 def test_lasting_conflict_takes_the_radius_away_and_passing_conflict_does_not():
     w, c = [0.2, 0.8], 0.4
     opposite = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
     aligned = torch.tensor([[1.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
-    assert rules.persistent(w, c)(opposite).coefficients.tolist() == w  # all that is known
-    rule = rules.persistent(w, c)
+    assert rules.Persistent(c)(opposite, w).coefficients.tolist() == w  # all that is known
+    rule = rules.Persistent(c)
     for H in (aligned, opposite, aligned, opposite, aligned):
-        found = rule(H)
+        found = rule(H, w)
     expected = mixing_coefficients(aligned, w, c).coefficients
     torch.testing.assert_close(found.coefficients, expected)
 
 
 def test_the_lasting_conflict_is_the_bias_corrected_average():
     w, c = [0.3, 0.7], 0.4
-    rule = rules.persistent(w, c)
+    rule = rules.Persistent(c)
     cosines = [-0.2, -0.6, 0.1, -0.5]
     for t, x in enumerate(cosines, start=1):
         H = torch.tensor([[4.0, 2 * x], [2 * x, 1.0]], dtype=torch.float64)
         average = sum(0.1 * 0.9 ** (t - s) * y for s, y in enumerate(cosines[:t], start=1))
         lasting = max(0.0, -average / (1 - 0.9**t))
         expected = mixing_coefficients(H, w, c * max(0.0, 1 - 2 * lasting)).coefficients
-        torch.testing.assert_close(rule(H).coefficients, expected)
+        torch.testing.assert_close(rule(H, w).coefficients, expected)
 
 
 # Measures, verdicts and the page

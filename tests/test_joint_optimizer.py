@@ -295,6 +295,18 @@ def test_removing_a_group(remove):
     assert of_groups(opt.optimizers[1]) == [[id(kept[1])], [id(kept[2])]]
 
 
+def test_lists_of_groups_stay_the_same_lists():
+    """Who keeps one sees what becomes of it; pytorch_optimizer's SAM shares one, for instance."""
+    _, opt = four_groups()
+    joint, alone = opt.param_groups, [x.param_groups for x in opt.optimizers]
+    del joint[0]
+    opt.zero_grad()
+    opt.param_groups = joint[::-1]
+    assert opt.param_groups is joint
+    assert all(x.param_groups is kept for x, kept in zip(opt.optimizers, alone, strict=True))
+    assert [len(kept) for kept in alone] == [1, 2]
+
+
 def test_clearing_all_groups():
     _, opt = four_groups()
     opt.param_groups.clear()

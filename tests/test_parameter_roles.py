@@ -396,7 +396,26 @@ def test_old_tensors_are_freed_and_their_ids_mean_nothing():
             opt.add_param_group({"params": layer.parameters()})
 
 
+def test_a_new_tensor_beside_the_old_one_is_no_replacement():
+    """The second goes, and a new one stands where the first was, which is still there."""
+    model = Net()
+    opt = wrapped([{"params": [model.a.weight, model.b.weight]}, *per_module(model.h)], of(model.a))
+    new = nn.Parameter(torch.zeros(8, 8, dtype=DOUBLE))
+    opt.param_groups[0]["params"] = [new, model.a.weight]
+    with pytest.raises(ValueError, match=r"shape \[8, 8\] of which nothing says it"):
+        opt.backward(model.losses())
+
+
 def test_another_shape_in_the_same_place_is_no_replacement():
+    model = Net()
+    opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
+    model.h = nn.Linear(8, 3, dtype=DOUBLE)
+    opt.param_groups[2]["params"] = of(model.h)
+    with pytest.raises(ValueError, match=r"shape \[3, 8\] of which nothing says it"):
+        opt.backward(list(model.h(model.x).square().mean(0)[:2]))
+
+
+def test_another_number_of_tensors_is_no_replacement():
     """An embedding that was resized, say: nothing tells it from another parameter."""
     model = Net()
     opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))

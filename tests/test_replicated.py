@@ -357,25 +357,27 @@ def test_several_buckets_of_the_usual_size(two_ranks: Ranks) -> None:
 SYMMETRIC = 12
 
 
-def gram_matrices(rank):
+def gram_matrices(rank, mode):
     """H of losses that are linear in x: their gradients are rows of a random matrix."""
     found = []
     for draw in range(SYMMETRIC):
         generator = torch.Generator().manual_seed(100 * draw + rank)
         rows = torch.randn(4, 50, generator=generator)
         x = nn.Parameter(torch.ones(50))
-        opt = CAGradClip(torch.optim.SGD([x], lr=0.1), [0.25] * 4)
-        opt.backward(list(rows @ x))
+        opt = CAGradClip(torch.optim.SGD([x], lr=0.1), [0.25] * 4, gradients=mode)
+        z = 1 * x
+        opt.backward(list(rows @ z), representation=z if mode == "representation" else None)
         found.append(opt.report.gram)
     return found
 
 
+@pytest.mark.parametrize("mode", ["dense", "representation"])
 @pytest.mark.parametrize("number", [3, 4])
-def test_gram_matrix_is_symmetric_to_the_bit(number: int, four_ranks: Ranks) -> None:
+def test_gram_matrix_is_symmetric_to_the_bit(four_ranks: Ranks, number: int, mode: str) -> None:
     """An all-reduce over three processes or more adds each entry in another order."""
     with contextlib.ExitStack() as stack:
         ranks = four_ranks if number == 4 else stack.enter_context(Ranks(number))
-        for matrices in ranks.run(gram_matrices):
+        for matrices in ranks.run(gram_matrices, mode):
             assert all(torch.equal(gram, gram.T) for gram in matrices)
 
 
@@ -633,6 +635,37 @@ def with_representation(rank, number):
 
 def test_representation_of_the_joint_batch(two_ranks: Ranks) -> None:
     check(two_ranks.run(with_representation, 2), with_representation(None, 1))
+
+
+def of_scalars(rank, mode, parts):
+    """Losses of one scalar per example, in micro-batches; one process, or two under DDP."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 17), nn.Tanh(), nn.Linear(17, 2))
+    settings = {"gradients": mode} | ({"model": model} if mode == "per_example" else {})
+    opt = CAGradClip(torch.optim.AdamW(model.parameters(), lr=1e-2), WEIGHTS, **settings)
+    seen = model if rank is None else ddp(model)
+    reports = []
+    for t in range(STEPS):
+        opt.zero_grad()
+        batch = batches()[t] if rank is None else slices(batches()[t], rank, 2)
+        for k, (x, y) in enumerate(zip(*(z.chunk(parts) for z in batch), strict=True)):
+            s = (seen(x) - y).square().sum(1)
+            losses = {"a": s.mean(), "b": (3 - s).sigmoid().mean(), "c": s.cos().mean()}
+            opt.backward(
+                {name: loss / parts for name, loss in losses.items()},
+                accumulate=k < parts - 1,
+                scalars=s if mode == "per_example" else None,
+            )
+        opt.step()
+        reports.append(opt.report)
+    return [p.detach() for p in model.parameters()], reports, [False] * len(opt.state)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_per_example_gradients_of_the_joint_batch(two_ranks: Ranks, parts: int) -> None:
+    results = two_ranks.run(of_scalars, "per_example", parts)
+    check(results, of_scalars(None, "dense", 1))
+    assert {report.gradients for _, reports, _ in results for report in reports} == {"per_example"}
 
 
 def test_ghost_is_dense(two_ranks: Ranks) -> None:

@@ -449,18 +449,21 @@ def test_kept_gradients_are_not_the_users_memory(
         assert torch.allclose(found, factor * torch.arange(1.0, 1.0 + WIDTH), rtol=1e-5)
 
 
-def train_replaced(rank: int) -> Result:
+def train_replaced(rank: int, loads: bool) -> Result:
     """As Accelerate's FSDP2 does it: the groups get other tensors after the optimizer is built."""
     torch.manual_seed(0)
     model = Model()
     opt = chosen(model, heads=True)
+    if loads:  # as AcceleratedOptimizer does; it makes new groups
+        opt.load_state_dict(opt.state_dict())
     shard(model, init_device_mesh("cpu", (2,)))
     opt.param_groups[0]["params"] = list(model.parameters())
     return run(model, rank, 2, together, opt)
 
 
-def test_shared_parameters_survive_new_tensors_in_the_groups(two_ranks: Ranks) -> None:
-    check_same_steps(two_ranks.run(train_replaced), alone(heads=True))
+@pytest.mark.parametrize("loads", [False, True])
+def test_shared_parameters_survive_new_tensors_in_the_groups(two_ranks: Ranks, loads: bool) -> None:
+    check_same_steps(two_ranks.run(train_replaced, loads), alone(heads=True))
 
 
 def two_inner(model: Model) -> CAGradClip:

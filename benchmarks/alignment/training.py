@@ -252,7 +252,7 @@ def _summary(recipe: Recipe, reports: Sequence[Any]) -> dict[str, Any]:
     found["conflicting_steps"] = mean([r.conflicting for r in reports])
     found["cosine"] = mean([x for r in reports for x in r.cosines[rows, columns].tolist()])
     if recipe.method in SURGERY or (reports and reports[0].p is not None):
-        found["vertex_share"] = mean([bool(r.p.max() > 1 - 1e-9) for r in reports])
+        found["vertex_share"] = mean([bool((r.p > 1 - 1e-9).any()) for r in reports])  # NaN: absent
         found["clip_angle"] = mean([r.clip_angle for r in reports])
     return found
 

@@ -48,5 +48,4 @@ def candidate(
     """
     if name == "metric":
         return InnerMetric(inner, weights, c, shared)
-    rule = RULES[name](weights, c)
-    return MultiObjectiveOptimizer(inner, rule, weights=weights, shared_parameters=shared)
+    return MultiObjectiveOptimizer(inner, RULES[name](c), weights=weights, shared_parameters=shared)

@@ -20,12 +20,12 @@ from torch.optim import Adagrad, Adam, NAdam, Optimizer, RMSprop
 
 from raco_optim import (
     MultiObjectiveOptimizer,
+    StepReport,
     add_combined_gradient,
     gram_matrix,
-    mixing_coefficients,
     per_loss_gradients,
 )
-from raco_optim.report import StepReport, make_report
+from raco_optim.rules import CAGradRule
 
 
 def inverse_roots(inner: Optimizer) -> list[Tensor | None]:
@@ -67,21 +67,15 @@ class InnerMetric(MultiObjectiveOptimizer):
         shared: Sequence[Tensor] | None = None,
     ) -> None:
         inverse_roots(inner)
-        super().__init__(
-            inner,
-            lambda gram: mixing_coefficients(gram, weights, c),
-            weights=weights,
-            shared_parameters=shared,
-        )
+        super().__init__(inner, CAGradRule(c), weights=weights, shared_parameters=shared)
         self._chosen = None if shared is None else {id(p) for p in shared}
+        self._made: StepReport | None = None
 
     def backward(self, losses: Sequence[Tensor | None]) -> None:  # type: ignore[override]
         """Adds the combined gradient to ``.grad``."""
         parameters = [p for group in self.param_groups for p in group["params"]]
-        present = [loss for loss in losses if loss is not None]
-        given = iter(per_loss_gradients(present, parameters))
-        none: list[Tensor | None] = [None] * len(parameters)
-        rows = [none if loss is None else next(given) for loss in losses]
+        present = [i for i, loss in enumerate(losses) if loss is not None]
+        rows = per_loss_gradients([losses[i] for i in present], parameters)
         roots = inverse_roots(self.optimizer)
         shared = [
             j for j, p in enumerate(parameters) if self._chosen is None or id(p) in self._chosen
@@ -95,30 +89,33 @@ class InnerMetric(MultiObjectiveOptimizer):
             ]
             for row in trunk
         ]
-        mixing = self.rule(gram_matrix(scaled))
-        gram = gram_matrix(trunk)
-        weights = gram.new_tensor(self.weights)
-        self._made = make_report(
-            names=[str(i) for i in range(len(losses))],
-            weights=weights.tolist(),
-            gradients=gram,
-            p=mixing.p,
-            p_clipped=mixing.p_clipped,
-            coefficients=mixing.coefficients,
+        w = torch.tensor(self.weights, dtype=torch.float64)
+        mixing = self.rule(gram_matrix(scaled), w[present].tolist())
+        m = len(losses)
+        gram = w.new_zeros(m, m)
+        gram[torch.tensor(present)[:, None], present] = gram_matrix(trunk)
+        values = [losses[i].detach() for i in present]
+
+        def spread(x: Tensor, fill: float) -> Tensor:
+            return w.new_full((m,), fill).index_put_((torch.tensor(present),), x.to(w))
+
+        self._made = StepReport(
+            names=tuple(map(str, range(m))),
+            weights=w,
+            gram=gram,
+            coefficients=spread(mixing.coefficients, 0.0),
+            losses=spread(torch.stack(values), 0.0),
+            p=spread(mixing.p, torch.nan),
+            p_clipped=spread(mixing.p_clipped, torch.nan),
             gap=mixing.gap,
-            losses=torch.stack(
-                [weights.new_zeros(()) if x is None else x.detach().to(weights) for x in losses]
-            ),
-            absent=[x is None for x in losses],
-            skip=False,
-            skipped=0,
+            absent=tuple(str(i) for i in range(m) if i not in present),
         )
         add_combined_gradient([parameters[j] for j in shared], trunk, mixing.coefficients)
         if heads:
             rest = [[row[j] for j in heads] for row in rows]
-            add_combined_gradient([parameters[j] for j in heads], rest, weights)
+            add_combined_gradient([parameters[j] for j in heads], rest, w[present])
 
     @property
-    def report(self) -> StepReport:
+    def last_step(self) -> StepReport | None:
         """What the last `backward` did; the Gram matrix is the Euclidean one."""
         return self._made

@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 
 from benchmarks.beyond.candidates import COMPARED_NAMES, RADII
 from benchmarks.beyond.metric import inverse_roots
-from benchmarks.beyond.rules import RULES, Rule
+from benchmarks.beyond.rules import RULES
 from benchmarks.multitask.toys import grid, random_quadratics, steps_to, walk
 from benchmarks.problems import Problem, convex_quadratics, fonseca_fleming
-from raco_optim import MixingCoefficients, mixing_coefficients
+from raco_optim import Rule
+from raco_optim.rules import CAGradRule, LinearRule
 
 STEPS, STARTS, LAST = 400, 5, 100
 TWO = ((0.2, 0.8), (0.5, 0.5), (0.8, 0.2))
@@ -46,14 +47,13 @@ def problems() -> Iterator[tuple[str, Problem, tuple[tuple[float, ...], ...], fl
     yield "steep quadratics, 20-d, Adam", steep_quadratics(2, 20), TWO, 0.02, True
 
 
-def rule_for(name: str, weights: list[float], c: float) -> Rule:
+def rule_for(name: str, c: float) -> Rule:
     """The rule of a method on the Gram matrix that it asks for."""
     if name == "linear":
-        return lambda gram: MixingCoefficients(gram.new_tensor(weights))
+        return LinearRule()
     if name in RULES:
-        return RULES[name](weights, c)
-    clip = "none" if name == "cagrad" else "hard"
-    return lambda gram: mixing_coefficients(gram, weights, c, clip=clip)
+        return RULES[name](c)
+    return CAGradRule(c, "none" if name == "cagrad" else "hard")
 
 
 def run(
@@ -82,13 +82,14 @@ def run(
         adam: Adam instead of gradient descent.
         steps: Number of steps.
     """
-    rules = [rule_for(name, w, c) for w in weights.tolist()]
+    rules = [rule_for(name, c) for _ in weights]  # some have a memory
 
     def combine(J: Tensor, optimizer: Optimizer) -> Tensor:
         if name == "metric" and adam and (root := inverse_roots(optimizer)[0]) is not None:
             J = J * root[:, None]
         grams = J @ J.mT
-        return torch.stack([f(H).coefficients for f, H in zip(rules, grams, strict=True)])
+        cases = zip(rules, grams, weights.tolist(), strict=True)
+        return torch.stack([rule(H, w).coefficients for rule, H, w in cases])
 
     return walk(problem, starts, combine, steps=steps, lr=lr, noise=noise, adam=adam)[0]
 

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from raco_optim.coefficients import Clip
 from torch import Tensor
 
 from benchmarks.multitask.data import Data, Sizes, Split, Task, digits
 from benchmarks.multitask.methods import METHODS, Method
 from benchmarks.multitask.training import Recipe, Run, evaluate, losses
-from raco_optim import CAGradClip, gram_matrix, mixing_coefficients, per_loss_gradients
+from raco_optim import CAGradClip, Rule, gram_matrix, per_loss_gradients
+from raco_optim.rules import CAGradRule
 
 LR = 5e-3
 SOFT = Method(
@@ -158,7 +158,7 @@ def noise(
                                 "batch": size,
                                 "rule": name,
                                 "c": c,
-                                **_moved(exact, grams, weights, c, clip),
+                                **_moved(exact, grams, weights, CAGradRule(c, clip)),
                             }
 
 
@@ -170,10 +170,10 @@ def _gram(run: Run, rows: Tensor) -> Tensor:
 
 
 def _moved(
-    exact: Tensor, grams: Sequence[Tensor], weights: Sequence[float], c: float, clip: Clip
+    exact: Tensor, grams: Sequence[Tensor], weights: Sequence[float], rule: Rule
 ) -> dict[str, float]:
-    base = mixing_coefficients(exact, weights, c, clip=clip)
-    mixings = [mixing_coefficients(gram, weights, c, clip=clip) for gram in grams]
+    base = rule(exact, weights)
+    mixings = [rule(gram, weights) for gram in grams]
     p = torch.stack([mixing.p for mixing in mixings])
     alpha = torch.stack([mixing.coefficients for mixing in mixings])
     inner = alpha @ exact @ base.coefficients

@@ -10,7 +10,7 @@ import torchjd.aggregation as jd
 from torch import Tensor
 from torch.optim import Optimizer
 
-from raco_optim import MGDA, CAGrad, CAGradClip, MultiObjectiveOptimizer
+from raco_optim import MGDA, CAGrad, CAGradClip, LinearScalarization, MultiObjectiveOptimizer
 
 Make = Callable[
     [Optimizer, Sequence[float], Sequence[Tensor], float | None], MultiObjectiveOptimizer
@@ -62,7 +62,10 @@ def _rule(weighting: Callable[[Sequence[float], float | None], Callable]) -> Mak
 
 
 METHODS = {
-    "linear": Method("weighted sum", _rule(lambda w, _: lambda gram: gram.new_tensor(w))),
+    "linear": Method(
+        "weighted sum",
+        lambda inner, w, shared, _: LinearScalarization(inner, w, shared_parameters=shared),
+    ),
     "cagrad": Method(
         "CAGrad",
         lambda inner, w, shared, c: CAGrad(inner, w, c, shared_parameters=shared),

@@ -6,20 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from raco_optim.coefficients import Clip
 from torch import Tensor
 from torch.optim import Optimizer
 
 from benchmarks.problems import Problem, convex_quadratics
-from raco_optim import mixing_coefficients
-
-
-@dataclass(frozen=True)
-class Rule:
-    """The weighted sum (`clip` is None), CAGrad ("none") or CAGrad-Clip ("hard", "soft")."""
-
-    clip: Clip | None = None
-    c: float = 0.0
+from raco_optim import Rule
 
 
 @dataclass(frozen=True)
@@ -54,7 +45,7 @@ def descend(
         problem: The losses.
         starts: ``[B, d]``.
         weights: ``[B, m]``.
-        rule: The method.
+        rule: The method; one without a memory, as it serves all runs.
         steps: T.
         lr: Learning rate.
         noise: Normal noise on every gradient, of this size relative to the gradients' own root
@@ -115,14 +106,13 @@ def walk(
 
 def coefficients(J: Tensor, weights: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     """Coefficients ``[B, m]`` for gradients ``[B, m, d]``, and whether clipping turned G_p."""
-    if rule.clip is None:
-        return weights, torch.zeros(len(J))
     found, turned = [], []
-    for gram, w in zip(J @ J.mT, weights, strict=True):
-        mixing = mixing_coefficients(gram, w, rule.c, clip=rule.clip)
+    for gram, w in zip(J @ J.mT, weights.tolist(), strict=True):
+        mixing = rule(gram, w)
         found.append(mixing.coefficients)
         p, clipped = mixing.p, mixing.p_clipped
-        turned.append(float((clipped / clipped.sum() - p).abs().max() > 1e-6))
+        changed = clipped is not None and bool((clipped / clipped.sum() - p).abs().max() > 1e-6)
+        turned.append(float(changed))
     return torch.stack(found), torch.tensor(turned)
 
 

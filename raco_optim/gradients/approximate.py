@@ -141,7 +141,9 @@ class ApproximateMode:
         if argument == "representation":
             # The representation of the joint batch is made of those of the processes.
             gram = gram_matrix(rows) / group.world_size**2
-            return ApproximateGradients(batch, group.sum([gram], inputs[0].device)[0].view_as(gram))
+            gram = group.sum([gram], inputs[0].device)[0].view_as(gram)
+            # Symmetric, although an all-reduce adds each number in another order.
+            return ApproximateGradients(batch, (gram + gram.T) / 2)
         found = [
             (None if loss is None else loss.detach(), row)
             for loss, row in zip(batch.tensors or (), rows, strict=True)

@@ -19,37 +19,6 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 @torch.no_grad()
-def add_combined_gradient(
-    parameters: Sequence[Tensor], gradients: Sequence[list[Tensor | None]], coefficients: Tensor
-) -> None:
-    r"""Adds the combined gradient to ``.grad``, as ``loss.backward()`` does.
-
-    .. math:: \theta.\mathrm{grad} \mathrel{+}= \sum_i \alpha_i g_i
-
-    The sum is formed in float32 where the gradients have lower precision, and rounded once. A
-    parameter that no loss reaches keeps its ``.grad``, None included, so that weight decay does
-    not move it. Post-accumulate-grad hooks of the parameters run once, at the end.
-
-    Args:
-        parameters: The parameters.
-        gradients: m rows, one tensor or None per parameter. They are consumed: entries become
-            None as they are combined, so that the peak of memory stays at m gradients.
-        coefficients: alpha, ``[m]``. On an accelerator they stay there.
-
-    Example:
-        >>> import torch
-        >>> from raco_optim import add_combined_gradient
-        >>> x = torch.zeros(2, requires_grad=True)
-        >>> rows = [[torch.tensor([1.0, 0.0])], [torch.tensor([0.0, 2.0])]]
-        >>> add_combined_gradient([x], rows, torch.tensor([0.5, 0.25]))
-        >>> x.grad
-        tensor([0.5000, 0.5000])
-    """
-    shared = [True] * len(parameters)
-    write_gradients(parameters, combine_rows(gradients, coefficients, coefficients, shared))
-
-
-@torch.no_grad()
 def combine_rows(
     rows: Sequence[Gradient], alpha: Tensor, weights: Tensor, shared: Sequence[bool]
 ) -> Gradient:

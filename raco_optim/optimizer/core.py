@@ -270,10 +270,17 @@ class BetweenSteps(OptimizerWrapper):
         return self._core.state_dict()
 
     def _loader(self, own: Mapping[str, Any]) -> Callable[[], None]:
-        return self._core.loader(own)
+        load = self._core.loader(own)
+
+        def load_and_follow() -> None:
+            load()
+            self._core.roles.follow(self.param_groups)
+
+        return load_and_follow
 
     def _reset(self) -> None:
         self._core.progress = replace(self._core.progress, kept=KeptGram())
+        self._core.roles.follow(self.param_groups)
 
 
 def checked_gradients(gradients: Any) -> Any:  # noqa: ANN401  # a mode or parameters

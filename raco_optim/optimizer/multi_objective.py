@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -222,7 +223,7 @@ class MultiObjectiveOptimizer(BetweenSteps):
             gradients = ApproximateGradients(batch, progress.kept.gram)
         else:
             gradients = mode.collect(batch)
-        if group is not None:  # a loss that is absent here may be there
+        if group is not None and batch.pending is None:  # absent here, it may be there
             check_any_present(gradients.values)
         report = replace(
             self._solve(batch, gradients),
@@ -289,7 +290,7 @@ class MultiObjectiveOptimizer(BetweenSteps):
             return report.losses @ report.weights.to(report.losses)
 
         with contextlib.suppress(_SkippedError):
-            return self.optimizer.step(weighted_loss)  # type: ignore[arg-type]  # a Tensor
+            return self.optimizer.step(weighted_loss)
         return None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -334,11 +335,7 @@ class MultiObjectiveOptimizer(BetweenSteps):
         with contextlib.nullcontext() if alone else raise_together(group, settings):
             check_parameters(parameters.tensors)
             pending = core.progress.pending
-            if pending is not None and not pending.parameters.are(parameters):
-                raise RuntimeError(
-                    "parameters must stay the same between the micro-batches of a step; some were "
-                    "frozen, added, removed or replaced. Call `zero_grad` and begin the step anew."
-                )
+            pending = pending and pending.moved_to(parameters)
             names, ordered = core.objectives.order(losses, pending)
             wanted = _THROUGH.get(core.asked, "")
             for argument, tensor in through.items():
@@ -419,14 +416,13 @@ class MultiObjectiveOptimizer(BetweenSteps):
         host = torch.cat([gram, norms[:, None], losses[:, None]], dim=1).cpu()
         gram, losses = host[:, :m], host[:, m + 1]
         report = replace(report, gram=gram, losses=losses)
-        if bool(host.isfinite().all()):
-            problem = None
-        else:
-            problem = first_nonfinite(names, host.tolist(), gradients.nonfinite_ranks)
+        rows, problem = host.tolist(), None
+        if not all(math.isfinite(x) for row in rows for x in row):
+            problem = first_nonfinite(names, rows, gradients.nonfinite_ranks)
         if problem is None:
             mixing = self._mix(batch, gram, present)
             values = mixing.coefficients.tolist()
-            if all(-torch.inf < x < torch.inf for x in values):
+            if all(map(math.isfinite, values)):
                 return replace(
                     report,
                     coefficients=mixing.coefficients,

@@ -98,9 +98,9 @@ class Series:
         """1 for a step with a finite update, else NaN, ``[n]``."""
         skipped = np.array([report.skip for report in self.reports])
         absent = np.array([[x in report.absent for x in self.names] for report in self.reports])
-        gram, alpha = (self._stack(lambda r, k=k: getattr(r, k)) for k in ("gram", "coefficients"))
-        finite = np.isfinite(gram).all(axis=(1, 2)) & np.isfinite(alpha).all(axis=1)
-        finite = finite & (np.isfinite(self.losses()) | absent).all(axis=1) & ~skipped
+        finite = np.isfinite(self._stack(lambda report: report.gram)).all(axis=(1, 2))
+        finite &= np.isfinite(self._stack(lambda report: report.coefficients)).all(axis=1)
+        finite &= (np.isfinite(self.losses()) | absent).all(axis=1) & ~skipped
         return np.where(finite, 1.0, math.nan)
 
     def _shares(self, of: Callable[[StepReport], bool]) -> Array:

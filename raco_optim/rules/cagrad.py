@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raco_optim._checks import ZERO, checked_choice, checked_radius
 from raco_optim.rules.rule import MixingCoefficients, Rule
-from raco_optim.subproblem.solve import SOLVERS, Solver, checked_arguments, solve
+from raco_optim.subproblem.solve import SOLVERS, Solver, solve
 
 Clip = Literal["hard", "soft", "none"]
 CLIPS = ("hard", "soft", "none")
@@ -80,7 +80,7 @@ class CAGradRule(Rule):
 
     def __call__(self, gram: Tensor, weights: Sequence[float]) -> MixingCoefficients:
         """Computes the coefficients of the losses that are present."""
-        return _mix(gram, weights, self._c, self._clip, self._solver)
+        return mix(gram, weights, self._c, self._clip, self._solver)
 
     def settings(self) -> dict[str, Any]:
         """Returns c, clip and solver."""
@@ -105,66 +105,10 @@ class CAGradRule(Rule):
         self.c = state["c"]
 
 
-def mixing_coefficients(
-    gram: Tensor | Sequence[Sequence[float]],
-    weights: Sequence[float] | Mapping[str, float] | Tensor,
-    c: float,
-    *,
-    clip: Clip = "hard",
-    solver: Solver = "exact",
-) -> MixingCoefficients:
-    r"""Computes the coefficients of one CAGrad-Clip step from the Gram matrix alone.
-
-    .. math::
-        p^* &\in \arg\min_{p \in \Delta} \; p^\top H w + c \sqrt{w^\top H w} \sqrt{p^\top H p} \\
-        \tilde p &= \min(p^*, w) \\
-        \alpha &= w + c \sqrt{w^\top H w} \; \tilde p / \sqrt{\tilde p^\top H \tilde p}
-
-    so that :math:`\sum_i \alpha_i g_i = g_0 + c |g_0| \tilde G / |\tilde G|`. The clipped p is not
-    renormalised. With c = 0, alpha = w exactly. Scaling the gradients does not change alpha.
-
-    Where :math:`|\tilde G|` is zero to rounding, alpha = w. For c >= 1, alpha = 0 where :math:`G_p`
-    or the combined gradient vanish (below 1e-4 of the sum of their terms' norms): the point is
-    Pareto-critical, and CAGrad promises for c >= 1 that no loss rises to first order.
-
-    Args:
-        gram: H, ``[m, m]``, real, symmetric, positive semi-definite up to rounding.
-        weights: w, m numbers on the simplex.
-        c: Radius of the trust region relative to :math:`|g_0|`, >= 0. The descent guarantee
-            (Theorem 3.1) needs c < 1.
-        clip: ``"hard"``: :math:`\tilde p = \min(p^*, w)`, the paper. ``"none"``:
-            :math:`\tilde p = p^*`, CAGrad with weights. ``"soft"``:
-            :math:`\tilde p_i = p_i w_i / (p_i + w_i)`, half the harmonic mean, smooth and between
-            :math:`\min(p_i, w_i) / 2` and :math:`\min(p_i, w_i)`.
-        solver: See `solve_subproblem`.
-
-    Returns:
-        The coefficients, p, the clipped p and the gap of p, on the device of `gram`.
-
-    Raises:
-        ValueError: An argument is out of its range; the message names it.
-
-    Example:
-        >>> import torch
-        >>> from raco_optim import mixing_coefficients
-        >>> g = torch.tensor([[1.0, -4.0], [-1.0, 1.0]], dtype=torch.float64)
-        >>> mixing = mixing_coefficients(g @ g.T, weights=[0.2, 0.8], c=0.5)
-        >>> mixing.p
-        tensor([0.3561, 0.6439], dtype=torch.float64)
-        >>> mixing.p_clipped
-        tensor([0.2000, 0.6439], dtype=torch.float64)
-
-    References:
-        Algorithm 1, lines 5 to 8, of arXiv 2602.02495.
-    """
-    checked_choice("clip", clip, CLIPS)
-    H, w, c = checked_arguments(gram, weights, c, solver)
-    return _mix(H, w, c, clip, solver)
-
-
-def _mix(
+def mix(
     H: Tensor, weights: Sequence[float], c: float, clip: Clip, solver: Solver
 ) -> MixingCoefficients:
+    """Computes the coefficients for arguments that were checked; see `mixing_coefficients`."""
     total = math.fsum(weights)
     if total == 0:  # only losses of weight zero are present
         zeros = H.new_zeros(len(weights))

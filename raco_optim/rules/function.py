@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from raco_optim.rules.attributes import attributes_of, bad_state, new_values, set_attributes
 from raco_optim.rules.rule import MixingCoefficients, Rule
@@ -21,7 +22,8 @@ class FunctionRule(Rule):
     what that is. For any other it is its attributes; for an `nn.Module` the attributes, parameters
     and buffers of all its submodules. A checkpoint can hold numbers, strings, tensors, None,
     dtypes, devices, and tuples, lists, dicts and sets of them. An attribute of another type is
-    left out with a warning, unless it can be called. What a function closes over is not seen.
+    left out with a warning, unless it can be called. What a function closes over is not seen, nor
+    the model or the optimizer whose method it is.
 
     Args:
         function: Maps the Gram matrix, ``[m, m]``, float64, to coefficients, ``[m]``, or to
@@ -97,7 +99,10 @@ class FunctionRule(Rule):
         return f"FunctionRule({self.function!r})"
 
     def _object(self) -> object:
-        return getattr(self.function, "__self__", self.function)  # of a bound method
+        owner = getattr(self.function, "__self__", self.function)  # of a bound method
+        # A model or an optimizer with a method for a rule is in a checkpoint of its own.
+        own = owner is self.function or not isinstance(owner, nn.Module | Optimizer)
+        return owner if own else None
 
     def _own_state(self) -> Any:  # noqa: ANN401  # an object with state_dict and load_state_dict
         function = self._object()

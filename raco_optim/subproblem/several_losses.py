@@ -15,7 +15,7 @@ import numpy as np
 
 from raco_optim._checks import ZERO, check_gram_values
 from raco_optim.subproblem.active_set import solve_active_set
-from raco_optim.subproblem.certificate import FEW_DIGITS, TIGHT, Array, Problem, certify
+from raco_optim.subproblem.certificate import FEW_DIGITS, Array, Problem, certify
 from raco_optim.subproblem.slsqp import solve_slsqp
 
 
@@ -58,7 +58,7 @@ def _solve_in(
         exact = solve_active_set(problem) if solver == "exact" else None
         solution = exact or solve_slsqp(problem)
     few_digits = c > 0 and solution.squared_norm < FEW_DIGITS * (D @ solution.p) ** 2
-    if not extended and (few_digits or solution.gap > TIGHT):
+    if few_digits and not extended:
         return None
     return solution.p, solution.value * float(norm_g0) * scale * scale, solution.gap
 

@@ -132,6 +132,13 @@ class Roles:
         self._current = now
         return now
 
+    def follow(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Takes over the new groups that `load_state_dict` makes of the same parameters."""
+        tensors = [p for group in groups for p in group["params"]]
+        known = [p for _, params in self._groups for p in params]
+        if len(tensors) == len(known) and all(map(is_, tensors, known)):
+            self._groups = [(group, list(group["params"])) for group in groups]
+
     def check_group(self, group: Mapping[str, Any]) -> None:
         """Raises unless a group to be added says, of parameters never seen, if they are shared."""
         for p in group["params"]:
