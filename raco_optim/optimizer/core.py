@@ -166,7 +166,9 @@ class Core:
 
     def warn_of_unheld(self, parameters: Parameters, cls: str) -> None:
         """Warns of them, once."""
-        found, self.unheld = self.unheld, None
+        held = {id(p) for p in parameters.tensors}  # some joined between micro-batches, perhaps
+        found = {key: p for key, p in (self.unheld or {}).items() if key not in held}
+        self.unheld = None
         if found and parameters.is_sharded:  # gathered copies are known by their shapes alone
             shapes = [p.shape for p in parameters.tensors]
             for key, p in list(found.items()):
