@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 from benchmarks.harness import environment, interleaved, spread, write_results
 from benchmarks.step_cost_candidates import (
+    DENSE,
     FLOOR,
-    MATERIALIZED,
     NAMES,
     WEIGHTED_SUM,
     C,
@@ -72,7 +72,7 @@ CASES = {
         "transformer", "transformer", 1024, 4, 4, 16, small_batch=True, without=SLOWER
     ),
 }
-REFERENCES = (FLOOR, WEIGHTED_SUM, MATERIALIZED)
+REFERENCES = (FLOOR, WEIGHTED_SUM, DENSE)
 MALLOC = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "THP_MEM_ALLOC_ENABLE")
 SECONDS = 10.0  # for a case and m, within the numbers of rounds below
 ROUNDS = (5, 15)

@@ -21,14 +21,14 @@ from benchmarks.step_cost_models import Batch, MultiTask
 from raco_optim import CAGradClip
 
 C = 0.4
-SOLVE_EVERY = 4
+GRAM_EVERY = 4
 # Small, so that hundreds of steps leave the case what it was.
 LEARNING_RATE = 1e-5
 
-FLOOR, WEIGHTED_SUM, MATERIALIZED, GHOST = "floor", "weighted_sum", "dense", "ghost"
+FLOOR, WEIGHTED_SUM, DENSE, GHOST = "floor", "weighted_sum", "dense", "ghost"
 APPROXIMATIONS = ("representation", "last_layer", "gram_every")
 TORCHJD = ("torchjd_autojac", "torchjd_autojac_gram", "torchjd_autogram")
-NAMES = (FLOOR, WEIGHTED_SUM, MATERIALIZED, GHOST, *APPROXIMATIONS, *TORCHJD)
+NAMES = (FLOOR, WEIGHTED_SUM, DENSE, GHOST, *APPROXIMATIONS, *TORCHJD)
 
 
 @dataclass
@@ -75,11 +75,11 @@ class Problem:
         made = {
             FLOOR: self._floor,
             WEIGHTED_SUM: self._weighted_sum,
-            MATERIALIZED: self._ours,
+            DENSE: self._ours,
             GHOST: lambda: self._ours(gradients="ghost"),
             "representation": self._representation,
             "last_layer": lambda: self._ours(gradients=self.model.last_layer()),
-            "gram_every": lambda: self._ours(cycle=SOLVE_EVERY, gram_every=SOLVE_EVERY),
+            "gram_every": lambda: self._ours(cycle=GRAM_EVERY, gram_every=GRAM_EVERY),
             "torchjd_autojac": lambda: self._autojac(per_parameter_gram=False),
             "torchjd_autojac_gram": lambda: self._autojac(per_parameter_gram=True),
             "torchjd_autogram": self._autogram,

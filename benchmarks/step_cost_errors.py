@@ -10,8 +10,8 @@ from torch import Tensor
 
 from benchmarks.step_cost_candidates import (
     APPROXIMATIONS,
+    DENSE,
     GHOST,
-    MATERIALIZED,
     WEIGHTED_SUM,
     Candidate,
     Problem,
@@ -35,7 +35,7 @@ def measure_errors(case: Case, m: int, names: Sequence[str], seed: int) -> dict[
     """
     model, batches = make(case, m, seed)
     problem = Problem(model, LEARNING_RATE)
-    exact = problem.candidate(MATERIALIZED)
+    exact = problem.candidate(DENSE)
     others = {name: problem.candidate(name) for name in COMPARED if name in names}
     found: dict[str, Any] = {name: {} for name in others}
     for step in range(1, STEPS[-1] + 1):

@@ -22,6 +22,8 @@ CASE = "mlp-10M"  # of the left panel
 M = 8  # of the right panel
 # Okabe and Ito's colours, which differ for any colour vision; markers differ in print without
 # colour. Solid lines are exact and ours, dashed ones approximate, dotted ones TorchJD's.
+# Names in results of earlier runs, the committed ones among them.
+EARLIER = {"materialized": "dense", "solve_every": "gram_every"}
 STYLES: dict[str, dict[str, Any]] = {
     "floor": {
         "label": "floor: m backward passes",
@@ -37,10 +39,10 @@ STYLES: dict[str, dict[str, Any]] = {
         "linestyle": "-",
         "linewidth": 1,
     },
-    "dense": {"label": "materialized (default)", "color": "#0072B2", "marker": "o"},
+    "dense": {"label": "dense (default)", "color": "#0072B2", "marker": "o"},
     "ghost": {"label": "ghost", "color": "#D55E00", "marker": "D"},
     "gram_every": {
-        "label": "solved every 4 steps",
+        "label": "Gram matrix every 4 steps",
         "color": "#56B4E9",
         "marker": "s",
         "linestyle": "--",
@@ -80,7 +82,20 @@ STYLES: dict[str, dict[str, Any]] = {
 
 def draw(path: Path, results: Mapping[str, Any]) -> None:
     """Draws the picture of what there is in the results, as PNG."""
-    rows = results["rows"]
+    figure = picture(results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=200)
+
+
+def picture(results: Mapping[str, Any]) -> Figure:
+    """Returns the picture; `UsageError` if it would leave a candidate out."""
+    rows = [
+        {**row, "candidates": {EARLIER.get(k, k): v for k, v in row["candidates"].items()}}
+        for row in results["rows"]
+    ]
+    unknown = sorted({name for row in rows for name in row["candidates"]} - STYLES.keys())
+    if unknown:
+        raise UsageError(f"`source` must hold candidates of {', '.join(STYLES)}; got {unknown}.")
     with matplotlib.rc_context({**STYLE, "lines.markersize": 5.5}):
         figure = Figure(figsize=(10.4, 5.4), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
@@ -101,8 +116,7 @@ def draw(path: Path, results: Mapping[str, Any]) -> None:
                 frameon=False,
                 handlelength=3,
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=200)
+    return figure
 
 
 def _against_losses(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:

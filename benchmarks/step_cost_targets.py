@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.step_cost_candidates import APPROXIMATIONS, GHOST, MATERIALIZED
+from benchmarks.step_cost_candidates import APPROXIMATIONS, DENSE, GHOST
 
 TARGETS: dict[str, Any] = {
-    "materialized over floor, batch 64": {
+    "dense over floor, batch 64": {
         "cases": ["mlp-10M", "mlp-100M"],
         "at_most": {"2": 1.10, "4": 1.15, "8": 1.20},
     },
-    "materialized over floor, batch 512": {"cases": ["mlp-10M-batch-512"], "at_most": 1.05},
+    "dense over floor, batch 512": {"cases": ["mlp-10M-batch-512"], "at_most": 1.05},
     "ghost over floor, m = 8, small batch": {"at_most": 0.70},
     # Never slower, to the hundredth that a ratio is good for.
-    "ghost over materialized": {"at_most": 1.01, "of": "lower quartile"},
-    # Where layers are covered: elsewhere it is materialized, and has the memory of that.
+    "ghost over dense": {"at_most": 1.01, "of": "lower quartile"},
+    # Where layers are covered: elsewhere it is dense, and has the memory of that.
     "memory of ghost over weighted sum, small batch": {"at_most": 2.0},
     "cheapest approximation over weighted sum, m = 40": {"at_most": 1.5},
 }
@@ -25,7 +25,7 @@ TARGETS: dict[str, Any] = {
 def judge(rows: Sequence[dict[str, Any]], small_batch: Sequence[str]) -> list[dict[str, Any]]:
     """Compares every row with the targets that apply to it.
 
-    A ratio meets its target with its median. That ghost is never slower than materialized is
+    A ratio meets its target with its median. That ghost is never slower than dense is
     contradicted only by a lower quartile above: where both do the same, half the medians are.
     """
     return [
@@ -46,20 +46,20 @@ def _applicable(
     row: dict[str, Any], small_batch: Sequence[str]
 ) -> Iterator[tuple[str, float, float]]:
     case, m, found = row["case"], row["m"], row["candidates"]
-    target = "materialized over floor, batch 64"
+    target = "dense over floor, batch 64"
     at_most = TARGETS[target]["at_most"].get(str(m))
-    ratio = _ratio(found, MATERIALIZED, "over_floor")
+    ratio = _ratio(found, DENSE, "over_floor")
     if case in TARGETS[target]["cases"] and at_most is not None and ratio is not None:
         yield target, ratio, at_most
-    target = "materialized over floor, batch 512"
+    target = "dense over floor, batch 512"
     if case in TARGETS[target]["cases"] and ratio is not None:
         yield target, ratio, TARGETS[target]["at_most"]
     target = "ghost over floor, m = 8, small batch"
     ratio = _ratio(found, GHOST, "over_floor")
     if case in small_batch and m == 8 and ratio is not None:
         yield target, ratio, TARGETS[target]["at_most"]
-    target = "ghost over materialized"
-    ratio = _ratio(found, GHOST, "over_materialized", "lower_quartile")
+    target = "ghost over dense"
+    ratio = _ratio(found, GHOST, f"over_{DENSE}", "lower_quartile")
     if ratio is not None:
         yield target, ratio, TARGETS[target]["at_most"]
     target = "memory of ghost over weighted sum, small batch"

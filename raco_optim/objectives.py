@@ -75,11 +75,6 @@ class Batch:
         """Names of the losses, with None for the absent ones."""
         return [n if x is not None else None for n, x in zip(self.names, self.losses, strict=True)]
 
-    def check_any_present(self) -> None:
-        """Raises `ValueError` if no loss is there, in this micro-batch or before."""
-        if self.pending is None:
-            check_any_present(self.losses)
-
 
 class Objectives:
     """Weights by position or by name; or none, for any number of losses.

@@ -36,8 +36,8 @@ class Outcome(enum.Enum):
     COEFFICIENTS = "the coefficients were given by a rule without a trust region"
     SKIPPED = 'a loss, its gradient or a coefficient was NaN or Inf and nonfinite="skip": no update'
     NONFINITE = (
-        'a loss or its gradient was NaN or Inf and nonfinite="propagate": alpha = w, .grad is not '
-        "finite"
+        'a loss, its gradient or a coefficient was NaN or Inf and nonfinite="propagate": .grad is '
+        "not finite"
     )
 
 
@@ -135,7 +135,8 @@ class StepReport:
         if self.skip:
             return Outcome.SKIPPED
         present = torch.tensor([name not in self.absent for name in self.names])
-        if not bool(self.gram.isfinite().all() & self.losses[present].isfinite().all()):
+        finite = self.gram.isfinite().all() & self.coefficients.isfinite().all()
+        if not bool(finite & self.losses[present].isfinite().all()):
             return Outcome.NONFINITE
         if self.p_clipped is None:
             return Outcome.COEFFICIENTS

@@ -913,7 +913,9 @@ def test_copies_know_their_subset():
 def test_parameter_group_added_later_is_combined_but_not_in_the_subset():
     model = Net()
     opt = CAGradClip(
-        torch.optim.SGD(model.trunk.parameters(), 0.1), [0.6, 0.4], gradients=model.trunk.parameters()
+        torch.optim.SGD(model.trunk.parameters(), 0.1),
+        [0.6, 0.4],
+        gradients=model.trunk.parameters(),
     )
     opt.add_param_group({"params": list(model.heads.parameters())})
     J, S = jacobian(model, lambda: model(X)[1]), surrogate_jacobian("trunk", model, X)

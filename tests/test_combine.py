@@ -1,13 +1,18 @@
 """What is written to .grad: the sum, rounded once, added, and never to memory of someone else."""
 
+import _thread
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import raco_optim
 from raco_optim import CAGradClip, add_combined_gradient
-from tests.problems_nn import Buffered
+from raco_optim.gradients.combine import write_gradients
+from tests.problems_nn import Buffered, batch, bits, network
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -138,20 +143,34 @@ def test_aliased_gradients_are_combined_not_corrupted(case, accumulate):
     assert BUFFER.tolist() == [[1, 2], [3, 4]]
 
 
-@pytest.mark.parametrize(
-    "value",
-    [torch.tensor(3.0), torch.arange(6.0).reshape(2, 3).T, torch.ones(1, 2, 3, 3)],
-    ids=["0-dim", "transposed", "channels_last"],
-)
-def test_shapes_and_strides(value):
-    if value.dim() == 4:
-        value = value.to(memory_format=torch.channels_last)
-    parameter = nn.Parameter(value)
-    opt = CAGradClip(torch.optim.AdamW([parameter]), [0.5, 0.5], c=0.0)
-    for _ in range(2):
-        opt.backward([parameter.square().sum(), (4 * parameter).sum()])
-    assert torch.equal(parameter.grad, 2 * (parameter.detach() + 2))
-    opt.step()
+LAYOUTS = {
+    "0-dim": torch.tensor(3.0),
+    "contiguous": torch.arange(6.0).reshape(2, 3),
+    "transposed": torch.arange(6.0).reshape(2, 3).T,
+    "channels_last": torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last),
+    "every second": torch.arange(12.0)[::2],
+    "expanded": torch.arange(3.0)[:, None].expand(3, 2),
+}
+
+
+@pytest.mark.parametrize("mode", ["dense", "ghost", "representation", "subset"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shapes_and_strides(layout, mode):
+    """Those that loss.backward() gives, whatever strides the gradients of the losses have."""
+    value = LAYOUTS[layout]
+    others = [torch.rand(value.shape), torch.rand(value.shape[::-1])]
+    others[1] = others[1].permute(tuple(reversed(range(value.dim()))))
+    true, parameter = (nn.Parameter(value) for _ in range(2))
+    assert parameter.stride() == value.stride()
+    (0.5 * (true * others[0]).sum() + 0.5 * (true * others[1]).sum()).backward()
+    kind = [parameter] if mode == "subset" else mode
+    opt = CAGradClip(torch.optim.SGD([parameter], 0.1), [0.5, 0.5], c=0.0, gradients=kind)
+    for k in range(2):
+        z = parameter * 1
+        losses = [(z * other).sum() for other in others]
+        opt.backward(losses, **({"representation": z} if mode == "representation" else {}))
+        torch.testing.assert_close(parameter.grad, (k + 1) * true.grad)
+        assert parameter.grad.stride() == true.grad.stride()
 
 
 @pytest.mark.parametrize("tiny", [1e-30, 1e-38, 1e-41, 1e-44])
@@ -163,3 +182,221 @@ def test_a_correction_along_a_subnormal_gradient_has_its_full_length(tiny):
         opt.zero_grad()
         opt.backward([x[0], torch.tensor(tiny) * x[1]][::order])
         torch.testing.assert_close(x.grad, torch.tensor([0.5, 0.2]), rtol=1e-4, atol=0)
+
+
+# What loss.backward() does beside adding: dtypes and hooks
+
+
+MODES = ["dense", "ghost", "per_example", "representation", "subset"]
+
+
+def in_mode(mode, model, inner=None, **options):
+    """An optimizer of a network, and a function that runs its `backward` on two losses of it."""
+    options |= {"model": model} if mode == "per_example" else {}
+    kind = list(model[2].parameters()) if mode == "subset" else mode
+    inner = inner or torch.optim.SGD(model.parameters(), 0.1)
+    opt = CAGradClip(inner, [0.6, 0.4], gradients=kind, **options)
+
+    def backward(x=None, **kwargs):
+        z, losses = scalar_losses(model, batch(0) if x is None else x)
+        kwargs |= {"scalars": z} if mode == "per_example" else {}
+        kwargs |= {"representation": z} if mode == "representation" else {}
+        opt.backward(losses, **kwargs)
+
+    return opt, backward
+
+
+def scalar_losses(model, x):
+    z = model(x.to(next(model.parameters()).dtype)).float().sum(1)
+    return z, [(z - 1).square().mean(), (z + 2).square().mean() + z.sin().mean()]
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="since torch 2.10")
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, None], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_grad_has_the_dtype_that_backward_gives_it(mode, dtype, grad_dtype):
+    model, other = network(dtype), network(dtype)
+    for m in (model, other):
+        m[0].weight.grad_dtype = m[2].bias.grad_dtype = grad_dtype
+    sum(scalar_losses(other, batch(0))[1]).backward()
+    opt, backward = in_mode(mode, model)
+    backward()
+    expected = [p.grad.dtype for p in other.parameters()]
+    assert [p.grad.dtype for p in model.parameters()] == expected
+    once = [p.grad.clone() for p in model.parameters()]
+    backward()
+    assert [p.grad.dtype for p in model.parameters()] == expected
+    torch.testing.assert_close([p.grad for p in model.parameters()], [2 * g for g in once])
+    opt.step()
+
+
+def test_a_longer_gradient_than_its_parameter_is_kept_where_any_dtype_is_allowed():
+    class Longer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.float().sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return torch.full((2,), 1 + 2.0**-20)
+
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("since torch 2.10")
+    x, y = (nn.Parameter(torch.ones(2, dtype=torch.bfloat16)) for _ in range(2))
+    x.grad_dtype = y.grad_dtype = None
+    Longer.apply(y).backward()
+    CAGradClip(torch.optim.SGD([x], 0.1), [0.5, 0.5], c=0.0).backward([Longer.apply(x)] * 2)
+    assert x.grad.dtype == y.grad.dtype == torch.float32
+    assert torch.equal(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_post_accumulate_hooks_run_once_on_the_combined_gradient(mode):
+    model, plain = network(), network()
+    seen = []
+    for j, p in enumerate(model.parameters()):
+        p.register_post_accumulate_grad_hook(lambda p, j=j: seen.append((j, p.grad.clone())))
+    _, backward = in_mode(mode, model)
+    backward()
+    _, backward = in_mode(mode, plain)
+    backward()
+    assert [j for j, _ in seen] == [0, 1, 2, 3]
+    assert all(torch.equal(g, p.grad) for (_, g), p in zip(seen, plain.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_optimizer_that_steps_in_the_backward_pass(mode):
+    """Torch's recipe: each parameter has its own, which steps and forgets `.grad` in a hook."""
+    model, plain = network(), network()
+    each = {p: torch.optim.AdamW([p], 0.1) for p in model.parameters()}
+
+    def step(p):
+        each[p].step()
+        each[p].zero_grad()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    _, backward = in_mode(mode, model)
+    opt, plain_backward = in_mode(mode, plain, torch.optim.AdamW(plain.parameters(), 0.1))
+    for k in range(3):
+        backward(batch(k))
+        opt.zero_grad()
+        plain_backward(batch(k))
+        opt.step()
+    assert all(p.grad is None for p in model.parameters())
+    assert bits(model.state_dict()) == bits(plain.state_dict())
+
+
+def test_hooks_of_a_parameter_see_the_gradient_of_one_loss():
+    """A clamp of the gradients gives 0 where one of the weighted sum leaves 0.1."""
+    grads = []
+    for per_loss in (False, True):
+        x = nn.Parameter(torch.zeros(()))
+        x.register_hook(lambda g: g.clamp(-0.5, 0.5))
+        losses = [1.0 * x, -0.8 * x]
+        if per_loss:
+            CAGradClip(torch.optim.SGD([x], 0.1), [0.5, 0.5], c=0.0).backward(losses)
+        else:
+            (0.5 * losses[0] + 0.5 * losses[1]).backward()
+        grads.append(float(x.grad))
+    assert grads == pytest.approx([0.1, 0.0])
+
+
+# `.grad` is written for all parameters or for none
+
+
+class InterruptAt:
+    """Raises KeyboardInterrupt at the k-th line of the package that is run, as Ctrl-C may."""
+
+    ROOT = str(Path(raco_optim.__file__).parent)
+
+    def __init__(self, k):
+        self.left = k
+
+    def __call__(self, frame, event, arg):
+        if not frame.f_code.co_filename.startswith(self.ROOT):
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+    def __enter__(self):
+        sys.settrace(self)
+        return self
+
+    def __exit__(self, *error):
+        sys.settrace(None)
+        torch.set_grad_enabled(True)  # which torch forgets where `no_grad` is left by an interrupt
+
+
+@pytest.mark.parametrize(
+    ("mode", "existing", "call"),
+    [
+        *[
+            ("dense", existing, call)
+            for existing in ("none", "some", "all")
+            for call in ("combine", "combine micro-batches", "accumulate")
+        ],
+        *[(mode, "some", "combine") for mode in ("ghost", "per_example", "representation")],
+    ],
+)
+def test_an_interrupt_comes_before_or_after_all_that_is_written(mode, existing, call):
+    def begin():
+        model = network()
+        opt, backward = in_mode(mode, model)
+        backward(batch(0))
+        opt.zero_grad()
+        for p in list(model.parameters())[: {"none": 0, "some": 1, "all": 4}[existing]]:
+            p.grad = torch.ones_like(p)
+        if call == "combine micro-batches":
+            backward(batch(1), accumulate=True)
+        return model, opt, backward
+
+    accumulate = {"accumulate": True} if call == "accumulate" else {}
+
+    def grads(model):
+        return bits([p.grad for p in model.parameters()])
+
+    model, opt, backward = begin()
+    before = grads(model)
+    with InterruptAt(0) as lines:
+        backward(batch(2), **accumulate)
+    finished, number = grads(model), -lines.left
+    outcomes = []
+    # All of the last lines, which write, and some of those before.
+    for k in [*range(1, number - 100, 7), *range(max(1, number - 100), number + 1)]:
+        model, opt, backward = begin()
+        progress = opt._core.progress
+        with pytest.raises(KeyboardInterrupt), InterruptAt(k):
+            backward(batch(2), **accumulate)
+        changed = opt._core.progress is not progress
+        assert grads(model) == (finished if changed and not accumulate else before)
+        outcomes.append(changed)
+        if not changed:  # nothing has happened, and the call can be made again
+            backward(batch(2), **accumulate)
+            assert grads(model) == finished
+    assert outcomes == sorted(outcomes)
+    assert outcomes.count(False) > 80
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_an_interrupt_while_gradients_are_written_comes_after_all(existing):
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    if existing:
+        parameters[1].grad = torch.ones(2)
+    with pytest.raises(KeyboardInterrupt):
+        write_gradients(parameters, [torch.ones(2) for _ in range(3)], _thread.interrupt_main)
+    assert [p.grad.tolist() for p in parameters] == [[1, 1], [1 + existing] * 2, [1, 1]]
+
+
+def test_nothing_is_written_where_a_gradient_can_not_be_added():
+    """To a `.grad` that is one number, expanded, as a user may set it."""
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    parameters[1].grad = torch.ones(1).expand(2)
+    with pytest.raises(RuntimeError):
+        add_combined_gradient(parameters, [[torch.ones(2)] * 3], torch.ones(1))
+    assert [p.grad is None for p in parameters] == [True, False, True]
+    assert parameters[1].grad.tolist() == [1, 1]

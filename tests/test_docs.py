@@ -1,10 +1,13 @@
 """The documentation is true: its code runs, what it points at exists, and nothing is left out."""
 
+import ast
 import doctest
 import importlib
 import inspect
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -17,6 +20,8 @@ import raco_optim.integrations.gguf
 import raco_optim.integrations.trl
 import raco_optim.pareto
 import raco_optim.plot
+import raco_optim.rules
+from raco_optim.gradients import explain
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")])
@@ -102,6 +107,7 @@ def own_names(module: ModuleType) -> list[str]:
             for name in module.__all__
         ),
         *own_names(raco_optim.pareto),
+        *(f"raco_optim.rules.{name}" for name in vars(raco_optim.rules) if name.endswith("Rule")),
     ],
 )
 def test_public_name_has_a_docstring_with_an_example(name: str) -> None:
@@ -109,6 +115,45 @@ def test_public_name_has_a_docstring_with_an_example(name: str) -> None:
     if inspect.isclass(public) or inspect.isfunction(public):
         # Its own, not one inherited from a parent, nor the signature that dataclass() fills in.
         assert ">>>" in (public.__doc__ or "")
+
+
+def imported(path: Path) -> list[tuple[str, str]]:
+    """Modules of the package and the names that a file imports from them."""
+    return [
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("raco_optim")
+        for alias in node.names
+    ]
+
+
+def test_benchmarks_and_examples_import_only_what_users_can() -> None:
+    pages = "".join(page.read_text() for page in (*PAGES, ROOT / "docs" / "api.rst"))
+    files = [*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("docs/examples/*.py")]
+    found = {(module, name) for path in files for module, name in imported(path)}
+    assert len({module for module, _ in found}) > 5
+    for module, name in found:
+        assert module in pages, f"{module} is on no page"
+        public = getattr(importlib.import_module(module), "__all__", None)
+        assert not name.startswith("_")
+        assert public is None or name in public, f"{module}.{name}"
+
+
+def test_the_remedy_for_compiled_models_works_in_a_fresh_process() -> None:
+    """Each place that names the setting says, in code, all that has to run."""
+    places = {page_id(page): FENCE.sub("", page.read_text()) for page in PAGES}
+    places["what is raised"] = "".join(map(" ".join, explain._REMEDIES))
+    spans = {
+        name: [x for x in re.findall(r"`([^`]+)`", text) if "torch._functorch" in x]
+        for name, text in places.items()
+    }
+    spans = {name: found for name, found in spans.items() if found}
+    assert spans.keys() >= {"README.md", "docs/cost.md", "docs/recipes.md", "what is raised"}
+    for name, found in spans.items():
+        check = "assert torch._functorch.config.donated_buffer is False"
+        code = "\n".join(["import torch", *(" ".join(x.split()) for x in found), check])
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, f"{name}: {done.stderr}"
 
 
 def test_public_names_resolve_and_are_listed_once() -> None:

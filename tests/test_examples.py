@@ -141,8 +141,13 @@ def test_command_of_the_page_runs(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_page_shows_lines_of_the_examples() -> None:
+    named = []
     for section in PAGE.read_text().split("\n## ")[1:]:
-        source = (EXAMPLES / re.search(r"\(examples/(\w+\.py)\)", section)[1]).read_text()
+        if "```diff" not in section:
+            assert "```python" in section  # tests/test_docs.py runs it
+            continue
+        named.append(re.search(r"\(examples/(\w+)\.py\)", section)[1])
+        source = (EXAMPLES / f"{named[-1]}.py").read_text()
         lines = {" ".join(line.split()) for line in source.splitlines()}
         for block in re.findall(r"^```diff\n(.*?)^```$", section, re.MULTILINE | re.DOTALL):
             shown = [line[1:] for line in block.splitlines() if line[:1] != "-"]
@@ -150,6 +155,7 @@ def test_page_shows_lines_of_the_examples() -> None:
                 line for line in shown if line.strip() and " ".join(line.split()) not in lines
             ]
             assert missing == []
+    assert sorted(named) == NAMES
 
 
 @pytest.mark.parametrize(

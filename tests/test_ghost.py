@@ -473,7 +473,9 @@ def test_micro_batches(absent, forced):
     results = []
     for mode in ("ghost", "dense"):
         copied = copy.deepcopy(model)
-        opt = CAGradClip(torch.optim.SGD(copied.parameters(), lr=0.1), uniform(range(3)), gradients=mode)
+        opt = CAGradClip(
+            torch.optim.SGD(copied.parameters(), lr=0.1), uniform(range(3)), gradients=mode
+        )
         for t in range(3):
             losses = three(copied(data(6, 5, seed=t)))
             if absent is not None and t == 1:
@@ -495,7 +497,9 @@ def test_grad_that_is_there_is_added_to(forced):
         for p in copied.parameters():
             p.grad = torch.ones_like(p)
         held = [p.grad for p in copied.parameters()]
-        opt = CAGradClip(torch.optim.SGD(copied.parameters(), lr=0.1), uniform(range(3)), gradients=mode)
+        opt = CAGradClip(
+            torch.optim.SGD(copied.parameters(), lr=0.1), uniform(range(3)), gradients=mode
+        )
         opt.backward(of_x(copied))
         assert all(p.grad is g for p, g in zip(copied.parameters(), held, strict=True))
         results.append(copied)
@@ -616,7 +620,9 @@ def test_without_gradients_around_backward(forced):
     model = mlp().double()
     expected_opt, expected = step("dense", model, of_x)
     losses = of_x(model)
-    opt = CAGradClip(torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gradients="ghost")
+    opt = CAGradClip(
+        torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gradients="ghost"
+    )
     with torch.no_grad():
         opt.backward(losses)
     assert_gram(opt.report.gram, expected_opt.report.gram, 1e-12)
@@ -1307,7 +1313,9 @@ def activations(model, x):
 def test_nothing_is_held_after_backward_and_the_graph_is_freed(forced):
     model = mlp()
     losses, h, y = activations(model, X.float())
-    opt = CAGradClip(torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gradients="ghost")
+    opt = CAGradClip(
+        torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gradients="ghost"
+    )
     opt.backward(losses)
     with pytest.raises(RuntimeError, match="second time"):
         losses[0].backward()
@@ -1320,7 +1328,9 @@ def test_nothing_is_held_after_backward_and_the_graph_is_freed(forced):
 def test_grad_does_not_hold_the_graph(forced):
     model = mlp()
     losses, h, y = activations(model, X.float())
-    opt = CAGradClip(torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gradients="ghost")
+    opt = CAGradClip(
+        torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gradients="ghost"
+    )
     opt.backward(losses)
     del losses
     assert not any(p.grad.requires_grad for p in model.parameters())
@@ -1341,7 +1351,9 @@ def test_inputs_of_a_first_layer_are_freed_too(forced):
     losses = three(model(x))
     held = weakref.ref(x)
     del x
-    opt = CAGradClip(torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gradients="ghost")
+    opt = CAGradClip(
+        torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gradients="ghost"
+    )
     opt.backward(losses)
     assert held() is None
 
@@ -1350,7 +1362,9 @@ def test_failed_backward_holds_nothing(forced):
     model = mlp()
     losses, h, y = activations(model, X.float())
     losses[1] = losses[1] * math.nan
-    opt = CAGradClip(torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gradients="ghost")
+    opt = CAGradClip(
+        torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gradients="ghost"
+    )
     with pytest.raises(FloatingPointError):
         opt.backward(losses)
     del losses

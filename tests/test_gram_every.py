@@ -400,7 +400,9 @@ def test_a_skipped_step_does_not_count(mode, case, steps):
         state.opt.step()
         assert state.opt.report.outcome is Outcome.SKIPPED
         assert state.opt.report.skipped == k
-        assert bits([state.model.state_dict(), state.opt._core.progress.kept.state_dict()]) == before
+        assert (
+            bits([state.model.state_dict(), state.opt._core.progress.kept.state_dict()]) == before
+        )
     core = state.twin_opt._core
     core.progress = dataclasses.replace(core.progress, skipped=2)
     state.opt.zero_grad()

@@ -249,6 +249,21 @@ DUPLICATES = {
 }
 
 
+class CopiesItself(SGD):
+    """Says how it is copied; `copy` asks an object for that as for any attribute."""
+
+    def __deepcopy__(self, memo):
+        return CopiesItself(copy.deepcopy(self.param_groups, memo))
+
+
+def test_a_copy_is_one_of_the_wrapper():
+    model = network()
+    twin, other = copy.deepcopy((model, CAGradClip(CopiesItself(model.parameters()), WEIGHTS)))
+    assert type(other) is CAGradClip
+    assert type(other.optimizer) is CopiesItself
+    assert other.param_groups[0]["params"][0] is next(twin.parameters())
+
+
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("how", DUPLICATES)
 def test_copies_reach_their_own_inner_optimizer(how, several):

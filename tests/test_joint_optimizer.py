@@ -295,6 +295,15 @@ def test_removing_a_group(remove):
     assert of_groups(opt.optimizers[1]) == [[id(kept[1])], [id(kept[2])]]
 
 
+def test_gradients_of_a_removed_group_are_left_alone():
+    """`zero_grad` resets those of the groups that are there, as in torch."""
+    model, opt = four_groups()
+    opt.backward(two_losses(model, batch(0)))
+    del opt.param_groups[0]
+    opt.zero_grad()
+    assert [p.grad is None for p in model.parameters()] == [False, True, True, True]
+
+
 def test_lists_of_groups_stay_the_same_lists():
     """Who keeps one sees what becomes of it; pytorch_optimizer's SAM shares one, for instance."""
     _, opt = four_groups()

@@ -98,7 +98,9 @@ def test_it_is_reused_and_holds_large_tensors_only(m, as_callables):
         opt.zero_grad()
         opt.backward(in_form(model, t, m, as_callables))
         opt.step()
-        seen.append({key: (b.data_ptr(), b.shape) for key, b in opt._core.mode._memory._tensors.items()})
+        seen.append(
+            {key: (b.data_ptr(), b.shape) for key, b in opt._core.mode._memory._tensors.items()}
+        )
     assert seen[0] == seen[1] == seen[2]
     assert {shape for _, shape in seen[0].values()} == {(SIDE, SIDE)}
     assert len(storages(buffers(opt))) == m - 1, "the last gradient is combined where it is"

@@ -23,8 +23,9 @@ from benchmarks.multitask.study import FOLDER, Plan, Study, best_trial
 from benchmarks.multitask.training import Recipe, Run, losses, score
 from benchmarks.problems import convex_quadratics
 from raco_optim import CAGradClip
-from raco_optim.cli.errors import UsageError
+from raco_optim.cli import UsageError
 from raco_optim.cli.grid import read_records
+from raco_optim.rules import CAGradRule
 
 SIZES = Sizes(train=60, val=40, test=80)
 PLAN = Plan(
@@ -385,7 +386,7 @@ def test_a_damaged_file_of_claims_is_refused_in_one_line(content, tmp_path, caps
 def test_descent_on_a_toy_is_that_of_the_optimizer():
     problem = convex_quadratics()
     starts, weights = toys.grid(problem.starts, [(0.3, 0.7), (0.9, 0.1)])
-    found = toys.descend(problem, starts, weights, toys.Rule("hard", 0.6), steps=5, lr=0.05)
+    found = toys.descend(problem, starts, weights, CAGradRule(0.6), steps=5, lr=0.05)
     for i in range(len(starts)):
         x = torch.nn.Parameter(starts[i].clone())
         opt = CAGradClip(torch.optim.SGD([x], 0.05), weights[i].tolist(), 0.6)

@@ -347,7 +347,7 @@ def test_the_key_must_be_true_or_false(key):
 def test_key_and_list_must_agree():
     model = Net()
     with pytest.raises(ValueError, match="`shared_parameters` must agree with the key"):
-        wrapped([*per_module(model.a, shared=False), *per_module(model.h)], of(model.a))
+        wrapped([*per_module(model.a, shared=False), *per_module(model.h)], [model.a.weight])
     opt = wrapped([*per_module(model.a, model.b), *per_module(model.h, shared=True)], of(model.a))
     check(opt, model, shared=of(model.a, model.h), heads=of(model.b))  # the key adds
 
@@ -399,7 +399,9 @@ def test_old_tensors_are_freed_and_their_ids_mean_nothing():
 def test_a_new_tensor_beside_the_old_one_is_no_replacement():
     """The second goes, and a new one stands where the first was, which is still there."""
     model = Net()
-    opt = wrapped([{"params": [model.a.weight, model.b.weight]}, *per_module(model.h)], of(model.a))
+    opt = wrapped(
+        [{"params": [model.a.weight, model.b.weight]}, *per_module(model.h)], [model.a.weight]
+    )
     new = nn.Parameter(torch.zeros(8, 8, dtype=DOUBLE))
     opt.param_groups[0]["params"] = [new, model.a.weight]
     with pytest.raises(ValueError, match=r"shape \[8, 8\] of which nothing says it"):

@@ -3,6 +3,7 @@
 That it builds without a warning, so that no page is an orphan and no link is dead, is `make docs`.
 """
 
+import inspect
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import raco_optim
 import raco_optim.integrations.gguf
 import raco_optim.integrations.trl
 import raco_optim.plot
+import raco_optim.rules
 from benchmarks import theory_figures
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -29,6 +31,11 @@ def test_every_public_name_has_its_place_in_the_api():
             raco_optim.plot,
         )
         for name in module.__all__
+    }
+    expected |= {
+        f"raco_optim.rules.{name}"
+        for name, value in vars(raco_optim.rules).items()
+        if inspect.isclass(value) and name not in raco_optim.__all__
     }
     assert expected == set(placed)
     assert len(placed) == len(expected)

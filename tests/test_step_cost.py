@@ -18,7 +18,7 @@ from benchmarks import (
     step_cost_targets,
     theory_figures,
 )
-from benchmarks.harness import spread
+from benchmarks.harness import RESULTS, UsageError, spread
 from benchmarks.step_cost_candidates import NAMES, TORCHJD, WEIGHTED_SUM, C, Problem
 from benchmarks.step_cost_memory import measure_memory
 from benchmarks.step_cost_models import make
@@ -163,7 +163,7 @@ def test_means_of_windows():
 
 
 def _row(case, m, *, ghost, floor, memory):
-    ratios = {"over_materialized": spread([ghost, ghost]), "over_floor": spread([floor, floor])}
+    ratios = {"over_dense": spread([ghost, ghost]), "over_floor": spread([floor, floor])}
     found = {"ghost": {**ratios, "memory": {"over_weighted_sum": memory}}}
     return {"case": case, "m": m, "candidates": found}
 
@@ -176,9 +176,9 @@ def test_targets_are_met_or_missed():
     verdicts = step_cost_targets.judge(rows, ["mlp-10M"])
     assert {(v["case"], v["target"], v["met"]) for v in verdicts} == {
         ("mlp-10M", "ghost over floor, m = 8, small batch", "met"),
-        ("mlp-10M", "ghost over materialized", "met"),
+        ("mlp-10M", "ghost over dense", "met"),
         ("mlp-10M", "memory of ghost over weighted sum, small batch", "missed"),
-        ("mlp-0.3M", "ghost over materialized", "missed"),
+        ("mlp-0.3M", "ghost over dense", "missed"),
     }
 
 
@@ -192,6 +192,10 @@ def test_quick_run_writes_table_json_and_picture(tmp_path, capsys):
     assert results["malloc"].keys() == set(step_cost.MALLOC)
     expected = [(name, m) for name in cases for m in (2, 8)]
     assert [(row["case"], row["m"]) for row in results["rows"]] == expected
+    verdicts = step_cost_targets.judge(results["rows"], results["small_batch"])
+    judged = {(verdict["case"], verdict["target"]) for verdict in verdicts}
+    assert judged >= {(name, "ghost over dense") for name in cases}
+    assert ("mlp-10M", "dense over floor, batch 64") in judged
     out = capsys.readouterr().out
     for row in results["rows"]:
         case = step_cost.CASES[row["case"]]
@@ -210,6 +214,23 @@ def test_quick_run_writes_table_json_and_picture(tmp_path, capsys):
             assert all(e["gradient_error"] < 1e-4 for e in ghost.values())
             # At its first step it is exact.
             assert row["errors"]["gram_every"]["1"]["p_error"] < 1e-9
+
+
+def test_the_picture_of_the_committed_results_has_every_candidate():
+    results = json.loads((RESULTS / "step_cost.json").read_text())
+    figure = step_cost_figure.picture(results)
+    measured = {name for row in results["rows"] for name in row["candidates"]}
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == len(measured) == len(NAMES)
+    left, right = figure.axes
+    dense = [r["candidates"]["materialized"]["over_floor"] for r in results["rows"] if r["m"] == 8]
+    drawn = {c.get_label(): c.lines[0].get_ydata().tolist() for c in right.containers}
+    assert sorted(drawn["dense (default)"]) == sorted(ratio["median"] for ratio in dense)
+    results["rows"][0]["candidates"]["nonsense"] = {}
+    with pytest.raises(
+        UsageError, match=r"`source` must hold candidates of .*; got \['nonsense'\]"
+    ):
+        step_cost_figure.picture(results)
 
 
 def test_part_of_a_run_overwrites_no_results(capsys):

@@ -95,6 +95,32 @@ class TestReport:
         assert len(seen) == 2
         assert all(mode.startswith(expected) for mode in seen)
 
+    def test_adapters_after_a_forward_pass_that_failed(
+        self, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of a larger batch, whose graph nobody went back through."""
+        original, calls, seen = trl_module.completion_log_probs, itertools.count(), []
+
+        def too_large(*arguments: Any) -> Tensor:
+            found = original(*arguments)
+            if next(calls) == 0:
+                raise RuntimeError("CUDA out of memory.")
+            return found
+
+        def look(*_: Any, optimizer: Any, **__: Any) -> None:
+            seen.append(raco_optim.unwrap(optimizer).report.gradients)
+
+        monkeypatch.setattr(trl_module, "completion_log_probs", too_large)
+        rows, options = tiny_pairs(12), SGD | {"auto_find_batch_size": True}
+        trainer = make_trainer(settings, rows, peft_config=lora(), **options)
+        trainer.add_callback(Watch("on_step_end", look))
+        trainer.train()
+        assert seen == ["per_example"] * 2
+        monkeypatch.setattr(trl_module, "completion_log_probs", original)
+        smaller = SGD | {"per_device_train_batch_size": 3}
+        expected = trained(settings, rows, peft_config=lora(), **smaller)
+        assert_close(parameters(trainer), expected, 0.0)
+
     @pytest.mark.filterwarnings("ignore")  # of torch, about its compiler's options
     @pytest.mark.parametrize(
         ("checkpointing", "expected"), [(False, "dense"), (True, "per_example")]

@@ -39,9 +39,9 @@ class ApproximateGradients:
 
     exact = False
 
-    def __init__(self, batch: Batch, gram: Tensor) -> None:
+    def __init__(self, batch: Batch, gram: Tensor | None) -> None:
         losses = batch.tensors
-        assert losses is not None
+        assert losses is not None and gram is not None
         self._batch, self._losses, self._gram = batch, losses, gram
         values = [None if loss is None else loss.detach() for loss in losses]
         group = batch.group

@@ -21,6 +21,7 @@ from raco_optim.gradients.graph import walk_graph
 from raco_optim.gradients.per_example import PerExampleMode
 from raco_optim.objectives import Batch, Objectives, Pending, Weights
 from raco_optim.report import StepReport
+from raco_optim.rules.cagrad import CAGradRule
 from raco_optim.rules.function import FunctionRule
 from raco_optim.rules.rule import MixingCoefficients, Rule
 from raco_optim.wrapper.optimizer import OptimizerWrapper
@@ -116,7 +117,7 @@ class Core:
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of the optimizer itself."""
         state, rule = self.objectives.state_dict(), self.rule.state_dict()
-        state |= {"rule": rule} if isinstance(self.rule, FunctionRule) else rule
+        state |= rule if isinstance(self.rule, CAGradRule) else {"rule": rule}  # c, or any names
         progress = self.progress
         return state | {"skipped": progress.skipped, "kept_gram": progress.kept.state_dict()}
 
@@ -124,8 +125,8 @@ class Core:
         """Checks a state, changing nothing, and returns what loads it."""
         weights, places = self.objectives.loaded(own)
         rule_state: Any = own.get("rule")
-        if not isinstance(self.rule, FunctionRule):
-            rule_state = {key: own[key] for key in self.rule.state_dict()}
+        if isinstance(self.rule, CAGradRule):
+            rule_state = {"c": own["c"]}
         self.rule.check_state(rule_state)
         names: Any = own["names"] or (weights and [str(i) for i in range(len(weights))])
         skipped, kept = own["skipped"], KeptGram.loaded(own["kept_gram"], names, places)
@@ -285,17 +286,30 @@ class BetweenSteps(OptimizerWrapper):
         self._core.roles.follow(self.param_groups)
 
 
-def checked_gradients(gradients: Any) -> Any:  # noqa: ANN401  # a mode or parameters
-    """Returns a mode or parameters, or raises."""
+def check_options(cls: str, options: Mapping[str, Any]) -> None:
+    """Raises for an argument that no optimizer takes."""
+    unknown = sorted(set(options) - set(Options.__annotations__))
+    if unknown:
+        raise TypeError(f"{cls} got the unexpected arguments {unknown}")
+
+
+def checked_gradients(gradients: Any, model: Any) -> tuple[str, Any]:  # noqa: ANN401
+    """Returns the mode, and the parameters of the mode "subset", or raises."""
+    asked = gradients if isinstance(gradients, str) else "subset"
     if isinstance(gradients, str):
-        return checks.checked_choice("gradients", gradients, MODES)
-    if isinstance(gradients, Tensor) or not isinstance(gradients, Iterable):
+        checks.checked_choice("gradients", gradients, MODES)
+    elif isinstance(gradients, Tensor) or not isinstance(gradients, Iterable):
         raise TypeError(
             f"`gradients` must be one of {', '.join(map(repr, MODES))}, or an iterable of "
             f"parameters; got "
             f"{'a single tensor' if isinstance(gradients, Tensor) else repr(gradients)}."
         )
-    return gradients
+    if (asked == "per_example") != isinstance(model, nn.Module):
+        raise TypeError(
+            f'`model` must be a torch.nn.Module with gradients="per_example" and None otherwise; '
+            f"got {type(model).__name__} and gradients={asked!r}."
+        )
+    return asked, None if isinstance(gradients, str) else gradients
 
 
 def checked_nonfinite(nonfinite: NonFinite) -> NonFinite:

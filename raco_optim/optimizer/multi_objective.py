@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from raco_optim import _checks as checks
@@ -41,6 +41,7 @@ from raco_optim.optimizer.core import (
     Mode,
     Options,
     Progress,
+    check_options,
     checked_gradients,
     checked_nonfinite,
 )
@@ -146,18 +147,9 @@ class MultiObjectiveOptimizer(BetweenSteps):
         gradients: Mode | Iterable[Tensor] = "dense",
         **options: Unpack[Options],
     ) -> None:
-        unknown = set(options) - set(Options.__annotations__)
-        if unknown:
-            raise TypeError(f"{type(self).__name__} got the unexpected arguments {sorted(unknown)}")
+        check_options(type(self).__name__, options)
         super().__init__(inner)
-        asked, subset, model = "subset", checked_gradients(gradients), options.get("model")
-        if isinstance(subset, str):
-            asked, subset = subset, None
-        if (asked == "per_example") != isinstance(model, nn.Module):
-            raise TypeError(
-                f'`model` must be a torch.nn.Module with gradients="per_example" and None '
-                f"otherwise; got {type(model).__name__} and gradients={asked!r}."
-            )
+        asked, subset = checked_gradients(gradients, options.get("model"))
         self._core = Core(
             objectives=Objectives(weights),
             rule=rule if isinstance(rule, Rule) else FunctionRule(rule),
@@ -166,7 +158,7 @@ class MultiObjectiveOptimizer(BetweenSteps):
             group=Group(options.get("process_group")),
             gram_every=checks.checked_count("gram_every", options.get("gram_every", 1)),
             nonfinite=checked_nonfinite(options.get("nonfinite", "raise")),
-            model=model,
+            model=options.get("model"),
         )
         self._parameters(self._group)
 
@@ -217,12 +209,9 @@ class MultiObjectiveOptimizer(BetweenSteps):
             core.progress = replace(progress, pending=pending)
             return
         reused = core.gram_every > 1 and progress.kept.serves(batch.present, core.gram_every)
-        gradients: PerLossGradients
-        if reused:
-            assert progress.kept.gram is not None
-            gradients = ApproximateGradients(batch, progress.kept.gram)
-        else:
-            gradients = mode.collect(batch)
+        gradients: PerLossGradients = (
+            ApproximateGradients(batch, progress.kept.gram) if reused else mode.collect(batch)
+        )
         if group is not None and batch.pending is None:  # absent here, it may be there
             check_any_present(gradients.values)
         report = replace(
@@ -327,9 +316,7 @@ class MultiObjectiveOptimizer(BetweenSteps):
         core = self._core
         kept = core.progress.kept
         parameters = self._parameters(group)
-        settings: dict[str, Any] = {}
-        if group is not None:
-            settings = parameter_settings(group, parameters) | core.settings()
+        settings = {} if group is None else parameter_settings(group, parameters) | core.settings()
         # A micro-batch that sends nothing may fail without the other processes.
         alone = group is None or (accumulate and not parameters.is_sharded)
         with contextlib.nullcontext() if alone else raise_together(group, settings):
@@ -357,8 +344,8 @@ class MultiObjectiveOptimizer(BetweenSteps):
             )
             approximate = core.gram_every > 1 or isinstance(core.mode, ApproximateMode)
             # Whether all are absent from micro-batches and processes, the gradients tell.
-            if not accumulate and (group is None or approximate):
-                batch.check_any_present()
+            if not accumulate and pending is None and (group is None or approximate):
+                check_any_present(ordered)
             if core.gram_every > 1:
                 check_approximation(batch, accumulate=accumulate)
             core.mode.check(batch, accumulate=accumulate)
@@ -444,10 +431,10 @@ class MultiObjectiveOptimizer(BetweenSteps):
             gram, weights = gram[present][:, present], [weights[i] for i in present]
         with torch.no_grad():
             if rule.deterministic or batch.group is None:
-                mixing = rule(gram, weights)
+                mixing = self._asked(rule, gram, weights)
             else:
                 with raise_together(batch.group):
-                    mixing = rule(gram, weights)
+                    mixing = self._asked(rule, gram, weights)
                 # By the host: a tensor of cuda:0 would be unpickled on cuda:0 in every process.
                 own = [None if x is None else x.cpu() for x in vars(mixing).values()]
                 mixing = MixingCoefficients(*batch.group.broadcast_from_first(own))
@@ -462,6 +449,21 @@ class MultiObjectiveOptimizer(BetweenSteps):
             assert alpha is not None
             p, p_clipped = (spread(x, torch.nan) for x in (mixing.p, mixing.p_clipped))
             return MixingCoefficients(alpha, p, p_clipped, mixing.gap)
+
+    @staticmethod
+    def _asked(rule: Rule, gram: Tensor, weights: Sequence[float]) -> MixingCoefficients:
+        try:
+            mixing = rule(gram, weights)
+        except Exception as error:
+            note = f"It was raised by the rule, for the {len(gram)} losses that are present."
+            checks.add_note(error, note)
+            raise
+        if mixing.coefficients.shape != gram.shape[:1]:
+            raise ValueError(
+                f"`rule` must return one coefficient for each of the {len(gram)} losses that are "
+                f"present; got shape {list(mixing.coefficients.shape)}."
+            )
+        return mixing
 
     def _checked_combination(
         self, report: StepReport, combined: Sequence[Tensor | None]

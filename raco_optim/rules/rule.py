@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from raco_optim.rules.attributes import attributes_of, new_values, set_attributes
+
 
 @dataclass(frozen=True)
 class MixingCoefficients:
@@ -73,20 +75,19 @@ class Rule:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps; ``torch.load(weights_only=True)`` can read it."""
-        return {}
+        """Returns what a checkpoint keeps: the rule's attributes, unless a subclass says other.
+
+        ``torch.load(weights_only=True)`` must be able to read it.
+        """
+        return attributes_of(self)
 
     def check_state(self, state: Any) -> None:  # noqa: ANN401  # that is what it checks
         """Raises `ValueError` if `load_state_dict` cannot load the state; changes nothing."""
-        if not isinstance(state, Mapping) or state:
-            raise ValueError(
-                f"`state` of the rule must be empty for {type(self).__name__}; got {state!r}. "
-                f"Load a checkpoint of the same rule."
-            )
+        new_values(self, state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned."""
-        self.check_state(state)
+        set_attributes(self, state)
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())

@@ -105,7 +105,6 @@ class JointOptimizer(BareOptimizer):
 
     @param_groups.setter
     def param_groups(self, groups: Iterable[_Group]) -> None:
-        self._merge()
         self._assign(list(groups), {id(group): k for group, k in self._owned})
 
     def _merge(self) -> None:
