@@ -233,6 +233,24 @@ def test_pending_gradients_are_not_the_users_memory():
     assert buffer.tolist() == [3, 3]
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["of an earlier loss", "of the last loss"])
+def test_nor_are_those_of_callables(last):
+    """Each refills the buffer that is its gradient, and so does the next micro-batch."""
+    x, buffer = nn.Parameter(torch.zeros(2)), torch.zeros(2)
+    opt = CAGradClip(torch.optim.SGD([x], 0.1), [0.5, 0.5], c=0.0)
+
+    def refilled(value):
+        buffer.fill_(value)
+        return Buffered.apply(x, buffer)
+
+    for k in range(4):
+        one = lambda k=k: refilled(float(1 + k))  # noqa: E731
+        opt.backward([None, one] if last else [one, lambda: x.sum() * 0], accumulate=k < 3)
+        buffer.fill_(1000.0)
+    assert x.grad.tolist() == [5, 5], "(1 + 2 + 3 + 4) / 2"
+    assert buffer.tolist() == [1000, 1000]
+
+
 def test_pending_losses_are_not_the_users_memory():
     x = nn.Parameter(torch.ones(2))
     opt = CAGradClip(torch.optim.SGD([x], 0.1), [0.5, 0.5])

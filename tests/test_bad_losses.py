@@ -293,3 +293,97 @@ def test_reentrant_checkpoint_that_hides_from_one_loss_what_another_reaches(orde
     with pytest.raises(RuntimeError, match=f"loss '{order.index(0)}'.*use_reentrant=False"):
         opt.backward([losses[i] for i in order])
     assert all(p.grad is None for p in model.parameters())
+
+
+# Errors keep their class and arguments; the loss and the remedy are a note
+
+
+class OwnError(Exception):
+    """Can only be made with all of its arguments, as some of the user's can."""
+
+    def __init__(self, code, *, detail):
+        super().__init__(code)
+        self.code, self.detail = code, detail
+
+
+ERRORS = {
+    "out of memory": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+    "KeyError": lambda: KeyError("key"),
+    "RuntimeError": lambda: RuntimeError("some message"),
+    "own": lambda: OwnError(7, detail="all"),
+    "AssertionError": lambda: AssertionError(),
+}
+
+
+class RaisesInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, error):
+        ctx.error = error
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ctx.error
+
+
+MODES = ["dense", "ghost", "per_example", "representation", "subset", "gram_every"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "source"),
+    [(mode, "backward pass") for mode in MODES]
+    + [(mode, "callable") for mode in ("dense", "ghost", "per_example")],
+)
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_keep_their_class_and_arguments(mode, case, source):
+    model = network()
+    kind = {"gram_every": "dense", "subset": list(model[2].parameters())}.get(mode, mode)
+    options = {"model": model} if mode == "per_example" else {}
+    opt = CAGradClip(
+        torch.optim.SGD(model.parameters(), 0.1),
+        {"good": 0.6, "bad": 0.4},
+        gradients=kind,
+        gram_every=2 if mode == "gram_every" else 1,
+        **options,
+    )
+    error = ERRORS[case]()
+    z = model(batch(0)).sum(1)
+
+    def fail():
+        raise error
+
+    losses = {"good": z.square().mean(), "bad": RaisesInBackward.apply(z.sin().sum(), error)}
+    if source == "callable":
+        losses["bad"] = fail
+    through = {"per_example": {"scalars": z}, "representation": {"representation": z}}.get(mode, {})
+    before = everything(model, opt)
+    with pytest.raises(type(error)) as caught:
+        opt.backward(losses, **through)
+    assert caught.value is error
+    assert type(caught.value) is type(error)
+    assert caught.value.args == ERRORS[case]().args
+    assert vars(error).get("detail") == ("all" if case == "own" else None)
+    (note,) = error.__notes__
+    assert f"{source} of loss" in note
+    assert "'bad'" in note
+    remedy = "take smaller micro-batches" in note
+    assert remedy == (case == "out of memory" and source == "backward pass")
+    assert everything(model, opt) == before
+    with pytest.raises(RuntimeError, match="nothing to report"):
+        _ = opt.report
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_of_the_last_pass_of_an_approximation(case):
+    """That of the combined loss, between the parameters and what H was computed from."""
+    model, error = network(), ERRORS[case]()
+    opt = CAGradClip(
+        torch.optim.SGD(model.parameters(), 0.1), [0.5, 0.5], gradients="representation"
+    )
+    z = RaisesInBackward.apply(model[0](batch(0)), error).tanh()
+    out = model[2](z)
+    with pytest.raises(type(error)) as caught:
+        opt.backward([out[:, 0].sum(), out[:, 1].sum()], representation=z)
+    assert caught.value is error
+    assert "loss '0 + 1'" in error.__notes__[0]
+    assert all(p.grad is None for p in model.parameters())

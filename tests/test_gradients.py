@@ -283,3 +283,48 @@ def test_donated_buffers_are_named_with_their_remedy(monkeypatch):
     assert text in message
     assert "torch._functorch.config.donated_buffer = False" in message
     assert "callables" in message
+
+
+# The graph is kept on request
+
+
+RETAINING = ["dense", "ghost", "per_example", "representation", "subset", "gram_every"]
+
+
+@pytest.mark.parametrize("mode", RETAINING)
+def test_retain_graph(mode):
+    """The same losses serve twice, whether one pass or several go through their graph."""
+    model, plain = network(), network()
+    kind = {"gram_every": "dense", "subset": list(model[2].parameters())}.get(mode, mode)
+    opt = CAGradClip(
+        torch.optim.SGD(model.parameters(), 0.1),
+        [0.6, 0.4],
+        c=0.0,
+        gradients=kind,
+        gram_every=3 if mode == "gram_every" else 1,
+        **({"model": model} if mode == "per_example" else {}),
+    )
+    z = model(batch(0)).sum(1)
+    losses = [z.square().mean(), z.sin().sum()]
+    through = {"per_example": {"scalars": z}, "representation": {"representation": z}}.get(mode, {})
+    opt.backward(losses, **through, retain_graph=True)
+    opt.backward(losses, **through, retain_graph=True)
+    opt.backward(losses, **through)
+    if mode != "per_example":  # which keeps the graph as long as the losses live
+        with pytest.raises(RuntimeError, match="(?s)second time.*compute the losses anew"):
+            opt.backward(losses, **through)
+    z = plain(batch(0)).sum(1)
+    (0.6 * z.square().mean() + 0.4 * z.sin().sum()).backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, 3 * q.grad)
+
+
+def test_retain_graph_after_accumulation():
+    x = nn.Parameter(torch.ones(2))
+    losses = [x.exp().sum(), x.sin().sum()]
+    opt = CAGradClip(torch.optim.SGD([x], 0.1), [0.5, 0.5], c=0.0)
+    opt.backward(losses, accumulate=True, retain_graph=True)
+    opt.backward(losses)
+    torch.testing.assert_close(x.grad, (x.exp() + x.cos()).detach())
+    with pytest.raises(RuntimeError, match="second time"):
+        opt.backward(losses)

@@ -226,6 +226,9 @@ class WithOwn(CAGradClip):
 def test_subclasses_with_attributes():
     opt = WithOwn(Tuned(network().parameters()))
     assert vars(opt).keys() >= {"before", "after"}
+    opt.optimizer.after = "the inner one's"
+    opt.after = 2  # its own as before, though the inner optimizer has one now
+    assert opt.optimizer.after == "the inner one's"
     again = pickle.loads(pickle.dumps(opt))
     assert (again.before, again.after, again.factor) == (1, 2, 1.0)
 

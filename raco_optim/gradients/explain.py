@@ -32,6 +32,11 @@ _REMEDIES = (
     ("_GeneratorContextManager", _ONLY_ONCE),
     ("use_reentrant", "Call `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."),
     (
+        "fabric.backward",
+        "Fabric goes back through its module for one loss only: run the module inside, `with "
+        "fabric.autocast(): outputs = model.module(inputs)`, and call `backward` on its losses.",
+    ),
+    (
         "out of memory",
         "A step holds one gradient per loss: take smaller micro-batches (`accumulate=True`), or "
         'gradients="ghost" or "representation".',

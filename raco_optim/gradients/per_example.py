@@ -307,7 +307,7 @@ def _depends_on_more(loss: Tensor, scalars: Tensor) -> bool:
         if node is None or edge == end or edge in walked:
             continue
         walked.add(edge)
-        if hasattr(node, "variable") or node is end[0]:
+        if hasattr(node, "variable"):
             return True
         stack.extend(node.next_functions)
     return False
