@@ -15,7 +15,7 @@ products and lookups of one weight (tied embeddings) have in common is accounted
 
 `graph.py` finds inputs and layers in the autograd graph of the losses; the model isn't touched. A
 weight is treated so only where every use of it is one of these and it is cheaper. The gradients of
-all other parameters are computed densely, by the same backward passes. The result is exact either way.
+all other parameters are dense, from the same backward passes. The result is exact either way.
 """
 
 from __future__ import annotations
