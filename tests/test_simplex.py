@@ -560,13 +560,22 @@ def test_bad_solver(solver):
 def test_rounding_is_no_mistake(m, solver):
     """The asymmetry, the cosine above 1 and the sum of weights of float32 arithmetic."""
     w = [0.2, 0.8 + 5e-7, 0.0][:m]
-    for rounded in ([[1.0, 1.0], [1.00019, 4.0]], [[1.0, 2.00019], [2.00019, 4.0]]):
+    inside = 0
+    for rounded in (
+        [[1.0, 1.0], [1.00019, 4.0]],
+        [[1.0, 2.00019], [2.00019, 4.0]],
+        [[1.0, -1.0], [-1.00019, 4.0]],
+        [[4.0, -1.0], [-1.00019, 1.0]],
+    ):
         gram = np.eye(m)
         gram[:2, :2] = rounded
-        mended = np.minimum((gram + gram.T) / 2, np.sqrt(np.outer(*[gram.diagonal()] * 2)))
+        bound = np.sqrt(np.outer(*[gram.diagonal()] * 2))
+        mended = np.clip((gram + gram.T) / 2, -bound, bound)
         p = solve_subproblem(gram, w, 0.4, solver=solver).p
+        inside += int((p > 0.01).sum() > 1)
         expected = solve_subproblem(mended, [0.2, 0.8, 0.0][:m], 0.4, solver=solver).p
         np.testing.assert_allclose(p, expected, atol=1e-5)
+    assert inside, "at a vertex p would be the same for any mistake"
 
 
 def test_messages_show_plain_numbers():
