@@ -6,5 +6,5 @@
 from raco_optim.optimizer.core import Mode as Mode
 from raco_optim.optimizer.core import Options as Options
 from raco_optim.optimizer.multi_objective import MultiObjectiveOptimizer as MultiObjectiveOptimizer
-from raco_optim.optimizer.unwrap import backward as backward
-from raco_optim.optimizer.unwrap import unwrap as unwrap
+from raco_optim.optimizer.unwrapping import backward as backward
+from raco_optim.optimizer.unwrapping import unwrap as unwrap
