@@ -10,8 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torchjd.aggregation import GradVacWeighting
 
-from raco_optim import MixingCoefficients, min_norm_point, mixing_coefficients
+from raco_optim import (
+    MixingCoefficients,
+    MultiObjectiveOptimizer,
+    min_norm_point,
+    mixing_coefficients,
+)
 from raco_optim.rules import CAGradRule, FunctionRule, LinearRule, MinNormRule, Rule
 from tests.oracles import exact_minimum
 from tests.samplers import SAMPLERS, problem, simplex_point
@@ -259,6 +265,25 @@ def test_rules_without_a_state(rule):
     for bad in ({"c": 0.4}, None, [], 1):
         with pytest.raises(ValueError, match="`state` of the rule must"):
             rule.check_state(bad)
+
+
+def test_a_rule_with_a_memory_warns_when_losses_are_absent():
+    """TorchJD's GradVac starts its memory anew when the number of losses changes."""
+    weighting = GradVacWeighting()
+    opt = MultiObjectiveOptimizer(
+        torch.optim.SGD([x := nn.Parameter(torch.ones(2))], 0.1), weighting
+    )
+    opt.backward([x.sum(), x.prod(), x.square().sum()])
+    assert weighting._phi_t.shape == (3, 3)
+    with pytest.warns(UserWarning, match="2 losses after 3.*GradVacWeighting"):
+        opt.backward([x.sum(), None, x.square().sum()])
+    assert weighting._phi_t.shape == (2, 2)
+    opt.backward([x.sum(), x.prod(), x.square().sum()])  # once
+    plain = MultiObjectiveOptimizer(
+        torch.optim.SGD([x], 0.1), lambda gram: gram.new_ones(len(gram))
+    )
+    plain.backward([x.sum(), x.prod()])
+    plain.backward([x.sum(), None])
 
 
 def test_a_base_rule_computes_nothing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,9 @@ class FunctionRule(Rule):
     Raises:
         TypeError: `function` cannot be called.
 
+    Warns:
+        UserWarning: Once, if a function with such a state is asked about another number of losses.
+
     Example:
         >>> import torch
         >>> from raco_optim.rules import FunctionRule
@@ -49,9 +53,20 @@ class FunctionRule(Rule):
                 f"{function!r}."
             )
         self.function = function
+        self._number: int | None = None  # of losses in the last call
+        self._warned = False
 
     def __call__(self, gram: Tensor, weights: Sequence[float]) -> MixingCoefficients:
         """Calls the function, without a graph, and checks what it returns."""
+        if self._number not in (None, len(gram)) and not self._warned and self.state_dict():
+            self._warned = True
+            warnings.warn(
+                f"`rule` is asked about {len(gram)} losses after {self._number}, because some are "
+                f"absent from a step. What {type(self.function).__name__} remembers of single "
+                f"losses may start anew or be mixed up.",
+                stacklevel=2,
+            )
+        self._number = len(gram)
         with torch.no_grad():
             mixing = self.function(gram.clone())
         if isinstance(mixing, Tensor):
