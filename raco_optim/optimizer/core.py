@@ -290,7 +290,8 @@ def check_options(cls: str, options: Mapping[str, Any]) -> None:
     """Raises for an argument that no optimizer takes."""
     unknown = sorted(set(options) - set(Options.__annotations__))
     if unknown:
-        raise TypeError(f"{cls} got the unexpected arguments {unknown}")
+        known = ["shared_parameters", "gradients", *Options.__annotations__]
+        raise TypeError(f"{cls} got the unexpected arguments {unknown}; it takes {known}.")
 
 
 def checked_gradients(gradients: Any, model: Any) -> tuple[str, Any]:  # noqa: ANN401
