@@ -194,6 +194,26 @@ def test_weights_by_name_may_be_set_in_any_order():
     assert opt.weights == {"a": 0.25, "b": 0.75}
 
 
+@pytest.mark.parametrize(
+    "argument", ["shared_parameters", "gradients", "gram_every", "model", "process_group"]
+)
+def test_what_is_chosen_at_construction_can_not_be_set_later(argument):
+    opt = CAGradClip(inner(), [0.5, 0.5])
+    with pytest.raises(AttributeError, match=f"`{argument}` is chosen when the optimizer is built"):
+        setattr(opt, argument, 3)
+    opt.optimizer.model = 1  # of an inner optimizer that has one
+    opt.model = 2
+    assert opt.optimizer.model == 2
+
+
+def test_a_group_chooses_between_several_inner_optimizers_only():
+    opt = CAGradClip(inner(), [0.5, 0.5])
+    group = {"params": [nn.Parameter(torch.ones(1))], "optimizer": 0}
+    with pytest.raises(ValueError, match=r'the key "optimizer".*Leave it out'):
+        opt.add_param_group(group)
+    assert len(opt.param_groups) == 1
+
+
 # Checkpoints
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 NonFinite = Literal["raise", "skip", "propagate"]
 Mode = Literal["dense", "ghost", "per_example", "representation"]
 MODES = ("dense", "ghost", "per_example", "representation")
+_FIXED = ("shared_parameters", "gradients", "gram_every", "model", "process_group")
 
 
 class Options(TypedDict, total=False):
@@ -206,6 +207,11 @@ class BetweenSteps(OptimizerWrapper):
         params = param_group["params"]
         if isinstance(params, Tensor | Iterator):  # in place, as torch does
             param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
+        if "optimizer" in param_group and len(self.optimizers) == 1:
+            raise ValueError(
+                'the key "optimizer" of `param_group` chooses between several inner optimizers; '
+                "there is one. Leave it out."
+            )
         self._core.roles.check_group(param_group)
         self.optimizer.add_param_group(param_group)
 
@@ -257,6 +263,14 @@ class BetweenSteps(OptimizerWrapper):
     def is_main(self) -> bool:
         """Whether this is the first of the processes, or the only one."""
         return self._core.group.is_main
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _FIXED and not self._having(name):  # an inner optimizer may have a `model`
+            raise AttributeError(
+                f"`{name}` is chosen when the optimizer is built; got {value!r} later, which would "
+                f"have no effect. Build another one with it, and load this one's state_dict()."
+            )
+        super().__setattr__(name, value)
 
     @reprlib.recursive_repr()  # a rule may be a method of the optimizer
     def __repr__(self) -> str:
