@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 # Nothing but the installation asks the network; a model hub that is asked all the same says so.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint types docs bench align clean
+.PHONY: demo test lint types docs bench gpu align clean
 
 demo: $(READY)
 	$(BIN)/python -m benchmarks.demo
@@ -26,10 +26,16 @@ types: $(READY)
 docs: $(READY)
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/site
 
+# Less than 15 minutes on a quiet machine; `make bench QUICK=1` tries the programs in two.
 bench: $(READY)
-	$(BIN)/python -m benchmarks.solver_speed
-	$(BIN)/python -m benchmarks.fuzz_subproblem
-	$(BIN)/python -m benchmarks.step_cost
+	$(BIN)/python -m benchmarks.solver_speed $(if $(QUICK),--quick)
+	$(BIN)/python -m benchmarks.fuzz_subproblem $(if $(QUICK),--quick)
+	$(BIN)/python -m benchmarks.one_pass $(if $(QUICK),--quick)
+	$(BIN)/python -m benchmarks.step_cost $(if $(QUICK),--quick)
+
+# At most 8 minutes on a machine with a GPU, with the PyTorch that is there; called again, it goes on.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 # The study, on a small model and on SmolLM2-135M: hours on a CPU. Stopped, it goes on where it was.
 align: $(VENV)/.smollm2

@@ -85,12 +85,13 @@ def run(rank: int, number: int, m: int, way: str, folder: str) -> None:
         fully_shard(model, mesh=mesh)
     wrapped = DistributedDataParallel(model) if way.startswith("DDP") else model
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    settings: dict[str, Any] = {}
-    if "representation" in way:
-        settings["gradients"] = "representation"
-    if "gram_every" in way:
-        settings["gram_every"] = 4
-    opt = CAGradClip(adamw, [1 / m] * m, **settings)
+    through_z = "representation" in way
+    opt = CAGradClip(
+        adamw,
+        [1 / m] * m,
+        gradients="representation" if through_z else "dense",
+        gram_every=4 if "gram_every" in way else 1,
+    )
     sent = []
     for _ in range(2 * STEPS):  # the first half warms up
         x = torch.randn(BATCH, WIDTH)
@@ -99,7 +100,7 @@ def run(rank: int, number: int, m: int, way: str, folder: str) -> None:
         before = _bytes_sent()
         dist.barrier()
         adamw.zero_grad()
-        if settings.get("gradients") == "representation":
+        if through_z:
             z = model[0](x)
             opt.backward(list(model[1](z).square().mean(0)), representation=z)
         else:

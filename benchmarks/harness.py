@@ -1,7 +1,8 @@
-"""What every measurement shares: where it ran, interleaved timing, results as JSON.
+"""What every measurement shares: where it ran, interleaved timing, processes, results as JSON.
 
 Candidates are timed in turn, in an order that changes from round to round: a noisy machine then
-disturbs all of them alike, and their ratio outlives what a second run would change.
+disturbs all of them alike, and their ratio outlives what a second run would change. What counts
+is the CPU time of the process, which other processes don't share.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ import contextlib
 import gc
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -86,7 +91,11 @@ def commit() -> str:
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], object]], *, repeats: int, burst: float = 0.0
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    burst: float = 0.0,
+    clock: Callable[[], float] = time.process_time,
 ) -> dict[str, list[float]]:
     """Times the candidates in turn; returns `repeats` values of seconds per call for each.
 
@@ -97,12 +106,13 @@ def interleaved(
             a loop that does nothing else; the value is the mean. With 0 it is called once, and
             finds the caches as the others left them, which tells more about a call that has its
             turn once in a training step.
+        clock: What the time is; on an accelerator it must wait for the device.
     """
     names = list(candidates)
     calls = {}
     for name in names:
         candidates[name]()
-        calls[name] = max(1, round(burst / max(_time(candidates[name], 1), 1e-9)))
+        calls[name] = max(1, round(burst / max(_time(candidates[name], 1, clock), 1e-9)))
     seconds: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.disable()  # never within a call
@@ -110,7 +120,7 @@ def interleaved(
         for round_ in range(repeats):
             shift = round_ % len(names)
             for name in names[shift:] + names[:shift]:
-                seconds[name].append(_time(candidates[name], calls[name]))
+                seconds[name].append(_time(candidates[name], calls[name], clock))
             gc.collect()
     finally:
         if collecting:
@@ -118,11 +128,53 @@ def interleaved(
     return seconds
 
 
-def _time(call: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter()
+def _time(call: Callable[[], object], calls: int, clock: Callable[[], float]) -> float:
+    start = clock()
     for _ in range(calls):
         call()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
+
+
+class Died(RuntimeError):
+    """Work in another process gave no result; the message says why."""
+
+
+def apart(work: Callable[..., Any], *args: Any, seconds: float) -> Any:  # noqa: ANN401
+    """Returns ``work(*args)``, called in a new process, which ends with all that it started.
+
+    It is killed after so many seconds.
+
+    Raises:
+        Died: It was killed (for memory, say), took too long, or raised.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(there, work, args))
+    process.start()
+    there.close()
+    try:
+        if not here.poll(seconds):
+            raise Died(f"it took longer than {seconds:.0f} s")
+        ok, result = here.recv()
+    except EOFError:
+        process.join()
+        raise Died(f"its process ended with code {process.exitcode}") from None
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # before it has a group of its own
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
+    if not ok:
+        raise Died(result)
+    return result
+
+
+def _send(pipe: Connection, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.setsid()
+    try:
+        pipe.send((True, work(*args)))
+    except Exception:
+        pipe.send((False, traceback.format_exc(limit=-3)))
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -148,11 +200,16 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def write_json(path: Path, results: Mapping[str, Any]) -> None:
+    """Writes results, whole."""
+    write_whole(path, json.dumps(results, indent=1) + "\n")
+
+
 def write_results(name: str, results: Mapping[str, Any]) -> Path:
     """Writes `benchmarks/results/<name>.json` and returns its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    write_whole(path, json.dumps(results, indent=1) + "\n")
+    write_json(path, results)
     return path
 
 

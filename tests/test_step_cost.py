@@ -2,26 +2,37 @@
 
 import copy
 import json
+import multiprocessing
+import os
 import re
+import time
 
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip("torchjd", reason="the competitor comes with the extra bench")
 
 from benchmarks import (
     communication,
     fuzz_subproblem,
+    gpu,
+    harness,
     step_cost,
     step_cost_figure,
-    step_cost_targets,
     theory_figures,
 )
-from benchmarks.harness import RESULTS, UsageError, spread
-from benchmarks.step_cost_candidates import NAMES, TORCHJD, WEIGHTED_SUM, C, Problem
+from benchmarks.harness import Died, apart, spread
+from benchmarks.step_cost_cases import (
+    FLOOR,
+    NAMES,
+    TORCHJD,
+    WEIGHTED_SUM,
+    C,
+    candidate,
+    make,
+)
+from benchmarks.step_cost_measure import means
 from benchmarks.step_cost_memory import measure_memory
-from benchmarks.step_cost_models import make
 from raco_optim import CAGrad
 
 # Of TorchJD about attention, whose backward pass it runs under vmap.
@@ -30,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:User
 FLOAT = 4  # bytes
 
 
-# -- step_cost_memory.py --------------------------------------------------------------------------
+# -- Memory ---------------------------------------------------------------------------------------
 
 
 def test_peak_and_what_stays_are_counted_to_the_byte():
@@ -49,55 +60,23 @@ def test_peak_and_what_stays_are_counted_to_the_byte():
     assert (held, peak) == (700 * FLOAT, 1500 * FLOAT)
 
 
-def test_peak_is_that_of_the_whole_cycle():
-    count = 0
+def test_peak_is_that_of_the_whole_cycle_and_earlier_memory_is_not_counted():
+    grads, count = {"old": torch.ones(5000)}, 0
 
     def step():
         nonlocal count
         count += 1
-        torch.ones(1000 * count)
+        grads["old"] = torch.ones(1000 * count)
 
-    assert measure_memory(step, lambda: None, cycle=3) == (0, 4000 * FLOAT)
-
-
-def test_memory_that_was_there_before_is_not_counted():
-    grads = {"old": torch.ones(5000)}
-
-    def step():
-        grads["old"] = torch.ones(300)
-
-    assert measure_memory(step, grads.clear) == (0, 300 * FLOAT)
-
-
-def test_release_of_what_an_earlier_measurement_left_is_not_counted():
-    left = []
-    measure_memory(lambda: left.append(torch.ones(1000)), left.copy)
+    assert measure_memory(step, grads.clear, cycle=3) == (0, (3000 + 4000) * FLOAT)
+    left = [torch.ones(1000)]
     assert measure_memory(left.clear, left.copy) == (0, 0)
 
 
-def test_weighted_step_of_one_matrix():
-    """Inputs [B, d], weight [d, d]: at the end of the backward pass, and then in AdamW's step."""
-    B, d = 2, 64
-    model = nn.Linear(d, d, bias=False)
-    adamw = torch.optim.AdamW(model.parameters())
-    x = torch.ones(B, d)
-
-    def step():
-        adamw.zero_grad()
-        torch.autograd.backward(model(x).sum())
-        adamw.step()
-
-    step()  # AdamW's state is there from here on
-    held, peak = measure_memory(step, adamw.zero_grad)
-    assert held == 0
-    # The gradient, and two temporaries of its size in AdamW: the root and what it is divided into.
-    assert 2 * d * d * FLOAT <= peak <= 3 * d * d * FLOAT + 64
+# -- Candidates -----------------------------------------------------------------------------------
 
 
-# -- step_cost_candidates.py ----------------------------------------------------------------------
-
-
-@pytest.fixture(params=step_cost.CASES)
+@pytest.fixture(params=["mlp-10M", "resnet-10M", "transformer-50M"])
 def case(request):
     return step_cost.quick(step_cost.CASES[request.param])
 
@@ -108,156 +87,126 @@ def flat(parameters):
 
 
 def test_exact_candidates_agree(case):
-    model, batches = make(case, 3, seed=0)
-    problem = Problem(model)
+    model, batch = make(case, 3, seed=0)
+    adamw = torch.optim.AdamW(model.parameters())
     found = {}
     for name in ("dense", "ghost", *TORCHJD):
-        candidate = problem.candidate(name)
-        candidate.zero_grad()
-        candidate.fill(batches[0])
-        found[name] = flat(problem.parameters)
+        each = candidate(name, model, adamw)
+        each.zero_grad()
+        each.fill(batch)
+        found[name] = flat(each.parameters)
     torch.testing.assert_close(found["ghost"], found["dense"], rtol=1e-4, atol=1e-6)
     # TorchJD doesn't clip.
-    CAGrad(problem.adamw, [1 / 3] * 3, c=C).zero_grad()
-    CAGrad(problem.adamw, [1 / 3] * 3, c=C).backward(model(*batches[0])[0])
-    unclipped = flat(problem.parameters)
+    model.zero_grad()
+    CAGrad(adamw, [1 / 3] * 3, c=C).backward(model(*batch)[0])
+    unclipped = flat(model.parameters())
     for name in TORCHJD:
         assert float((found[name] - unclipped).norm() / unclipped.norm()) < 1e-3
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_candidate_moves_all_parameters_that_the_losses_reach(case, name):
-    model, batches = make(case, 2, seed=0)
-    candidate = Problem(model, learning_rate=0.1).candidate(name)
+def test_candidate_moves_all_parameters_that_a_loss_reaches(case, name):
+    """The floor among them: each parameter has a gradient of the last loss that reaches it."""
+    model, batch = make(case, 2, seed=0)
     before = copy.deepcopy(model)
-    for batch in batches:
-        candidate(batch)
-    assert not any(p.grad.requires_grad for p in model.parameters() if p.grad is not None)
+    candidate(name, model, torch.optim.AdamW(model.parameters(), lr=0.1))(batch)
     for (key, p), q in zip(model.named_parameters(), before.parameters(), strict=True):
-        if name != "floor" or not key.startswith("heads.0"):  # it steps along the last loss
-            assert not torch.equal(p, q), key
+        assert not torch.equal(p, q), key
+    if name == FLOOR:
+        losses = before(*batch)[0]
+        for key, p in before.named_parameters():
+            loss = losses[0] if key.startswith("heads.0") else losses[1]
+            (expected,) = torch.autograd.grad(loss, [p], retain_graph=True)
+            torch.testing.assert_close(model.get_parameter(key).grad, expected)
 
 
-def test_twin_has_its_own_hooks_and_the_same_parameters(case):
-    model, _ = make(case, 2, seed=0)
-    twin = model.twin()
-    assert all(p is q for p, q in zip(model.parameters(), twin.parameters(), strict=True))
-    assert all(a is not b for a, b in zip(model.modules(), twin.modules(), strict=True))
-
-
-@pytest.mark.parametrize("name", step_cost.CASES)
+@pytest.mark.parametrize("name", ["mlp-10M", "resnet-10M", "transformer-50M"])
 def test_trunks_have_the_size_of_their_name(name):
-    case = step_cost.CASES[name]
-    with torch.device("meta"):
-        model, _ = make(case, 2, seed=0)
+    model, _ = make(step_cost.CASES[name], 2, seed=0, device="meta")
     millions = sum(p.numel() for p in model.trunk.parameters()) / 1e6
-    assert millions == pytest.approx(float(name.split("-")[1].removesuffix("M")), rel=0.15)
+    assert millions == pytest.approx(float(name.split("-")[1].removesuffix("M")), rel=0.1)
 
 
-# -- step_cost.py ---------------------------------------------------------------------------------
+# -- Runs -----------------------------------------------------------------------------------------
 
 
 def test_means_of_windows():
-    assert step_cost.means([1, 2, 3, 6], 1) == [1, 2, 3, 6]
-    assert step_cost.means([1, 2, 3, 6], 3) == [2, 11 / 3]
+    assert means([1, 2, 3, 6], 1) == [1, 2, 3, 6]
+    assert means([1, 2, 3, 6], 3) == [2, 11 / 3]
 
 
-def _row(case, m, *, ghost, floor, memory):
-    ratios = {"over_dense": spread([ghost, ghost]), "over_floor": spread([floor, floor])}
-    found = {"ghost": {**ratios, "memory": {"over_weighted_sum": memory}}}
-    return {"case": case, "m": m, "candidates": found}
+def test_a_process_that_dies_hangs_or_raises_is_told(monkeypatch):
+    with pytest.raises(Died, match="its process ended with code 3"):
+        apart(os._exit, 3, seconds=60)
+    with pytest.raises(Died, match="it took longer than 0 s"):
+        apart(time.sleep, 60, seconds=0.1)
+    here, there = multiprocessing.Pipe(duplex=False)
+    monkeypatch.setattr(os, "setsid", lambda: None)
+    harness._send(there, int, ("x",))  # what the new process calls
+    ok, text = here.recv()
+    assert not ok
+    assert "ValueError: invalid literal" in text
 
 
-def test_targets_are_met_or_missed():
-    rows = [
-        _row("mlp-10M", 8, ghost=0.5, floor=0.69, memory=2.1),
-        _row("mlp-0.3M", 8, ghost=1.1, floor=1.1, memory=1.9),
+def test_targets_are_reached_or_missed():
+    def row(case, m, over, memory):
+        dense = {"over_floor": spread([over, over]), "memory_over_bound": memory}
+        return {"case": case, "m": m, "candidates": {"dense": dense}}
+
+    rows = [row("mlp-10M", 8, 1.25, 1.1), row("mlp-64", 40, 1.41, 2.0), row("mlp-64", 3, 9.0, 2.0)]
+    verdicts = [(v["case"], v["what"], v["verdict"]) for v in step_cost.judge(rows)]
+    assert verdicts == [
+        ("mlp-10M", "time over floor", "reached"),
+        ("mlp-10M", "memory over bound", "missed"),
+        ("mlp-64", "time over floor", "missed"),
     ]
-    verdicts = step_cost_targets.judge(rows, ["mlp-10M"])
-    assert {(v["case"], v["target"], v["met"]) for v in verdicts} == {
-        ("mlp-10M", "ghost over floor, m = 8, small batch", "met"),
-        ("mlp-10M", "ghost over dense", "met"),
-        ("mlp-10M", "memory of ghost over weighted sum, small batch", "missed"),
-        ("mlp-0.3M", "ghost over dense", "missed"),
-    }
 
 
 def test_quick_run_writes_table_json_and_picture(tmp_path, capsys):
-    cases = ["mlp-10M", "conv-8M", "transformer-50M"]
-    step_cost.main(["--quick", "--rounds", "5", "--cases", *cases, "--output", str(tmp_path)])
+    step_cost.main(["--quick", "--cases", "mlp-10M", "--output", str(tmp_path)])
     results = json.loads((tmp_path / "step_cost.json").read_text())
     assert (tmp_path / "step-cost.png").read_bytes().startswith(b"\x89PNG")
-    assert results["targets"] == json.loads(json.dumps(step_cost_targets.TARGETS))
     assert results["environment"]["versions"].keys() >= {"torch", "torchjd"}
-    assert results["malloc"].keys() == set(step_cost.MALLOC)
-    expected = [(name, m) for name in cases for m in (2, 8)]
-    assert [(row["case"], row["m"]) for row in results["rows"]] == expected
-    verdicts = step_cost_targets.judge(results["rows"], results["small_batch"])
-    judged = {(verdict["case"], verdict["target"]) for verdict in verdicts}
-    assert judged >= {(name, "ghost over dense") for name in cases}
-    assert ("mlp-10M", "dense over floor, batch 64") in judged
+    assert [row["m"] for row in results["rows"]] == [2, 4]
     out = capsys.readouterr().out
     for row in results["rows"]:
-        case = step_cost.CASES[row["case"]]
-        assert row["candidates"].keys() == set(NAMES) - set(case.without)
+        assert row["candidates"].keys() == set(NAMES)
+        assert row["left_out"] == {}
         for name, found in row["candidates"].items():
             windows = 2 if name == "gram_every" else 5
             assert found["seconds"]["n"] == found["over_floor"]["n"] == windows
-            assert found["memory"]["peak_bytes"] > 0
-            assert found["memory"]["held_bytes"] >= 0
-            assert f"| {row['case']} | {row['m']} | {name} |" in out
-        assert row["candidates"][WEIGHTED_SUM]["memory"]["over_weighted_sum"] == 1
-        if case.errors:
-            ghost = row["errors"]["ghost"]
-            assert ghost.keys() == {str(step) for step in results["steps_of_errors"]}
-            assert all(e["gram_error"] < 1e-5 for e in ghost.values())
-            assert all(e["gradient_error"] < 1e-4 for e in ghost.values())
-            # At its first step it is exact.
-            assert row["errors"]["gram_every"]["1"]["p_error"] < 1e-9
-
-
-def test_the_picture_of_the_committed_results_has_every_candidate():
-    results = json.loads((RESULTS / "step_cost.json").read_text())
+            assert found["peak_gradients"] > 0
+            assert f"| mlp-10M | {row['m']} | {name} |" in out
+        assert row["candidates"][WEIGHTED_SUM]["over_weighted_sum"]["median"] == 1
+        assert row["errors"]["ghost"]["one_minus_cos"] < 1e-9
     figure = step_cost_figure.picture(results)
-    measured = {name for row in results["rows"] for name in row["candidates"]}
     (legend,) = figure.legends
-    assert len(legend.get_texts()) == len(measured) == len(NAMES)
-    left, right = figure.axes
-    dense = [r["candidates"]["materialized"]["over_floor"] for r in results["rows"] if r["m"] == 8]
-    drawn = {c.get_label(): c.lines[0].get_ydata().tolist() for c in right.containers}
-    assert sorted(drawn["dense (default)"]) == sorted(ratio["median"] for ratio in dense)
-    results["rows"][0]["candidates"]["nonsense"] = {}
-    with pytest.raises(
-        UsageError, match=r"`source` must hold candidates of .*; got \['nonsense'\]"
-    ):
-        step_cost_figure.picture(results)
+    assert len(legend.get_texts()) == len(NAMES)
 
 
-def test_part_of_a_run_overwrites_no_results(capsys):
-    before = {path: path.stat().st_mtime_ns for path in step_cost.IMAGE.parent.iterdir()}
-    step_cost.main(
-        [
-            "--quick",
-            "--rounds",
-            "5",
-            "--cases",
-            "mlp-0.3M",
-            "--candidates",
-            "floor",
-            "--losses",
-            "2",
-        ]
-    )
+def test_a_case_that_died_is_listed_and_the_rest_goes_on(tmp_path, monkeypatch):
+    def dies(case, m, *_, **__):
+        raise Died("its process ended with code -9")
+
+    monkeypatch.setattr(step_cost, "apart", dies)
+    step_cost.main(["--cases", "mlp-256", "--output", str(tmp_path)])
+    results = json.loads((tmp_path / "step_cost.json").read_text())
+    assert results["rows"] == []
+    assert [x["m"] for x in results["left_out"]] == [2, 4, 8]
+    assert "code -9" in results["left_out"][0]["why"]
+
+
+def test_part_of_a_run_overwrites_no_results(capsys, monkeypatch):
+    monkeypatch.setattr(step_cost, "write_json", lambda *_: pytest.fail("it was written"))
+    step_cost.main(["--quick", "--cases", "mlp-64", "--candidates", "floor"])
     assert "Not written" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in step_cost.IMAGE.parent.iterdir()}
 
 
 @pytest.mark.parametrize(
     ("program", "arguments", "message"),
     [
-        (step_cost, ["--cases", "mlp-0.3M", "rnn"], "--cases must be of mlp-0.3M, .*; got rnn"),
-        (step_cost, ["--candidates", "pcgrad"], "--candidates must be of floor, .*; got pcgrad"),
-        (step_cost, ["--rounds", "2"], "--rounds must be at least 5"),
+        (step_cost, ["--cases", "mlp-64", "rnn"], "argument --cases: invalid choice: 'rnn'"),
+        (step_cost, ["--candidates", "pcgrad"], "argument --candidates: invalid choice: 'pcgrad'"),
         (step_cost_figure, [], "required: source, target"),
         (step_cost_figure, ["nowhere.json", "a.png"], "`source` must be a JSON file; got nowhere"),
         (theory_figures, [], "required: folder"),
@@ -265,6 +214,7 @@ def test_part_of_a_run_overwrites_no_results(capsys):
         (fuzz_subproblem, ["--only", "kink:0:1"], "`--only` must be KIND:M:SEED, of the kinds"),
         (communication, ["--ranks", "0"], "`--ranks` must be 2 or more; got 0"),
         (communication, ["--losses", "2", "0"], "`--losses` must be 1 or more; got 0"),
+        (gpu, ["--device", "cpu"], "`--output` must be named with --device cpu"),
     ],
 )
 def test_what_is_not_known_is_one_line_on_stderr(program, arguments, message, capsys):
