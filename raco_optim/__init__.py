@@ -16,8 +16,11 @@ averages gradients over processes before the Gram matrix. `step_log` keeps repor
 `plot` draws them, and `pareto.py` measures what came of it.
 """
 
-from raco_optim.gradients.functions import add_combined_gradient, per_loss_gradients
-from raco_optim.gradients.gram import gram_matrix
+from raco_optim.gradients.functions import (
+    add_combined_gradient,
+    gram_matrix,
+    per_loss_gradients,
+)
 from raco_optim.optimizer import MultiObjectiveOptimizer, backward, unwrap
 from raco_optim.optimizers import MGDA, CAGrad, CAGradClip, LinearScalarization
 from raco_optim.report import Outcome, StepReport

@@ -95,30 +95,28 @@ def as_gram(gram: Tensor | Sequence[Sequence[float]], *, batched: bool = False) 
     It does not look at the values, so that nothing waits for an accelerator.
     """
     if isinstance(gram, Tensor):
-        tensor, kind, dtype = gram, "c" if gram.is_complex() else "f", str(gram.dtype)
+        tensor = gram.detach()
     else:
         try:  # numpy, because torch rounds Python's numbers to float32
             array = np.asarray(gram)
+            if array.dtype.kind not in "biufc":
+                raise TypeError
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"`gram` must be a square matrix of numbers; got {gram!r}.") from error
-        kind, dtype = array.dtype.kind, str(array.dtype)
-        if kind not in "biufc":
-            raise ValueError(f"`gram` must be a square matrix of numbers; got {gram!r}.")
-        tensor = torch.from_numpy(array.real.astype(np.float64))
-    if kind == "c":
-        raise ValueError(f"`gram` must be real; got {dtype}. Pass gram.real.")
+        # There are more types of numbers in numpy than in torch.
+        kind = np.complex128 if array.dtype.kind == "c" else np.float64
+        tensor = torch.from_numpy(array.astype(kind))
+    if tensor.is_complex():
+        raise ValueError(f"`gram` must be real; got {tensor.dtype}. Pass gram.real.")
     if tensor.layout is not torch.strided:
         raise ValueError(f"`gram` must be dense; got {tensor.layout}. Pass gram.to_dense().")
-    shape = tuple(tensor.shape)
-    if (
-        len(shape) < 2
-        or shape[-1] != shape[-2]
-        or shape[-1] == 0
-        or (len(shape) > 2 and not batched)
-    ):
-        expected = "[..., m, m]" if batched else "[m, m]"
-        raise ValueError(f"`gram` must have shape {expected} with m >= 1; got {list(shape)}.")
-    return tensor.detach().to(torch.float64)
+    is_square = tensor.dim() > 1 and tensor.shape[-1] == tensor.shape[-2] > 0
+    if not is_square or (tensor.dim() > 2 and not batched):
+        raise ValueError(
+            f"`gram` must have shape {'[..., m, m]' if batched else '[m, m]'} with m >= 1; got "
+            f"{list(tensor.shape)}."
+        )
+    return tensor.to(torch.float64)
 
 
 def check_gram_values(rows: list[list[float]]) -> None:
@@ -173,7 +171,7 @@ def checked_parameters(
                 f"`{argument}` must be parameters of `inner`; got another one, of shape "
                 f"{list(p.shape)}. {advice}"
             )
-    if not chosen or not (frozen or any(id(p) in identities for p in chosen)):
+    if not chosen:
         raise ValueError(
             f"`{argument}` must hold one at least that `inner` holds; got none. {advice}"
         )

@@ -104,16 +104,14 @@ class Objectives:
 
     def replace(self, weights: Weights) -> None:
         """Takes other weights for the same losses, or raises."""
-        named = _named(weights)
-        if (None if named is None else set(named)) != (self.names and set(self.names)):
+        other = Objectives(weights)
+        same = sorted(other.names or ()) == sorted(self.names or ())
+        if not same or self.number not in (None, other.number):
             raise ValueError(
                 f"`weights` must stay {_form(self.names, self.number)}; got {weights!r}."
             )
-        ordered: Any = weights if named is None else [named[name] for name in self.names or ()]
-        checked = checked_weights(ordered)
-        if self.number not in (None, len(checked)):
-            raise ValueError(f"`weights` must keep its {self.number} entries; got {len(checked)}.")
-        self.weights = checked
+        given: Any = other.given
+        self.weights = other.weights if self.names is None else [given[x] for x in self.names]
 
     def of(self, number: int) -> list[float]:
         """Returns the weights of so many losses, uniform where none are given."""
@@ -140,13 +138,10 @@ class Objectives:
             return names, [named[name] for name in names]
         ordered = as_list(losses)
         if number is not None and number != len(ordered):
-            remedy = (
-                "Pass None for a loss that is absent from this batch."
-                if len(ordered) < number
-                else "Give each loss a weight."
-            )
+            few = len(ordered) < number
             raise ValueError(
-                f"`losses` must hold one loss per weight, {number}; got {len(ordered)}. {remedy}"
+                f"`losses` must hold one loss per weight, {number}; got {len(ordered)}. "
+                f"{'Pass None for one that is absent' if few else 'Give each loss a weight'}."
             )
         return tuple(str(i) for i in range(len(ordered))), ordered
 
@@ -166,22 +161,22 @@ class Objectives:
 
     def loaded(self, state: Mapping[str, Any]) -> tuple[list[float] | None, list[int] | None]:
         """Returns weights and the place of each loss in a state of the same losses, or raises."""
-        saved, names = state["weights"], state["names"]
+        weights, names = state["weights"], state["names"]
         try:
-            same = names == self.names or sorted(names) == sorted(self.names or ())
-            same = same and (None if saved is None else len(saved)) == self.number
+            same = sorted(names or ()) == sorted(self.names or ())
+            same = same and (None if weights is None else len(weights)) == self.number
         except TypeError:
             same = False
         if not same:
-            got = names or (len(saved) if isinstance(saved, list) else saved)
+            got = names or (len(weights) if isinstance(weights, list) else weights)
             raise ValueError(
                 f"`state_dict` must be of the same losses, {self.names or self.number}; got {got}."
             )
-        places = None if self.names is None else [names.index(name) for name in self.names]
-        weights = None if saved is None else checked_weights(saved)
-        if weights is not None and places is not None:
-            weights = [weights[place] for place in places]
-        return weights, places
+        checked = None if weights is None else checked_weights(weights)
+        if checked is None or self.names is None:
+            return checked, None
+        places = [names.index(name) for name in self.names]
+        return [checked[place] for place in places], places
 
 
 def is_mapping(values: Any) -> bool:  # noqa: ANN401  # that is what it checks

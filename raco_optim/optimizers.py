@@ -129,8 +129,7 @@ class CAGrad(_WithRadius):
         **options: See `CAGradClip`.
 
     Raises:
-        TypeError: `inner` is not an optimizer.
-        ValueError: Another argument is out of its range; the message names it.
+        TypeError, ValueError: See `CAGradClip`.
 
     Example:
         >>> import torch
@@ -168,8 +167,7 @@ class MGDA(MultiObjectiveOptimizer):
         **options: See `CAGradClip`.
 
     Raises:
-        TypeError: `inner` is not an optimizer.
-        ValueError: Another argument is out of its range; the message names it.
+        TypeError, ValueError: See `CAGradClip`.
 
     Example:
         >>> import torch
@@ -205,8 +203,7 @@ class LinearScalarization(MultiObjectiveOptimizer):
         **options: See `CAGradClip`.
 
     Raises:
-        TypeError: `inner` is not an optimizer.
-        ValueError: Another argument is out of its range; the message names it.
+        TypeError, ValueError: See `CAGradClip`.
 
     Example:
         >>> import torch

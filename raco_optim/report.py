@@ -7,6 +7,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,18 +95,13 @@ class StepReport:
 
     def to_host(self) -> StepReport:
         """Returns the report with float64 tensors on the CPU; waits for their device."""
-        losses = _host(self.losses)
-        losses[[name in self.absent for name in self.names]] = math.nan
-        return replace(
-            self,
-            weights=_host(self.weights),
-            gram=_host(self.gram),
-            coefficients=_host(self.coefficients),
-            losses=losses,
-            p=None if self.p is None else _host(self.p),
-            p_clipped=None if self.p_clipped is None else _host(self.p_clipped),
-            gap=math.nan if self.gap is None else float(self.gap),
-        )
+        host: dict[str, Any] = {
+            name: x.detach().to("cpu", torch.float64, copy=True)
+            for name, x in tensors_of(self).items()
+        }
+        host["losses"][[name in self.absent for name in self.names]] = math.nan
+        host["gap"] = math.nan if self.gap is None else float(self.gap)
+        return replace(self, **host)
 
     @property
     def norms(self) -> Tensor:
@@ -207,6 +203,11 @@ class StepReport:
         return "\n".join(lines)
 
 
+def tensors_of(report: StepReport) -> dict[str, Tensor]:
+    """Returns the fields that hold tensors, by name."""
+    return {name: x for name, x in vars(report).items() if isinstance(x, Tensor)}
+
+
 def first_nonfinite(
     names: Sequence[str], host: Sequence[Sequence[float]], ranks: str
 ) -> str | None:
@@ -229,10 +230,6 @@ def first_nonfinite(
                 f"(torch.autograd.set_detect_anomaly)."
             )
     return None
-
-
-def _host(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float64, copy=True)
 
 
 def _angle(H: Tensor, p: Tensor, p_clipped: Tensor) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,6 +97,14 @@ def everything(model: nn.Module, opt: Optimizer) -> object:
     """All that a failed call must leave alone and that a resumed run must share."""
     grads = {name: p.grad for name, p in model.named_parameters()}
     return bits([model.state_dict(), grads, opt.state_dict()])
+
+
+def through_a_file(state: object) -> Any:
+    """Saved and loaded as a checkpoint is."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def said(error: BaseException) -> str:

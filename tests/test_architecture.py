@@ -43,10 +43,10 @@ MAY_IMPORT = {
     "alignment": {"_checks"},
     "integrations": {
         *("_checks", "alignment", "distributed", "objectives", "optimizer", "optimizers"),
-        *("report", "subproblem", "wrapper"),
+        *("gradients", "report", "step_log", "subproblem", "wrapper"),
     },
     "plot": {"_checks", "pareto", "report", "step_log"},
-    "cli": {"_checks", "distributed", "integrations", "pareto", "plot", "step_log"},
+    "cli": {"_checks", "alignment", "distributed", "integrations", "pareto", "plot", "step_log"},
 }
 # Imports at use, where the module that is imported needs the one that imports it: gradients that
 # several processes average.

@@ -1,6 +1,7 @@
 """Arguments and checkpoints that are refused: what the message says, and that nothing happened."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from raco_optim import (
     LinearScalarization,
     MultiObjectiveOptimizer,
     gram_matrix,
+    mixing_coefficients,
     per_loss_gradients,
 )
 from tests.problems_nn import INNER, NAMES, batch, bits, everything, network, train_step
@@ -169,7 +171,7 @@ def test_bad_shared_parameters(shared, exception, fragments):
 @pytest.mark.parametrize(
     ("given", "then", "fragments"),
     [
-        ([0.5, 0.5], [0.2, 0.3, 0.5], ["2 entries", "got 3"]),
+        ([0.5, 0.5], [0.2, 0.3, 0.5], ["a sequence of 2; got [0.2, 0.3, 0.5]"]),
         ([0.5, 0.5], {"a": 0.5, "b": 0.5}, ["sequence", "'a'"]),
         ([0.5, 0.5], None, ["got None"]),
         ([0.5, 0.5], [0.5, 0.6], ["sum to 1"]),
@@ -316,3 +318,10 @@ def test_bad_losses_of_the_function():
     for parameters in ([], [torch.ones(2)]):
         with pytest.raises(ValueError, match="one at least that requires gradients; got [01] that"):
             per_loss_gradients([x.sum()], parameters)
+
+
+def test_a_gram_matrix_may_be_off_by_rounding_of_float32_and_no_more():
+    for error, refused in ((5e-5, False), (2e-4, True)):
+        for gram in ([[1.0, 0.5 + error], [0.5, 1.0]], [[1.0, 1 + error], [1 + error, 1.0]]):
+            with pytest.raises(ValueError, match="`gram` must") if refused else nullcontext():
+                mixing_coefficients(gram, [0.5, 0.5], 0.4)

@@ -1,18 +1,25 @@
 """`raco-optim align` and `raco-optim sweep` with TRL's trainer and a model with random weights."""
 
+import errno
 import hashlib
 import json
 import math
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import datasets
+import gguf
+import numpy as np
 import pytest
 import torch
 import yaml
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raco_optim.cli import main
@@ -130,12 +137,9 @@ def test_saved_model_has_the_scores_that_were_printed(folder, tmp_path, capsys):
         assert scores["accuracy"] == pytest.approx(sum(margin > 0 for margin in margins) / 6)
         assert scores["labelled"] == 6
         line = next(line for line in printed.splitlines() if line.strip().startswith(name))
-        assert line.split()[1:] == [
-            f"{scores['loss']:.3f}",
-            f"{scores['margin']:.3f}",
-            f"{scores['accuracy']:.3f}",
-            "6",
-        ]
+        first = f"{math.log(2):.3f} -> {scores['loss']:.3f}  0.000 -> {scores['margin']:.3f}"
+        assert first in line
+        assert line.endswith(f"0.500 -> {scores['accuracy']:.3f}         6")
     assert result["training"]["steps"] == 4
     assert 0 <= result["training"]["hurting_steps"] <= 1
     assert result["training"]["seconds"] > 0
@@ -235,7 +239,7 @@ def test_resumes_from_the_last_complete_checkpoint(folder, tmp_path, capsys):
     capsys.readouterr()
     assert align(folder, cut) == 0
     errors = capsys.readouterr().err
-    assert "checkpoint-4 was cut short: passed over, and kept as incomplete-1-" in errors
+    assert "checkpoint-4 is not whole: passed over, and kept as incomplete-1-" in errors
     assert "going on from checkpoint-2" in errors
     assert (cut / "incomplete-1-checkpoint-4" / "model.safetensors").exists()
     assert same_weights(whole, cut)
@@ -267,6 +271,25 @@ BAD = {
     "abbreviation": ({"bet": 0.1}, ["no --bet"]),
     "TRL's name": ({"model_name_or_path": "x"}, ["`--model`"]),
     "margins": ({"method": "modpo"}, ["margin_harmless", "pref_helpful"]),
+    "NaN": ({"learning_rate": "nan"}, ["`--learning_rate` must be a finite number; got nan"]),
+    "negative": ({"learning_rate": "-1"}, ["`--learning_rate` must be at least 0; got -1"]),
+    "empty batches": ({"per_device_train_batch_size": 0}, ["`--per_device_train_batch_size`"]),
+    "no steps": ({"max_steps": 0}, ["`--max_steps` must be at least 1; got 0"]),
+    "no seed": ({"seed": -1}, ["`--seed` must be at least 0; got -1"]),
+    "wandb": ({"report_to": "wandb"}, ["setting up the training", "wandb"]),
+    "8 bit": ({"optim": "adamw_8bit"}, ["the training stopped", "bitsandbytes"]),
+    "DeepSpeed": ({"deepspeed": "ds.json"}, ["eepspeed"]),
+    "no metric": (
+        {
+            "load_best_model_at_end": "true",
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "save_steps": 1,
+            "metric_for_best_model": "fun",
+        },
+        ["fun"],
+    ),
+    "half an option": ({"config": "--beta"}, ["--config"]),
     "LoRA": (
         {"use_peft": "true", "lora_target_modules": "nothing"},
         ["setting up the training of", "nothing"],
@@ -285,13 +308,52 @@ def test_what_cannot_be_done_is_said_in_one_line(case, folder, tmp_path, capsys)
     assert "Traceback" not in printed.err
     assert printed.out == ""
     # And what was wrong can be corrected without another folder.
-    assert not (tmp_path / "out").exists() or run_file(tmp_path / "out")["status"] == "prepared"
+    if case != "8 bit":  # transformers looks for it when the training starts
+        assert not (tmp_path / "out").exists() or run_file(tmp_path / "out")["status"] == "prepared"
 
 
 def test_loss_that_becomes_nan_stops_with_one_line(folder, tmp_path, capsys):
     assert align(folder, tmp_path / "out", learning_rate=1e30, max_grad_norm=1e30) == 2
     *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith("raco-optim: the training stopped: ")
+
+
+def write_gguf(path, size=32, vocabulary=40):
+    """A llama with one layer and random weights."""
+    words = [*"abcdefghijklmnopqrstuvwxyz", "Ġ", "th", "he", "<|endoftext|>"]
+    end = len(words) - 1
+    file = gguf.GGUFWriter(str(path), "llama")
+    file.add_context_length(64)
+    file.add_embedding_length(size)
+    file.add_block_count(1)
+    file.add_feed_forward_length(2 * size)
+    file.add_head_count(2)
+    file.add_layer_norm_rms_eps(1e-6)
+    file.add_rope_dimension_count(size // 2)
+    file.add_vocab_size(vocabulary)
+    file.add_tokenizer_model("gpt2")
+    file.add_tokenizer_pre("default")
+    file.add_token_list([*words, *(f"<{i}>" for i in range(len(words), vocabulary))])
+    file.add_token_types([1] * vocabulary)
+    file.add_token_merges(["t h", "h e"])
+    for add in (file.add_eos_token_id, file.add_bos_token_id, file.add_pad_token_id):
+        add(end)
+    generator = np.random.default_rng(0)
+    square, wide = (size, size), (2 * size, size)
+    shapes = {
+        "token_embd": (vocabulary, size),
+        "output": (vocabulary, size),
+        "output_norm": (size,),
+    }
+    shapes |= {f"blk.0.{name}_norm": (size,) for name in ("attn", "ffn")}
+    shapes |= {f"blk.0.attn_{name}": square for name in ("q", "k", "v", "output")}
+    shapes |= {"blk.0.ffn_gate": wide, "blk.0.ffn_up": wide, "blk.0.ffn_down": wide[::-1]}
+    for name, shape in shapes.items():
+        file.add_tensor(f"{name}.weight", generator.normal(0, 0.05, shape).astype(np.float32))
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
 
 
 def test_gguf_is_unpacked_once(tmp_path, monkeypatch):
@@ -317,13 +379,122 @@ def test_missing_extra_is_named(folder, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == error
 
 
-def test_help_lists_every_option(capsys):
+@pytest.mark.parametrize(("option", "lines"), [("--help", 60), ("--help-all", 2000)])
+def test_help_comes_in_layers(option, lines, capsys):
     with pytest.raises(SystemExit) as end:
-        main(["align", "--help"])
+        main(["align", option])
     assert end.value.code == 0
     printed = capsys.readouterr().out
-    for option in ("--model MODEL", "--data DATA", "--weights", "--beta", "--lora_r", "--method"):
-        assert option in printed
+    for name in ("--model", "--data", "--weights", "--beta", "--lora_r", "--method", "--config"):
+        assert name in printed
+    assert ("--adam_beta2" in printed) == (option == "--help-all")
+    assert printed.count("\n") < lines
+
+
+@pytest.mark.parametrize(
+    ("given", "needed"),
+    [
+        ({"lora_r": 8}, "`--use_peft`"),
+        ({"use_dora": "true"}, "`--use_peft`"),
+        ({"method": "linear", "c": 0.2}, "`--method` raco or cagrad"),
+        ({"eval_data": None, "eval_strategy": "steps"}, "`--eval_data`"),
+        ({"eval_steps": 1}, "`--eval_strategy` steps"),
+        ({"num_train_epochs": 2}, "`--max_steps` to be left out"),
+        ({"hub_model_id": "me/model"}, "`--push_to_hub`"),
+        ({"greater_is_better": "true"}, "`--load_best_model_at_end`"),
+        ({"config": {"lora_alpha": 8}}, "`--use_peft`"),
+    ],
+    ids=str,
+)
+def test_an_option_that_another_one_silences_is_refused(given, needed, folder, tmp_path, capsys):
+    if isinstance(given.get("config"), dict):
+        (path := tmp_path / "run.yaml").write_text(yaml.safe_dump(given["config"]))
+        given = {"config": path}
+    assert align(folder, tmp_path / "out", **given) == 2
+    error = capsys.readouterr().err
+    assert "has no effect here: it needs " + needed in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def full(path, *_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("saved", ["checkpoint", "model"])
+def test_a_full_disk_is_said_and_the_run_goes_on_with_more_room(
+    saved, folder, tmp_path, capsys, monkeypatch
+):
+    output = tmp_path / "out"
+    if saved == "checkpoint":
+        monkeypatch.setattr("torch.save", full)
+    else:
+        monkeypatch.setattr("raco_optim.integrations.trl.MultiObjectiveDPOTrainer.save_model", full)
+    strategy = {} if saved == "checkpoint" else {"save_strategy": "no", "save_steps": None}
+    assert align(folder, output, max_steps=2, **strategy) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("raco-optim: ") and last.endswith("No space left on device")
+    monkeypatch.undo()
+    assert align(folder, output, max_steps=2, disable_tqdm="true", **strategy) == 0
+    assert (output / "model.safetensors").exists()
+
+
+def test_nothing_but_results_is_left_and_few_checkpoints(folder, tmp_path, capsys):
+    assert align(folder, tmp_path / "out", max_steps=4, save_steps=1) == 0
+    names = {path.name for path in tmp_path.rglob("*") if "cache" not in path.parts}
+    assert {n for n in names if n.startswith(".") or n.endswith((".lock", ".part"))} == set()
+    assert {n for n in names if n.startswith("checkpoint")} == {"checkpoint-3", "checkpoint-4"}
+    errors = capsys.readouterr().err
+    model = (tmp_path / "out" / "model.safetensors").stat().st_size / 1e6
+    checkpoint = (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").stat().st_size / 1e6 + model
+    (line,) = (line for line in errors.splitlines() if "The result takes" in line)
+    said = [float(x) for x in re.findall(r"([\d.]+) MB", line)[:2]]
+    assert said == pytest.approx([model, checkpoint], abs=0.1)
+    assert "2 checkpoints are kept" in line
+    assert "Warning" not in errors
+
+
+# Models in .gguf files
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_gguf(path)
+    return path
+
+
+def test_adapters_of_a_gguf_file_can_be_moved(gguf_file, folder, tmp_path, monkeypatch, capsys):
+    lora = {"use_peft": "true", "lora_r": 2, "lora_target_modules": "all-linear"}
+    output = tmp_path / "runs" / "out"
+    monkeypatch.chdir(gguf_file.parent)
+    steps = {"max_steps": 2, "save_steps": 1}
+    assert align(folder, output, model="tiny.gguf", **lora, **steps) == 0
+    monkeypatch.chdir(output)
+    before = AutoPeftModelForCausalLM.from_pretrained(".").state_dict()
+    (tmp_path / "elsewhere").mkdir()
+    moved = Path(shutil.move(output, tmp_path / "elsewhere" / "moved"))
+    for place in (moved, moved / "checkpoint-2"):
+        monkeypatch.chdir(place)
+        after = AutoPeftModelForCausalLM.from_pretrained(".").state_dict()
+        monkeypatch.chdir(tmp_path)
+        base = place / PeftConfig.from_pretrained(place).base_model_name_or_path
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), place)
+        for found in (after, model.state_dict()):
+            assert all(torch.equal(found[name], before[name]) for name in before)
+    assert any(x.abs().max() > 0 for name, x in before.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.02, 0.3, 0.99])
+def test_a_gguf_file_that_was_cut_short_is_refused(share, gguf_file, folder, tmp_path, capsys):
+    data = gguf_file.read_bytes()
+    (cut := tmp_path / "cut.gguf").write_bytes(data[: int(share * len(data))])
+    assert align(folder, tmp_path / "out", model=cut) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith(
+        f"raco-optim: `--model` {cut} cannot be used: `file` must be a whole .gguf"
+    )
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [RUN_FILE]
 
 
 # Sweep
@@ -407,12 +578,38 @@ def test_a_sweep_refuses_a_held_out_file_that_changed(folder, tmp_path, capsys):
 def test_record_of_a_sweep_is_the_result_of_align(folder, tmp_path):
     arguments = sweep_arguments(folder, tmp_path / "r.jsonl")
     one = [*arguments[:2], "helpful=0.7,harmless=0.3", "--methods", "raco", "--c", "0.2"]
-    assert main([*one, *arguments[arguments.index("--seeds") :], "--lora_r", "8"]) == 0
-    assert align(folder, tmp_path / "out", method="raco", c=0.2, seed=0, lora_r=8) == 0
+    assert main([*one, *arguments[arguments.index("--seeds") :], "--warmup_steps", "1"]) == 0
+    assert align(folder, tmp_path / "out", method="raco", c=0.2, seed=0, warmup_steps=1) == 0
     (record,) = read_records(tmp_path / "r.jsonl")
     assert record["evaluation"] == run_file(tmp_path / "out")["result"]["evaluation"]
-    assert record["settings"]["lora_r"] == 8
+    assert record["settings"]["warmup_steps"] == 1
     assert not {"weights", "method", "c", "seed", "output_dir"} & set(record["settings"])
+
+
+def test_a_sweep_keeps_models_or_the_commands_that_train_them(
+    folder, tmp_path, monkeypatch, capsys
+):
+    arguments = sweep_arguments(folder, tmp_path / "r.jsonl", max_steps=1, save_steps=None)
+    one = [*arguments[:2], "helpful=0.7,harmless=0.3", *arguments[4:], "--methods", "linear"]
+    assert main([*one, "--keep_models"]) == 0
+    (record,) = read_records(tmp_path / "r.jsonl")
+    kept = Path(record["extra"]["model"])
+    assert kept == tmp_path / "r.jsonl.models" / "linear_helpful=0.7,harmless=0.3_seed=0"
+    monkeypatch.chdir(tmp_path)
+    program, *again = shlex.split(record["extra"]["command"])
+    assert program == "raco-optim"
+    assert main(again) == 0
+    assert same_weights(kept, kept.name)
+    assert run_file(Path(kept.name))["result"]["evaluation"] == record["evaluation"]
+    assert not list(kept.glob("checkpoint-*"))
+    assert main([*one, "--seeds", "0", "1"]) == 0
+    capsys.readouterr()
+    assert main([*one, "--seeds", "0", "1", "--keep_models"]) == 0
+    assert "1 of 2 runs were over before `--keep_models` was given" in capsys.readouterr().err
+    assert main(["report", "r.jsonl", "--output", "r.html"]) == 0
+    page = Path("r.html").read_text()
+    assert str(kept) in page
+    assert "raco-optim align --model" in page
 
 
 @pytest.mark.parametrize(

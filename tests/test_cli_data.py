@@ -1,13 +1,17 @@
 """Files with preference pairs: what is read, and what is refused by name."""
 
+import gzip
+import hashlib
+import json
 from pathlib import Path
 
 import datasets
 import pandas as pd
 import pytest
 
-from raco_optim.cli.data import load_pairs
+from raco_optim.cli.data import content_hash, load_pairs
 from raco_optim.cli.errors import UsageError
+from raco_optim.cli.sources import open_sources
 
 ROWS = [
     {"prompt": "p ", "chosen": "a", "rejected": "b", "pref_x": 1, "pref_y": -1},
@@ -50,10 +54,10 @@ def test_formats(tmp_path, suffix):
     assert dataset["pref_y"][0] == -1
 
 
-def test_prompt_is_optional_and_other_columns_stay(tmp_path):
+def test_prompt_is_optional_and_only_what_training_reads_stays(tmp_path):
     rows = [{"chosen": "a", "rejected": "b", "pref_x": 1, "source": "web"}]
     dataset = load_pairs(written(tmp_path / "pairs.jsonl", rows), "--data", ["x"], [])
-    assert dataset.column_names == ["chosen", "rejected", "pref_x", "source"]
+    assert dataset.column_names == ["chosen", "rejected", "pref_x"]
 
 
 def test_conversations_are_pairs_too(tmp_path):
@@ -67,11 +71,9 @@ def test_conversations_are_pairs_too(tmp_path):
 
 def test_file_is_checked(tmp_path):
     assert "no such file" in refusal(tmp_path / "pairs.jsonl")
-    (tmp_path / "folder.csv").mkdir()
-    assert "which is a folder" in refusal(tmp_path / "folder.csv")
     assert ".jsonl, .json, .csv or .parquet" in refusal(tmp_path / "pairs.txt")
     (tmp_path / "empty.jsonl").write_text("")
-    assert "at least one pair" in refusal(tmp_path / "empty.jsonl")
+    assert "at least one record" in refusal(tmp_path / "empty.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_file_is_checked(tmp_path):
 def test_content_that_cannot_be_read_is_named_with_the_cause(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     message = refusal(tmp_path / name)
-    assert "`--data` must be a" in message
+    assert "`--data` " in message
     assert name in message
 
 
@@ -107,11 +109,11 @@ def test_unknown_objective_is_named_with_those_that_are_there(tmp_path):
     assert "has none" in refusal(written(tmp_path / "bare.jsonl", rows))
 
 
-@pytest.mark.parametrize("value", ["yes", 2, 0.5, True, "1"])
-def test_preferences_are_signs(tmp_path, value):
+@pytest.mark.parametrize("value", ["yes", 2, -1.5, True, "1"])
+def test_preferences_are_numbers_from_minus_one_to_one(tmp_path, value):
     rows = [{**ROWS[0], "pref_y": value}]
     message = refusal(written(tmp_path / "pairs.parquet", rows))
-    assert "pairs.parquet: column `pref_y` must hold +1" in message
+    assert "pairs.parquet, record 1: column `pref_y` must hold +1" in message
     assert repr(value) in message
 
 
@@ -125,8 +127,7 @@ def test_objective_that_labels_no_pair_is_named(tmp_path):
 def test_missing_text_is_named_by_its_row(tmp_path):
     rows = [ROWS[0], {**ROWS[1], "rejected": None}]
     message = refusal(written(tmp_path / "pairs.jsonl", rows))
-    assert "column 'rejected'" in message
-    assert "None in row 1" in message
+    assert "line 2: column `rejected` must hold a text or messages; got null" in message
 
 
 def test_margins_are_needed_and_finite(tmp_path):
@@ -137,3 +138,259 @@ def test_margins_are_needed_and_finite(tmp_path):
     assert "column `margin_y`" in message
     rows = [{**row, "margin_y": 0.5} for row in ROWS]
     assert len(load_pairs(written(tmp_path / "good.jsonl", rows), "--data", ["x"], ["y"])) == 2
+
+
+# Text that looks like something else
+
+
+@pytest.mark.parametrize("cell", ["NA", "N/A", "None", "null", "nan", "", "-1", "[1, 2]", "a,\nb"])
+def test_every_cell_of_a_csv_file_is_text(tmp_path, cell):
+    rows = [{**ROWS[0], "prompt": cell, "chosen": cell}, ROWS[1]]
+    dataset = load_pairs(written(tmp_path / "pairs.csv", rows), "--data", ["x"], [])
+    assert dataset[0]["prompt"] == dataset[0]["chosen"] == cell
+    assert dataset["pref_x"][:] == [1, 0]
+
+
+def test_labels_of_a_csv_file_are_numbers_or_empty(tmp_path):
+    (path := tmp_path / "a.csv").write_text("chosen,rejected,pref_x,weight_x\na,b,,\nc,d,0.5,2\n")
+    dataset = load_pairs(path, "--data", ["x"], [])
+    assert dataset["pref_x"][:] == [None, 0.5]
+    assert dataset["weight_x"][:] == [None, 2.0]
+    path.write_text("chosen,rejected,pref_x\na,b,1\nc,d,NA\n")
+    assert "a.csv, record 2: column `pref_x` must hold" in (message := refusal(path, ["x"]))
+    assert "'NA'" in message
+
+
+def test_conversations_in_a_csv_file_are_parsed_or_refused(tmp_path):
+    rows = [
+        {name: json.dumps(messages(name)) for name in ("prompt", "chosen", "rejected")}
+        | {"pref_x": 1}
+    ] * 2
+    dataset = load_pairs(written(tmp_path / "json.csv", rows), "--data", ["x"], [])
+    assert dataset[0]["chosen"] == messages("chosen")
+    rows[1] = {name: x if name == "pref_x" else repr(messages(name)) for name, x in rows[1].items()}
+    message = refusal(written(tmp_path / "repr.csv", rows), ["x"])
+    assert "record 2: a text looks like messages but is not JSON" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("chosen,rejected,pref_x\na,b\n", "record 1 must have 3 cells"),
+        ('chosen,rejected,pref_x\n"a"b,c,1\n', "',' expected"),
+        ("chosen,chosen,pref_x\na,b,1\n", "different names"),
+        ("chosen,rejected,pref_x\n\xff,b,1\n", "utf-8"),
+    ],
+)
+def test_broken_csv_is_refused(tmp_path, text, cause):
+    (tmp_path / "a.csv").write_bytes(text.encode("latin-1"))
+    assert cause in refusal(tmp_path / "a.csv", ["x"])
+
+
+def test_long_cells_and_a_byte_order_mark(tmp_path):
+    rows = [{**ROWS[0], "chosen": "a" * 200_000}]
+    path = written(tmp_path / "pairs.csv", rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    dataset = load_pairs(path, "--data", ["x"], [])
+    assert dataset[0]["prompt"] == "p "
+    assert len(dataset[0]["chosen"]) == 200_000
+
+
+# Columns and types that come late
+
+
+def test_columns_may_begin_with_nulls_come_late_and_change_their_type(tmp_path):
+    text = "word " * 1000  # more than a block of any reader
+    first = {"prompt": "p", "chosen": text, "rejected": text + "x", "pref_x": 1, "pref_y": None}
+    late = {**first, "pref_x": None, "pref_y": -0.5, "pref_z": 1, "weight_y": 3, "id": "a"}
+    del late["pref_x"]
+    rows = [{**first, "id": i} for i in range(2100)] + [late]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = load_pairs(path, "--data", ["x", "y", "z"], [])
+    assert dataset[0]["pref_y"] is dataset[0]["pref_z"] is dataset[-1]["pref_x"] is None
+    assert (dataset[-1]["pref_y"], dataset[-1]["pref_z"]) == (-0.5, 1)
+    assert dataset[-1]["weight_y"] == 3
+
+
+def test_messages_may_get_further_fields_late(tmp_path):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    plain = {name: messages(name) for name in ("prompt", "chosen", "rejected")} | {"pref_x": 1}
+    path = tmp_path / "pairs.jsonl"
+    rows = [*[plain] * 1200, {**plain, "chosen": [call]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = load_pairs(path, "--data", ["x"], [])
+    assert dataset[-1]["chosen"][0]["tool_calls"] == call["tool_calls"]
+    assert dataset[0]["chosen"][0]["content"] == "chosen"
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    path = written(tmp_path / "pairs.jsonl")
+    load_pairs(path, "--data", ["x"], [])
+    path.write_text(path.read_text().replace('"a"', '"new"'))
+    assert load_pairs(path, "--data", ["x"], [])[0]["chosen"] == "new"
+
+
+# Conversations
+
+
+def messages(text, role="assistant"):
+    role = "user" if text == "prompt" else role
+    return [{"role": role, "content": text}]
+
+
+PAIR = {"prompt": messages("prompt"), "chosen": messages("a"), "rejected": messages("b")}
+WHOLE = {name: [*PAIR["prompt"], *PAIR[name]] for name in ("chosen", "rejected")}
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ({**PAIR, "chosen": []}, ["a list of messages has none"]),
+        ({**PAIR, "chosen": "a"}, ["`prompt` is a list of messages here", "`chosen` is a text"]),
+        ({**PAIR, "prompt": "p"}, ["`prompt` is a text here", "`raco-optim data` makes them"]),
+        ({**PAIR, "chosen": [{"from": "gpt", "value": "a"}]}, ["`role` and `content`", "gpt"]),
+        ({**PAIR, "chosen": [{"role": "assistant", "content": 3}]}, ["`role` and `content`"]),
+        ({**PAIR, **WHOLE}, ["`chosen` repeats the prompt"]),
+        (
+            {"chosen": messages("a"), "rejected": messages("b")},
+            ["must begin with the same message"],
+        ),
+        ({"prompt": "p", "chosen": "pa", "rejected": "pb"}, ["must not have the prompt twice"]),
+        ({"prompt": None, "chosen": {"a": 1}, "rejected": "b"}, ["a text or a list", "{'a': 1}"]),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, ["a text or a list", "3"]),
+        ({"chosen": "a\ud800", "rejected": "b"}, ["half a character"]),
+    ],
+)
+def test_texts_and_conversations_that_cannot_be_right_are_refused(tmp_path, row, parts):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({**row, "pref_x": 1}) + "\n")
+    message = refusal(path, ["x"])
+    assert all(part in message for part in parts), message
+
+
+def test_whole_conversations_without_a_prompt_are_pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({**WHOLE, "pref_x": 1}) + "\n")
+    assert load_pairs(path, "--data", ["x"], []).column_names == ["chosen", "rejected", "pref_x"]
+
+
+def test_all_pairs_have_a_prompt_or_none(tmp_path):
+    rows = [ROWS[0], {name: x for name, x in ROWS[1].items() if name != "prompt"}]
+    message = refusal(written(tmp_path / "pairs.jsonl", rows))
+    assert "line 2: all pairs must have a prompt, or none" in message
+
+
+def test_a_layout_that_is_not_ours_is_named(tmp_path):
+    row = {**WHOLE, "score_chosen": 7.0, "score_rejected": 3.0}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    message = refusal(path, ["helpful"])
+    assert "looks like ultrafeedback-binarized: run `raco-optim data` first" in message
+
+
+# Several sources
+
+
+def test_compressed_files_and_folders(tmp_path):
+    for name in ("a.jsonl.gz", "b.json.gz", "c.csv.gz"):
+        path = written(tmp_path / name.removesuffix(".gz"))
+        (tmp_path / "in" / "deep").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / "deep" / name).write_bytes(gzip.compress(path.read_bytes()))
+    (tmp_path / "in" / "README.md").write_text("not data")
+    (tmp_path / "in" / ".hidden.jsonl").write_text("not data")
+    dataset = load_pairs(tmp_path / "in", "--data", ["x", "y"], [])
+    assert dataset["chosen"][:] == ["a", "c"] * 3
+    (tmp_path / "in" / "deep" / "test-0.jsonl").write_text("{}")
+    message = refusal(tmp_path / "in")
+    assert "must not mix data for training with held-out data" in message
+    assert "test-0.jsonl" in message
+    (tmp_path / "none").mkdir()
+    assert "without a .jsonl, .json, .csv or .parquet file" in refusal(tmp_path / "none")
+    (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip")
+    assert "a.jsonl.gz: " in refusal(tmp_path / "a.jsonl.gz")
+
+
+def test_a_folder_that_datasets_saved(tmp_path):
+    dataset = datasets.Dataset.from_list(ROWS)
+    dataset.save_to_disk(tmp_path / "one")
+    assert load_pairs(tmp_path / "one", "--data", ["x"], [])["chosen"][:] == ["a", "c"]
+    datasets.DatasetDict(train=dataset).save_to_disk(tmp_path / "several")
+    assert "must be one split" in refusal(tmp_path / "several")
+
+
+def test_files_with_one_objective_each_are_joined(tmp_path):
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b", f"pref_{name}": 1} for name in "xy"]
+    paths = [str(written(tmp_path / f"{i}.jsonl", [row])) for i, row in enumerate(rows)]
+    dataset = load_pairs(paths, "--data", ["x", "y"], [])
+    assert dataset["pref_x"][:] == [1, None]
+    assert dataset["pref_y"][:] == [None, 1]
+    assert len({content_hash(x, "--data") for x in (paths, paths[:1], paths[::-1])}) == 3
+    plain = hashlib.sha256((tmp_path / "0.jsonl").read_bytes()).hexdigest()
+    assert content_hash(paths[0], "--data") == plain
+
+
+def test_shares_make_the_largest_mixture_without_repeats(tmp_path, capsys):
+    paths = []
+    for name, many in (("x", 100), ("y", 10)):
+        rows = [{**ROWS[0], "chosen": f"{name}{i}"} for i in range(many)]
+        paths.append(str(written(tmp_path / f"{name}.jsonl", rows)))
+    mixture = [f"{paths[0]}=0.75", f"{paths[1]}=0.25"]
+    dataset = load_pairs(mixture, "--data", ["x"], [])
+    chosen = dataset["chosen"][:]
+    assert [sum(x[0] == name for x in chosen) for name in "xy"] == [30, 10]
+    assert len(set(chosen)) == 40
+    assert "30 of 100 pairs of" in capsys.readouterr().err
+    assert load_pairs(mixture, "--data", ["x"], [])["chosen"][:] == chosen
+    equal = load_pairs([f"{paths[0]}=0.5", f"{paths[1]}=0.5"], "--data", ["x"], [])
+    assert len(equal) == 20
+    for wrong in ([mixture[0], paths[1]], [mixture[0], mixture[0]], [f"{paths[0]}=2"]):
+        with pytest.raises(UsageError, match="sum to 1"):
+            load_pairs(wrong, "--data", ["x"], [])
+
+
+def test_text_and_conversations_of_two_files_are_not_mixed(tmp_path):
+    (path := tmp_path / "chat.jsonl").write_text(json.dumps({**PAIR, "pref_x": 1}) + "\n")
+    message = refusal([str(written(tmp_path / "text.jsonl")), str(path)], ["x"])
+    assert "chat.jsonl, line 1: texts and messages must not be mixed" in message
+    assert f"{tmp_path / 'text.jsonl'}, line 1" in message
+
+
+def test_names_on_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(name, **options):
+        asked.append((name, options))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    load_pairs("owner/pairs", "--data", ["x"], [])
+    load_pairs("owner/pairs/part/of:test", "--data", ["x"], [])
+    assert asked[0] == ("owner/pairs", {"data_dir": None, "split": "train"})
+    assert asked[-1] == ("owner/pairs", {"data_dir": "part/of", "split": "test"})
+
+
+def test_no_network_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    message = refusal("owner/pairs")
+    assert "must be a file, a folder or a data set on the hub; got owner/pairs" in message
+    assert "cannot be loaded from the hub" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ('{"a": 1}\n{"b"\n', "line 2 is not JSON"),
+        ("[1]\n", "a record has names and values; got [1]"),
+        ("[" * 100_000, "nested too deeply"),
+        ("\xff\n", "line 1 is not JSON"),
+    ],
+)
+def test_broken_lines_are_named(tmp_path, text, cause):
+    (tmp_path / "a.jsonl").write_bytes(text.encode("latin-1"))
+    sources = open_sources([str(tmp_path / "a.jsonl")], "--data")
+    with pytest.raises(UsageError, match=r"a\.jsonl") as caught:
+        list(sources[0].records())
+    assert cause in str(caught.value)

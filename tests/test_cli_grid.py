@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
 import pytest
+import torch
 
 from raco_optim.cli.errors import UsageError
 from raco_optim.cli.files import held
@@ -81,6 +84,51 @@ def test_what_json_has_no_number_for_is_null(path):
     assert record["training"]["x"] == [None]
     assert "NaN" not in path.read_text()
     assert run_grid(path, POINTS[:1], {"radius": float("inf")}, run) == [record]
+
+
+def test_scores_of_numpy_and_torch_are_kept(path):
+    def run(point):
+        scores = {
+            "loss": torch.tensor(0.5, requires_grad=True),
+            "margin": np.float32(0.25),
+            "accuracy": np.array(1.0),
+            "labelled": np.int64(4),
+        }
+        extra = {"curve": np.arange(3), "flag": np.bool_(True), "nan": torch.tensor(float("nan"))}
+        return {
+            "evaluation": {"a": scores},
+            "training": {"seconds": Fraction(1, 2)},
+            "extra": extra,
+        }
+
+    (record,) = run_grid(path, POINTS[:1], SETTINGS | {"steps": np.int32(3)}, run)
+    assert record["evaluation"]["a"] == {
+        "loss": 0.5,
+        "margin": 0.25,
+        "accuracy": 1.0,
+        "labelled": 4,
+    }
+    assert record["training"] == {"seconds": 0.5}
+    assert record["extra"] == {"curve": [0, 1, 2], "flag": True, "nan": None}
+    assert read_records(path) == [record]
+    assert run_grid(path, POINTS[:1], SETTINGS, Runs()) == [record], "the settings are the same"
+
+
+def test_what_json_cannot_hold_is_refused_before_a_run_and_kept_as_text_after_it(path, capsys):
+    for points, settings in (
+        (POINTS[:1], {"model": object()}),
+        ([Point("linear", {"a": 1.0}, seed={1})], SETTINGS),
+    ):
+        runs = Runs()
+        with pytest.raises(ValueError, match="must be what JSON can hold"):
+            run_grid(path, points, settings, runs)
+        assert runs.points == []
+    assert not path.exists()
+    (record,) = run_grid(
+        path, POINTS[:1], SETTINGS, lambda point: Runs()(point) | {"extra": {"x": {1, 2}}}
+    )
+    assert record["extra"] == {"x": "{1, 2}"}
+    assert "result['extra']['x'] is a set, which JSON can't hold" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

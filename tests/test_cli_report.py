@@ -2,19 +2,23 @@
 
 import base64
 import html.parser
+import itertools
 import json
+import os
 import random
 import re
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from raco_optim.cli import figures, main
-from raco_optim.cli.grid import grid_points, run_grid
+from raco_optim.cli.grid import grid_points, read_records, run_grid
 from raco_optim.cli.tables import Table, spread
 
+ROOT = Path(__file__).parent.parent
 NASTY = "<script>alert('$x_1$')</script>"
 
 
@@ -101,11 +105,59 @@ def test_pictures_for_any_number_of_objectives(names, tmp_path):
         assert height > 250
 
 
-def test_pairs_that_are_not_drawn_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "PAIRS", 1)
+def test_objectives_that_are_not_drawn_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "OBJECTIVES", 2)
     output = tmp_path / "report.html"
     assert report(write(tmp_path / "r.jsonl", ["a", "b", "c"], seeds=[0]), output=output) == 0
-    assert "the first 1 of 3 pairs of objectives" in output.read_text()
+    assert "of the first 2 of 3 objectives" in output.read_text()
+
+
+@pytest.mark.parametrize("m", [2, 3])
+def test_points_carry_their_weights_in_one_matrix_of_panels(m, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(figures, "_png", lambda figure: shown.append(figure) or b"")
+    figures.trade_off_figure(read_records(write(tmp_path / "r.jsonl", list("abc"[:m]))))
+    panels = [axes for axes in shown[0].axes if axes.axison]
+    assert len(panels) == m * (m - 1)
+    labels = {(axes.get_xlabel(), axes.get_ylabel()) for axes in panels}
+    if m == 3:
+        assert ("loss on a", "loss on b") in labels and ("accuracy on b", "accuracy on a") in labels
+    corner = 0.6, *[0.4 / (m - 1)] * (m - 1)
+    weights = {
+        " / ".join(f"{w:g}" for w in permuted) for permuted in itertools.permutations(corner)
+    }
+    for axes in panels:
+        assert {text.get_text() for text in axes.texts if "/" in text.get_text()} == weights
+
+
+def test_tables_come_first(results, tmp_path):
+    report(results, output=tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    order = ["Held-out loss", "Hypervolume (", "Training steps", "<img", "Models", "Settings"]
+    assert sorted(order, key=page.index) == order
+
+
+def test_methods_that_these_seeds_do_not_tell_apart_are_named(tmp_path, capsys):
+    def sentence(seeds, gap):
+        path = tmp_path / f"{len(seeds)} {gap}.jsonl"
+        write(path, ["a", "b"], seeds=seeds)
+        records = read_records(path)
+        for record in records:
+            if record["point"]["method"] == "linear":
+                for scores in record["evaluation"].values():
+                    scores["loss"] += gap
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        report(path, output=tmp_path / "report.html")
+        summary = capsys.readouterr().out.splitlines()[0]
+        assert summary in Page(tmp_path / "report.html").text
+        return summary
+
+    few = sentence(range(3), 5.0)
+    assert "No two methods can be told apart with these seeds" in few
+    assert "3 methods need at least 7 seeds" in few
+    some = sentence(range(8), 5.0)
+    assert "These seeds do not tell apart" in some and some.endswith(": raco (c = 0.4) and mgda.")
+    assert "linear" not in some.partition("not tell apart")[2]
 
 
 def test_tables_hold_the_means_over_seeds(results, tmp_path, capsys):
@@ -185,7 +237,7 @@ def test_files_that_do_not_belong_together_are_refused(results, tmp_path, capsys
 
 def test_files_without_results_are_refused(results, tmp_path, capsys):
     output = tmp_path / "report.html"
-    output.write_text("older report")
+    assert report(results, output=output) == 0  # an older one
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     assert "empty.jsonl holds no record" in refusal(capsys, empty, output=output)
@@ -204,7 +256,84 @@ def test_output_is_checked_before_the_work(results, tmp_path, capsys):
     assert "`--output` must be a file" in refusal(capsys, results, output=tmp_path)
     below = results / "report.html"
     assert "`--output` must be a file" in refusal(capsys, results, output=below)
-    assert "must not be one of the files" in refusal(capsys, results, output=results)
+    assert "a page that raco-optim wrote" in refusal(capsys, results, output=results)
+    assert "`--output` must be a file" in refusal(capsys, results, output=Path("/dev/null"))
+
+
+@pytest.mark.parametrize(
+    "text", ["x", "<!DOCTYPE html>\n<html><title>My thesis</title></html>", "\x89PNG"]
+)
+def test_only_a_page_of_its_own_is_replaced(text, results, tmp_path, capsys):
+    (output := tmp_path / "thesis.html").write_text(text)
+    assert "thesis.html, which is neither" in refusal(capsys, results, output=output)
+    output.write_text("")
+    assert report(results, output=output) == 0
+    (tmp_path / "link.html").symlink_to(output)
+    output.write_text(output.read_text().replace("Multi-objective", "Older"))
+    assert report(results, output=tmp_path / "link.html") == 0
+    assert (tmp_path / "link.html").is_symlink() and "Multi-objective" in output.read_text()
+
+
+def nested(depth):
+    return "[" * depth + "]" * depth
+
+
+WRONG = {
+    "no weights": {"point": {"weights": {}}},
+    "a weight that is a text": {"point": {"weights": {"a": "much"}}},
+    "an infinite weight": {"point": {"weights": {"a": "INF"}}},
+    "a method that is a number": {"point": {"method": 3}},
+    "a seed that is a text": {"point": {"seed": "0"}},
+    "a radius that is a list": {"point": {"c": [0.4]}},
+    "scores that are a number": {"evaluation": {"a": 0.5}},
+    "a loss that is a text": {"evaluation": {"a": {"loss": "low"}}},
+    "a loss that is a list": {"evaluation": {"a": {"loss": [0.5, 0.6]}}},
+    "a huge loss": {"evaluation": {"a": {"loss": 10**400}}},
+    "no count": {"evaluation": {"a": {"labelled": None}}},
+    "a share that is a text": {"training": {"hurting_steps": "many"}},
+    "an environment that is a list": {"environment": []},
+    "a deep one": {"extra": {"x": "DEEP"}},
+    "a deep setting": {"settings": {"x": "FLAT"}},
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_records_with_wrong_types_are_refused(case, tmp_path, capsys):
+    path = write(tmp_path / "r.jsonl", ["a"], seeds=[0], methods=["raco"])
+    (record,) = read_records(path)
+    for part, changes in WRONG[case].items():
+        if not isinstance(changes, dict):
+            record[part] = changes
+            continue
+        for name, value in changes.items():
+            old = record[part].get(name)
+            nest = isinstance(old, dict) and isinstance(value, dict) and value
+            record[part][name] = old | value if nest else value
+    text = json.dumps(record).replace('"INF"', "1e999").replace('"DEEP"', nested(100_000))
+    path.write_text(text.replace('"FLAT"', nested(900)) + "\n")
+    if case == "a deep setting":  # one that Python's JSON takes
+        assert report(path, output=tmp_path / "report.html") in (0, 2)
+    else:
+        assert "r.jsonl" in refusal(capsys, path, output=tmp_path / "report.html")
+
+
+def test_a_terminal_that_knows_ascii_alone(results, tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "raco_optim.cli",
+            "report",
+            results,
+            "--output",
+            tmp_path / "r.html",
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout.isascii() and b"Held-out loss" in done.stdout
+    assert "±" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
 def test_missing_package_is_named_with_its_extra(results, tmp_path, capsys, monkeypatch):

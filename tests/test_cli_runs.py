@@ -1,13 +1,17 @@
 """The folder of a run: claimed once, recognised again, and never somebody else's."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from raco_optim.cli.errors import UsageError
 from raco_optim.cli.files import held, make_folder, write_atomically
 from raco_optim.cli.runs import RUN_FILE, last_checkpoint, open_run, save_run
 
+RESULT = {"evaluation": {}, "training": {"steps": 4}}
 SETTINGS = {"seed": 0, "weights": {"a": 0.5, "b": 0.5}}
 
 
@@ -29,8 +33,8 @@ def test_run_is_recognised_at_every_stage(tmp_path):
     assert run == {"status": "prepared", "data": "pairs.jsonl", "settings": SETTINGS}
     run = save_run(tmp_path, run, status="training")
     assert open_run(tmp_path, SETTINGS, {"data": "elsewhere"}) == run
-    run = save_run(tmp_path, run, status="finished", result={"loss": 0.5})
-    assert open_run(tmp_path, SETTINGS, {})["result"] == {"loss": 0.5}
+    run = save_run(tmp_path, run, status="finished", result=RESULT)
+    assert open_run(tmp_path, SETTINGS, {})["result"] == RESULT
     assert json.loads((tmp_path / RUN_FILE).read_text()) == run
 
 
@@ -55,7 +59,15 @@ def test_folder_of_something_else_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", '{"settings": {}}', '{"status": "training", "settings": 3}']
+    "text",
+    [
+        *("", "{", "[]", "3", '{"settings": {}}', '{"status": "training", "settings": 3}'),
+        '{"status": "finished", "settings": {}}',
+        '{"status": "over", "settings": {}}',
+        '{"status": "finished", "settings": {}, "result": {"evaluation": 3, "training": {}}}',
+        "[" * 5000,
+    ],
+    ids=range(10),
 )
 def test_description_that_is_none_is_refused(tmp_path, text):
     (tmp_path / RUN_FILE).write_text(text)
@@ -101,12 +113,13 @@ def test_folder_that_cannot_be_made_is_refused(tmp_path):
 # Checkpoints
 
 
-def checkpoint(folder, step, state='{"global_step": 1}'):
+def checkpoint(folder, step):
     path = folder / f"checkpoint-{step}"
     path.mkdir()
-    (path / "model.safetensors").write_text("weights")
-    if state is not None:
-        (path / "trainer_state.json").write_text(state)
+    save_file({"weight": torch.zeros(100)}, path / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"state": torch.zeros(100)}, path / name)
+    (path / "trainer_state.json").write_text('{"global_step": 1}')
     return path
 
 
@@ -120,18 +133,33 @@ def test_last_checkpoint_is_the_one_with_the_highest_step(tmp_path):
     assert (tmp_path / "checkpoint-11").read_text() == "a file"
 
 
-@pytest.mark.parametrize("state", [None, "", '{"global_step": 1', "[]", "3"])
-def test_checkpoint_that_was_cut_short_is_kept_aside_and_that_is_said(tmp_path, capsys, state):
-    for _ in range(2):  # at the second time, the first one's name is taken
-        whole = checkpoint(tmp_path, 2)
-        checkpoint(tmp_path, 4, state)
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+
+
+DAMAGE = [
+    *((name, how) for name in ("model.safetensors", "optimizer.pt") for how in (cut, Path.unlink)),
+    *((name, cut) for name in ("scheduler.pt", "rng_state.pth", "trainer_state.json")),
+    ("trainer_state.json", Path.unlink),
+    ("trainer_state.json", lambda path: path.write_text("[]")),
+    ("optimizer.pt", flip),
+    ("model.safetensors.index.json", lambda path: path.write_text('{"weight_map": {"a": "b"}}')),
+]
+
+
+@pytest.mark.parametrize(("name", "how"), DAMAGE, ids=range(len(DAMAGE)))
+def test_checkpoint_that_is_not_whole_is_kept_aside_and_that_is_said(tmp_path, capsys, name, how):
+    whole = checkpoint(tmp_path, 2)
+    for i in (1, 2):  # at the second time, the first one's name is taken
+        how(checkpoint(tmp_path, 4) / name)
         assert last_checkpoint(tmp_path) == whole
-        assert "checkpoint-4 was cut short: passed over" in capsys.readouterr().err
+        assert "checkpoint-4 is not whole: passed over" in capsys.readouterr().err
         assert last_checkpoint(tmp_path) == whole, "and not said again"
         assert capsys.readouterr().err == ""
-        (whole / "trainer_state.json").unlink()
-        (whole / "model.safetensors").unlink()
-        whole.rmdir()
-    for i in (1, 2):
-        aside = tmp_path / f"incomplete-{i}-checkpoint-4"
-        assert (aside / "model.safetensors").read_text() == "weights"
+        assert (tmp_path / f"incomplete-{i}-checkpoint-4").is_dir()

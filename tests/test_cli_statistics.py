@@ -14,7 +14,9 @@ from raco_optim.cli.statistics import (
     front,
     front_distances,
     hypervolumes,
+    indistinguishable,
     paired_difference,
+    sign_flip_p_value,
 )
 
 
@@ -244,3 +246,36 @@ def test_another_baseline_and_none():
     found = paired_difference(records, "loss", baseline="raco (c = 0.1)")
     assert [d.interval.mean for d in found] == [2.0, 2.0]
     assert paired_difference(records, "loss", baseline="modpo") == []
+
+
+# Tests
+
+
+def test_p_value_is_the_share_of_all_signs():
+    generator = random.Random(0)
+    for n in (1, 3, 6):
+        differences = [generator.gauss(0.5, 1) for _ in range(n)]
+        sums = [
+            abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
+            for signs in itertools.product((1, -1), repeat=n)
+        ]
+        share = sum(x >= abs(sum(differences)) - 1e-12 for x in sums) / len(sums)
+        assert sign_flip_p_value(differences) == share
+    assert sign_flip_p_value([1.0] * 20) < 0.01
+    assert sign_flip_p_value([0.0] * 4) == 1.0
+
+
+def test_holm_accepts_from_the_first_p_value_that_is_too_large():
+    """Of three methods, one far from two that are alike; with too few seeds, none."""
+
+    def found(seeds):
+        generator = random.Random(0)
+        records = [
+            record(method, [0.5, 0.5], seed, [x + generator.uniform(0, 0.1) for _ in "ab"])
+            for method, x in (("linear", 5.0), ("mgda", 0.5), ("raco", 0.5))
+            for seed in range(seeds)
+        ]
+        return indistinguishable(records, "loss")
+
+    assert found(8) == [("mgda", "raco")]
+    assert found(6) == [("linear", "mgda"), ("linear", "raco"), ("mgda", "raco")]

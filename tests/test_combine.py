@@ -11,6 +11,7 @@ from torch import nn
 
 import raco_optim
 from raco_optim import CAGradClip, add_combined_gradient
+from raco_optim.gradients import combine
 from raco_optim.gradients.combine import write_gradients
 from tests.problems_nn import Buffered, batch, bits, network
 
@@ -72,6 +73,73 @@ def test_coefficient_zero_does_not_hide_what_is_not_finite(bad, position):
     parameter = nn.Parameter(torch.zeros(2))
     add_combined_gradient([parameter], rows, alpha)
     assert parameter.grad.isfinite().tolist() == [False, True]
+
+
+LARGE = 2**18 + 5
+GRADIENTS = {
+    "plain": lambda n: [torch.randn(n) for _ in range(3)],
+    "float64": lambda n: [torch.randn(n).double() for _ in range(3)],
+    "mixed dtypes": lambda n: [torch.randn(n), torch.randn(n).double(), torch.randn(n)],
+    "low precision": lambda n: [torch.randn(n).bfloat16() for _ in range(3)],
+    "not contiguous": lambda n: [torch.randn(n, 2)[:, 0], torch.randn(1).expand(n), torch.randn(n)],
+    "subnormal": lambda n: [torch.randn(n), torch.randn(n) * 1e-40, torch.randn(n)],
+    "wide alpha": lambda n: [torch.randn(n), torch.randn(n) * 1e-40, torch.randn(n)],
+}
+# Number of elements and case -> by which function columns are combined together or in blocks.
+TAKEN = {
+    **{(7, case): "_foreach" for case in ("plain", "float64", "not contiguous", "subnormal")},
+    **{(LARGE, case): "_in_blocks" for case in ("plain", "float64", "subnormal")},
+}
+
+
+@pytest.mark.parametrize("n", [7, LARGE])
+@pytest.mark.parametrize("case", GRADIENTS)
+def test_what_the_fast_ways_cannot_serve_is_combined_one_by_one(monkeypatch, case, n):
+    taken = []
+
+    def watched(name):
+        original = getattr(combine, name)
+        return lambda *args: [taken.append(name), original(*args)][1]
+
+    for name in ("_foreach", "_in_blocks"):
+        monkeypatch.setattr(combine, name, watched(name))
+    gradients = GRADIENTS[case](n)
+    alpha = torch.tensor([0.3, 1e39 if case == "wide alpha" else -0.2, 0.7], dtype=torch.float64)
+    terms = [a * g.double() for a, g in zip(alpha, gradients, strict=True)]
+    before = [g.clone() for g in gradients]
+    row = combine.combine_rows([[g, None] for g in gradients], alpha, alpha, [True, True])
+    eps = torch.finfo(gradients[0].dtype).eps
+    error = (row[0].double() - sum(terms)).abs()
+    assert bool((error <= 3 * eps * sum(term.abs() for term in terms) + 1e-44).all())
+    assert row[1] is None
+    assert row[0].dtype == gradients[0].dtype
+    assert row[0].is_contiguous()
+    assert all(map(torch.equal, gradients, before))
+    assert [x for x in taken if x != "_foreach" or n < LARGE] == (
+        [TAKEN[n, case]] if (n, case) in TAKEN else []
+    )
+
+
+def test_heads_and_shared_parameters_of_one_step_have_their_own_coefficients():
+    """Columns of one loss, of some and of all, in runs of shared ones and heads."""
+    alpha, weights = torch.tensor([0.5, -2.0, 3.0]).double(), torch.tensor([0.2, 0.3, 0.5]).double()
+    shared = [True, True, False, True, False, False]
+    there = [[1, 0, 1, 1, 0, 1], [1, 1, 0, 1, 0, 1], [1, 0, 0, 0, 0, 1]]
+    rows = [[torch.randn(3) if x else None for x in row] for row in there]
+    expected = [
+        sum(
+            (alpha if is_shared else weights)[i] * row[j].double()
+            for i, row in enumerate(rows)
+            if row[j] is not None
+        )
+        for j, is_shared in enumerate(shared)
+    ]
+    found = combine.combine_rows(rows, alpha, weights, shared)
+    assert found[4] is None
+    for g, x in zip(found, expected, strict=True):
+        if g is not None:
+            torch.testing.assert_close(g.double(), x, rtol=1e-5, atol=1e-6)
+    assert rows == [[None] * 6] * 3
 
 
 def test_nothing_of_a_step_outlives_backward_but_the_grad():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from raco_optim import MGDA, CAGrad, CAGradClip, LinearScalarization
+from raco_optim.rules import cagrad
 from tests.problems_nn import (
     INNER,
     as_asked,
@@ -287,3 +288,23 @@ def test_weights_and_radius_may_change_between_steps():
             flat_grad(model), clipped_alpha(J, weights, c, "hard") @ J, rtol=1e-9, atol=1e-9
         )
     assert opt.weights == (0.25, 0.75)
+
+
+def test_clip_and_solver_may_change_between_steps(monkeypatch):
+    model, x = network(DOUBLE), batch(0, dtype=DOUBLE)
+    opt = CAGradClip(sgd(model), [0.1, 0.1, 0.8], c=0.5)
+    J = jacobian(model, lambda: three_losses(model, x))
+    asked, solve = [], cagrad.solve
+    monkeypatch.setattr(cagrad, "solve", lambda *args: (asked.append(args[-1]), solve(*args))[1])
+    found = []
+    for clip, solver in (("hard", "exact"), ("none", "slsqp"), ("soft", "pgd")):
+        opt.clip, opt.solver = clip, solver
+        assert (opt.clip, opt.solver) == (clip, solver)
+        opt.zero_grad()
+        opt.backward(three_losses(model, x))
+        expected = clipped_alpha(J, [0.1, 0.1, 0.8], 0.5, clip) @ J
+        torch.testing.assert_close(flat_grad(model), expected, rtol=1e-5, atol=1e-6)
+        found.append(opt.report.coefficients)
+    assert asked == ["exact", "slsqp", "pgd"]
+    assert not torch.allclose(found[0], found[1], rtol=1e-2)
+    assert not torch.allclose(found[0], found[2], rtol=1e-2)

@@ -2,7 +2,6 @@
 
 import copy
 import enum
-import io
 import json
 import pickle
 import warnings
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from raco_optim import MGDA, CAGrad, CAGradClip, LinearScalarization, MultiObjectiveOptimizer
+from tests.problems_nn import through_a_file
 
 # Gradients (3, 0) and (0, 1): with c = 0 the combined gradient is (3 w_a, w_b).
 WEIGHTS = {"a": 0.75, "b": 0.25}
@@ -130,13 +130,6 @@ METHODS = {
 def problem():
     x = nn.Parameter(torch.tensor([1.0, 1.0], dtype=torch.float64))
     return x, torch.optim.SGD([x], lr=0.1), {"a": 3 * x[0], "b": x[1]}
-
-
-def through_a_file(value):
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 # --- The view of the weights is read-only --------------------------------------------------------
@@ -389,3 +382,15 @@ def test_a_gradient_that_is_not_finite_has_data():
         CAGradClip(inner, WEIGHTS).backward(losses)
     assert "pass None" not in str(caught.value)
     assert "set_detect_anomaly" in str(caught.value)
+
+
+def test_weights_that_sum_to_one_stay_to_the_bit():
+    """To rounding, that is: what was divided by its sum is not divided again."""
+    x = nn.Parameter(torch.ones(1))
+    for seed in range(50):
+        given = np.random.default_rng(seed).dirichlet(np.ones(7)).tolist()
+        opt = CAGradClip(torch.optim.SGD([x], 0.1), given)
+        assert opt.weights == tuple(given)
+        opt.weights = opt.weights
+        assert opt.weights == tuple(given)
+    assert CAGradClip(torch.optim.SGD([x], 0.1), [0.5, 0.5 + 1e-9]).weights != (0.5, 0.5 + 1e-9)

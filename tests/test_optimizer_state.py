@@ -1,7 +1,6 @@
 """Checkpoints, copies and the state hooks of the wrapper: nothing is lost, nothing is shared."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -22,6 +21,7 @@ from tests.problems_nn import (
     bits,
     everything,
     network,
+    through_a_file,
     train_step,
     two_losses,
 )
@@ -41,13 +41,6 @@ def inner(request):
 @pytest.fixture(params=WRAPPERS)
 def wrap(request):
     return WRAPPERS[request.param]
-
-
-def through_a_file(value):
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def run(model, opt, schedule, steps):
@@ -174,6 +167,7 @@ def test_state_hooks_fire_with_the_wrapper():
 
     opt.register_state_dict_pre_hook(lambda o: calls.append(("save", o)))
     opt.register_state_dict_post_hook(lambda o, state: {**state, "tokens": 17})
+    opt.register_load_state_dict_pre_hook(lambda o, state: None)
     opt.register_load_state_dict_pre_hook(migrate)
     opt.register_load_state_dict_post_hook(lambda o: calls.append(("loaded", o)))
     state = opt.state_dict()

@@ -743,3 +743,36 @@ def test_lightning_with_the_key(trainer_of, tmp_path):
     callback = base_callback(key=True)
     trainer_of(tmp_path, [callback], max_epochs=4, enable_checkpointing=False).fit(module)
     checked_epochs(module, 2)
+
+
+def _trunk_and_head():
+    """The losses' gradients are (1, 0) and (0, 1) in the trunk, (3,) and (5,) in the head."""
+    trunk, head = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1))
+    opt = CAGradClip(
+        torch.optim.SGD([{"params": [trunk]}, {"params": [head]}], 0.1),
+        [0.5, 0.5],
+        c=0.0,
+        shared_parameters=[trunk],
+    )
+    return opt, lambda trunk, head: [trunk[0] + 3 * head.sum(), trunk[1] + 5 * head.sum()]
+
+
+def test_tensors_replaced_right_after_loading_keep_their_roles():
+    opt, losses = _trunk_and_head()
+    opt.load_state_dict(opt.state_dict())  # makes new groups
+    for group in opt.param_groups:
+        group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
+    trunk, head = (group["params"][0] for group in opt.param_groups)
+    opt.backward(losses(trunk, head))
+    assert opt.report.gram.tolist() == [[1, 0], [0, 1]]
+
+
+def test_groups_may_change_places_between_micro_batches():
+    opt, losses = _trunk_and_head()
+    trunk, head = (group["params"][0] for group in opt.param_groups)
+    opt.backward(losses(trunk, head), accumulate=True)
+    opt.param_groups.reverse()
+    opt.backward(losses(trunk, head))
+    assert opt.report.gram.tolist() == [[4, 0], [0, 4]]
+    assert trunk.grad.tolist() == [1, 1]
+    assert head.grad.tolist() == [8]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from raco_optim import CAGradClip, per_loss_gradients
-from raco_optim.gradients.per_example import LinearLayerGradients
+from raco_optim.gradients.per_example import LayerGradients
 from tests.tiny_language_models import FAMILIES, tiny_model
 
 Gradients = list[list[Tensor | None]]
@@ -34,9 +34,7 @@ def some_losses(z: Tensor) -> list[Tensor]:
     return [z.square().mean(), z.sin().sum(), (z[:2] * z[3:]).sum()]
 
 
-def by_layers(
-    layers: LinearLayerGradients, z: Tensor, losses: list[Tensor | None]
-) -> Gradients | None:
+def by_layers(layers: LayerGradients, z: Tensor, losses: list[Tensor | None]) -> Gradients | None:
     found, why = layers.gradients(z, losses, [str(i) for i in range(len(losses))])
     assert (found is None) == bool(why)
     return found
@@ -85,12 +83,12 @@ def test_adapters_of_language_models(family: str, checkpointing: bool) -> None:
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    layers = LinearLayerGradients(model, parameters)
+    layers = LayerGradients(model, parameters)
     z = scores(model, ids)
     found = by_layers(layers, z, some_losses(z))
     assert_equal(found, expected, SINGLE)
-    # The first time one more pass looks whether examples interact.
-    assert len(passes) == 1 + 2 * checkpointing
+    # The first time two more passes are compared.
+    assert len(passes) == 1 + 3 * checkpointing
     passes.clear()
     z = scores(model, ids)
     assert_equal(by_layers(layers, z, some_losses(z)), expected, SINGLE)
@@ -103,7 +101,7 @@ def test_variants_of_adapters(options: dict[str, object]) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     ids = torch.randint(3, 20, (N, TOKENS))
     expected = per_loss_gradients(some_losses(scores(model, ids)), parameters)
-    layers = LinearLayerGradients(model, parameters)
+    layers = LayerGradients(model, parameters)
     z = scores(model, ids)
     assert_equal(by_layers(layers, z, some_losses(z)), expected, SINGLE)
 
@@ -138,7 +136,7 @@ def test_biases_unused_frozen_and_repeated_layers(net: Net) -> None:
     parameters = list(net.parameters())
     trainable = [p for p in parameters if p.requires_grad]
     expected = per_loss_gradients(some_losses(net(X)), trainable)
-    layers = LinearLayerGradients(net, parameters)
+    layers = LayerGradients(net, parameters)
     z = net(X)
     found = by_layers(layers, z, some_losses(z))
     assert found is not None
@@ -154,7 +152,7 @@ def test_biases_unused_frozen_and_repeated_layers(net: Net) -> None:
 
 def test_absent_loss(net: Net) -> None:
     parameters = [p for p in net.parameters() if p.requires_grad]
-    layers = LinearLayerGradients(net, parameters)
+    layers = LayerGradients(net, parameters)
     z = net(X)
     a, b, _ = some_losses(z)
     found = by_layers(layers, z, [a, None, b])
@@ -166,7 +164,7 @@ def test_absent_loss(net: Net) -> None:
 
 def test_serves_one_batch_after_the_other(net: Net) -> None:
     parameters = [p for p in net.parameters() if p.requires_grad]
-    layers = LinearLayerGradients(net, parameters)
+    layers = LayerGradients(net, parameters)
     for x in (X, X.flip(0)[:4], X):
         z = net(x)
         expected = per_loss_gradients([(net(x) ** 2).sum(), net(x).mean()], parameters)
@@ -175,7 +173,7 @@ def test_serves_one_batch_after_the_other(net: Net) -> None:
 
 def test_leaves_the_model_as_it_was(net: Net) -> None:
     before = net(X)
-    layers = LinearLayerGradients(net, [net.first.weight])
+    layers = LayerGradients(net, [net.first.weight])
     torch.testing.assert_close(net(X), before, rtol=0, atol=0)
     assert net.first._forward_hooks
     del layers
@@ -199,12 +197,13 @@ def test_hooks_and_changes_in_place_that_a_model_has(net: Net) -> None:
     model = Changing()
     parameters = list(net.first.parameters()) + list(net.second.parameters())
     expected = per_loss_gradients(some_losses(model(X)), parameters)
-    layers = LinearLayerGradients(model, parameters)
+    layers = LayerGradients(model, parameters)
     z = model(X)
     assert_equal(by_layers(layers, z, some_losses(z)), expected)
 
 
 def test_autocast_is_as_exact_as_autograd(net: Net) -> None:
+    nn.init.normal_(net.norm.weight)  # or the squares of the output have a constant sum
     parameters = [p for p in net.parameters() if p.requires_grad]
     truth = torch.cat(
         [
@@ -217,7 +216,7 @@ def test_autocast_is_as_exact_as_autograd(net: Net) -> None:
     net = net.float()
     with torch.autocast("cpu", torch.bfloat16):
         ordinary = per_loss_gradients(some_losses(net(X.float()).float()), parameters)
-        layers = LinearLayerGradients(net, parameters)
+        layers = LayerGradients(net, parameters)
         z = net(X.float()).float()
         found = by_layers(layers, z, some_losses(z))
     assert found is not None
@@ -228,79 +227,218 @@ def test_autocast_is_as_exact_as_autograd(net: Net) -> None:
     assert errors[0].norm() < 1.5 * errors[1].norm()
 
 
-class TestFallsBack:
-    """None, and the graph still serves one backward pass a loss."""
+class Tied(nn.Module):
+    """A table of embeddings, with a padding index, that is also the last layer."""
 
-    def check(self, model: nn.Module, parameters: list[Tensor], x: Tensor = X) -> None:
-        layers = LinearLayerGradients(model, parameters)
-        z = model(x)
-        losses = some_losses(z)
-        assert by_layers(layers, z, losses) is None
-        per_loss_gradients(losses, parameters)
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4, padding_idx=2)
+        self.head = nn.Linear(4, 9)
+        self.head.weight = self.embedding.weight
 
-    def test_other_layers(self, net: Net) -> None:
-        net.norm.requires_grad_(True)
-        self.check(net, list(net.parameters()))
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embedding(ids)).tanh().sum((1, 2))
 
-    def test_rows_are_not_examples(self) -> None:
-        class Flat(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.layer = nn.Linear(4, 2)
 
-            def forward(self, x: Tensor) -> Tensor:
-                return self.layer(x.flatten(0, 1)).tanh().sum(-1).view(N, TOKENS).sum(1)
+class Outside(nn.Module):
+    """A weight that is used by its layer (or not), and by an operation of its own."""
 
-        model = Flat().double()
-        self.check(model, list(model.parameters()))
+    def __init__(self, *, inside: bool = True) -> None:
+        super().__init__()
+        self.inside = inside
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
 
-    def test_tied_weight(self) -> None:
-        class Tied(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.embedding = nn.Embedding(9, 4)
-                self.head = nn.Linear(4, 9, bias=False)
-                self.head.weight = self.embedding.weight
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:2]:
+            x = layer(x).tanh()
+        y = self.layers[2](x) if self.inside else x
+        return (y @ self.layers[2].weight.T).tanh().sum((1, 2))
 
-            def forward(self, ids: Tensor) -> Tensor:
-                return self.head(self.embedding(ids)).tanh().sum((1, 2))
 
-        model = Tied().double()
-        self.check(model, [model.head.weight], torch.randint(0, 9, (N, TOKENS)))
+class Flat(nn.Module):
+    """Tokens of all examples in one dimension, in one of the layers."""
 
-    def test_weight_used_outside_its_layer(self) -> None:
-        class Outside(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer = nn.Linear(4, 16), nn.Linear(16, 2)
 
-            def forward(self, x: Tensor) -> Tensor:
-                return (self.layer(x) @ self.head.weight.T).tanh().sum((1, 2))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.first(x).flatten(0, 1)).tanh().sum(-1).view(N, TOKENS).sum(1)
 
+
+class Scaled(nn.Module):
+    """A norm with weights 1 + w, one with w, and a module that no kind of layer is like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm, self.w = nn.Linear(4, 9), nn.LayerNorm(9), Shifted(9)
+        self.gate = nn.PReLU(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(self.w(self.norm(self.linear(x).tanh())).sin()).square().sum((1, 2))
+
+
+class Shifted(nn.Module):
+    """A norm by its behaviour alone."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1 + self.weight) * x / x.norm(dim=-1, keepdim=True)
+
+
+def hooked(change: Callable[[nn.Module], object]) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
         model = Outside().double()
-        self.check(model, [model.layer.weight, model.layer.bias, model.head.weight])
+        model.forward = lambda x: (  # type: ignore[method-assign]
+            model.layers[2](model.layers[1](model.layers[0](x).tanh()).tanh()).sin().sum((1, 2))
+        )
+        change(model)
+        return model
 
-    def test_weight_used_in_its_layer_and_outside(self) -> None:
-        class Both(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.layer = nn.Linear(4, 4)
+    return make
 
-            def forward(self, x: Tensor) -> Tensor:
-                return (self.layer(x) @ self.layer.weight.T).tanh().sum((1, 2))
 
-        model = Both().double()
-        self.check(model, list(model.parameters()))
+def functional() -> nn.Module:
+    """Other weights in place of a layer's, whose gradients reach the parameter."""
+    model = Outside().double()
+    first, second, third = model.layers
 
-    def test_hook_on_a_parameter(self, net: Net) -> None:
-        net.first.weight.register_hook(lambda g: 2 * g)
-        self.check(net, [net.first.weight])
+    def forward(x: Tensor) -> Tensor:
+        weights = {"weight": 2 * second.weight}
+        h = torch.func.functional_call(second, weights, (first(x).tanh(),))
+        return third(h.tanh()).sin().sum((1, 2))
 
-    def test_parameter_of_another_model(self, net: Net) -> None:
-        other = nn.Parameter(torch.ones(2, dtype=torch.float64))
-        layers = LinearLayerGradients(net, [net.first.weight, other])
-        z = net(X)
-        assert by_layers(layers, z, some_losses(z)) is None
+    model.forward = forward  # type: ignore[method-assign]
+    return model
+
+
+def replaced(model: nn.Module) -> None:
+    """A forward pass of its own, as other libraries give a layer."""
+    layer = model.layers[0]
+    layer.forward = lambda x: 3 * x @ layer.weight.T  # type: ignore[method-assign]
+
+
+# name -> (model, what is not covered, "" for nothing)
+KINDS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "tied": (Tied, ""),
+    "norms": (Scaled, "is in no layer that is known"),
+    "outside too": (Outside, "is used outside its layer"),
+    "outside alone": (lambda: Outside(inside=False), "is in no layer that is known"),
+    "tokens of all examples": (Flat, "is not [N, ..., features]"),
+    "hook of a parameter": (
+        hooked(lambda m: m.layers[0].weight.register_hook(lambda g: 2 * g)),
+        "or has a hook",
+    ),
+    "hook before": (
+        hooked(lambda m: m.layers[0].register_forward_pre_hook(lambda _, x: (2 * x[0],))),
+        "",
+    ),
+    "hook after": (
+        hooked(lambda m: m.layers[0].register_forward_hook(lambda _, __, y: 2 * y)),
+        "",
+    ),
+    "backward hook": (
+        hooked(lambda m: m.layers[1].register_full_backward_hook(lambda _, g, __: (2 * g[0],))),
+        "",
+    ),
+    "forward pass of its own": (hooked(replaced), "is in no layer that is known"),
+    "functional": (functional, "is in no layer that is known"),
+}
+
+
+def more_losses(z: Tensor, m: int) -> list[Tensor]:
+    return [*some_losses(z), *(z.cos().mean() * k + z[k] for k in range(m - 3))]
+
+
+@pytest.mark.parametrize("case", KINDS)
+@pytest.mark.parametrize("m", [3, 6])
+def test_kinds_of_layers(case: str, m: int) -> None:
+    """Exact, whether one pass serves all parameters, some or none."""
+    torch.manual_seed(0)
+    make, missing = KINDS[case]
+    model = make().double()
+    parameters = list(model.parameters())
+    x = torch.randint(0, 9, (N, TOKENS)) if case == "tied" else X
+    layers = LayerGradients(model, parameters)
+    for _ in range(3):
+        expected = per_loss_gradients(more_losses(model(x), m), parameters)
+        z = model(x)
+        found, why = layers.gradients(z, more_losses(z, m), [str(i) for i in range(m)])
+        assert missing in why and bool(missing) == bool(why)
+        assert found is not None or m == 3
+        assert_equal(found or expected, expected)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_hook_before_ours(late: bool) -> None:
+    """It changes the output before it is marked, unless it is seen."""
+    model = hooked(lambda _: None)()
+    parameters = list(model.parameters())
+    layers = LayerGradients(model, parameters)
+    for step in range(3):
+        if step == (1 if late else 0):
+            model.layers[0].register_forward_hook(lambda _, __, y: 3 * y, prepend=True)
+        expected = per_loss_gradients(more_losses(model(X), 4), parameters)
+        z = model(X)
+        found, why = layers.gradients(z, more_losses(z, 4), ["a", "b", "c", "d"])
+        assert bool(why) == (step >= late)
+        assert_equal(found or expected, expected)
+
+
+def test_a_layer_that_changes_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a patch of its class, which nothing but the numbers shows: an error, then m passes."""
+    model = hooked(lambda _: None)()
+    parameters = [layer.weight for layer in model.layers]
+    layers = LayerGradients(model, parameters)
+    z = model(X)
+    layers.gradients(z, some_losses(z), ["a", "b", "c"])
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * x @ self.weight.T)
+    raised = 0
+    for _ in range(200):
+        z = model(X)
+        try:
+            found, why = layers.gradients(z, some_losses(z), ["a", "b", "c"])
+        except RuntimeError as error:
+            assert "must do in every step what they did in the first" in str(error)
+            raised += 1
+        else:
+            assert found is not None or "examples interact" in why
+    assert raised <= 1 and found is None
+
+
+def test_parameter_of_another_model(net: Net) -> None:
+    other = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    layers = LayerGradients(net, [net.first.weight, other])
+    z = net(X)
+    found, why = layers.gradients(z, [z.mean(), z.var()], ["a", "b"])
+    assert not why
+    z = net(X)
+    expected = per_loss_gradients([z.mean(), z.var()], [net.first.weight, other])
+    assert_equal(found, expected)
+
+
+def test_a_reentrant_checkpoint_is_an_error() -> None:
+    model = mlp()
+    opt = optimizer(model, RAN)
+    x = rows(0).requires_grad_()
+    z = checkpoint(model, x, use_reentrant=True).squeeze(-1)
+    with pytest.raises(RuntimeError, match="reentrant"):
+        backward(opt, three(z), z)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about its compiler's options
+def test_a_compiled_model_falls_back() -> None:
+    models = [mlp(), mlp()]
+    for model, mode in zip(models, (RAN, "dense"), strict=True):
+        opt = optimizer(model, mode)
+        z = torch.compile(model, backend="aot_eager")(rows(0)).squeeze(-1)
+        with torch._functorch.config.patch(donated_buffer=False):
+            backward(opt, three(z), z)
+        assert opt.report.gradients.startswith("dense")
+    assert_same(*models, 1e-12)
 
 
 def test_part_of_a_model_checkpointed(net: Net) -> None:
@@ -316,7 +454,7 @@ def test_part_of_a_model_checkpointed(net: Net) -> None:
     model = Checkpointed()
     parameters = [p for p in net.parameters() if p.requires_grad]
     expected = per_loss_gradients(some_losses(net(X)), parameters)
-    layers = LinearLayerGradients(model, parameters)
+    layers = LayerGradients(model, parameters)
     z = model(X)
     assert_equal(by_layers(layers, z, some_losses(z)), expected)
 
@@ -326,8 +464,9 @@ def test_part_of_a_model_checkpointed(net: Net) -> None:
 
 DOUBLE = torch.float64
 RAN, CALLABLES = "per_example", "dense: callables"
-OTHER_SHAPE = "dense: a layer's output is not [N, ..., features]"
-OUTSIDE = "dense: a parameter is used outside its layer, or has a hook"
+PARTLY = "per_example; one pass for each loss where "
+OTHER_SHAPE = "a layer's output is not [N, ..., features]"
+OUTSIDE = "a parameter is used outside its layer, or has a hook (1 of 5 parameters: 0.weight)"
 INTERACT = "dense: examples interact, or a hook changes gradients"
 MORE = "dense: a loss depends on more than the scalars"
 Forward = Callable[[nn.Module, Tensor], Tensor]
@@ -597,9 +736,7 @@ def test_freezing_and_unfreezing_between_steps() -> None:
         assert_same(*models, 1e-12)
         for opt in opts:
             opt.step()
-    # The layers of a newly trained parameter were not watched in the forward pass before.
-    late = "dense: no layer was watched in this forward pass, or parameters changed after it"
-    assert ran == [RAN, late, late, late, late, late]
+    assert ran == [RAN] * 6
 
 
 def test_they_are_watched_from_the_next_forward_pass_on() -> None:
@@ -648,28 +785,32 @@ def tokens_first(model: nn.Module, x: Tensor) -> Tensor:
 
 # name -> (model, forward pass, what the report says)
 FALLS_BACK = {
-    "packed": (mlp, lambda m, x: m(x.view(1, 6, 4)).view(6), OTHER_SHAPE),
+    "packed": (
+        mlp,
+        lambda m, x: m(x.view(1, 6, 4)).view(6),
+        f"dense: {OTHER_SHAPE} (5 of 5 parameters: 0.weight, ...)",
+    ),
     "packed tokens": (
         mlp,
         lambda m, x: m(torch.stack([x, -x, x * x]).reshape(1, 18, 4)).view(3, 6).sum(0),
-        OTHER_SHAPE,
+        f"dense: {OTHER_SHAPE} (5 of 5 parameters: 0.weight, ...)",
     ),
     "one layer packed": (
         mlp,
         lambda m, x: m[2:](m[:2](x.view(1, 6, 4)).view(6, 8)).squeeze(-1),
-        OTHER_SHAPE,
+        f"{PARTLY}{OTHER_SHAPE} (2 of 5 parameters: 0.weight, ...)",
     ),
     "tokens first": (mlp, tokens_first, INTERACT),
-    "used outside for 1 %": (mlp, outside(0.01), OUTSIDE),
+    "used outside for 1 %": (mlp, outside(0.01), PARTLY + OUTSIDE),
     "used outside for 1 %, float32": (
         lambda: mlp(torch.float32),
         lambda m, x: outside(0.01)(m, x).double(),
-        OUTSIDE,
+        PARTLY + OUTSIDE,
     ),
     "used outside for 3 %, bfloat16": (
         lambda: mlp(torch.bfloat16),
         lambda m, x: outside(0.03)(m, x).double(),
-        OUTSIDE,
+        PARTLY + OUTSIDE,
     ),
     "batch normalization": (lambda: BatchNormalized().double(), flat, INTERACT),
     "clamped activations": (mlp, clamped, INTERACT),
@@ -680,7 +821,8 @@ FALLS_BACK = {
 @pytest.mark.parametrize("case", FALLS_BACK)
 def test_what_falls_back_is_right_and_says_why(case: str) -> None:
     make, forward, why = FALLS_BACK[case]
-    compare(make, forward, expected=why, tolerance=1e-14)
+    rounding = {"32": 1e-6, "16": 0.02}.get(case[-2:], 1e-14)
+    compare(make, forward, expected=why, tolerance=rounding)
 
 
 def test_a_loss_with_parameters_beside_the_scalars_falls_back() -> None:
@@ -845,4 +987,4 @@ def test_one_backward_pass_of_the_layers() -> None:
         passes.clear()
         backward(opt, three(z), z)
         counts.append(len(passes))
-    assert counts == [2, 1, 1]
+    assert counts == [3, 1, 1]

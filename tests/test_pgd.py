@@ -5,10 +5,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from raco_optim import solve_subproblem
 from raco_optim.rules import CAGradRule
-from tests.oracles import excess_gap
+from raco_optim.subproblem.projected_gradient import projected_gradient
+from tests.oracles import certificate, excess_gap, phi
 from tests.samplers import SAMPLERS, problem
 
 KINDS = sorted(SAMPLERS)
@@ -137,10 +139,57 @@ class Syncs(torch.overrides.TorchFunctionMode):
 
 def test_nothing_waits_for_the_device():
     gram = batch(4)[0]
+    w = torch.tensor(even(4), dtype=torch.float64)
     for c in (0.0, 0.4, 1.5):
-        with Syncs():
-            pgd(gram, even(4), c)
-            CAGradRule(c, solver="pgd", below_one=False)(gram, even(4))
+        with Syncs():  # here a CPU plays the device
+            projected_gradient(gram, w, c)
+        on_device = gram.to("meta")  # which raises where a value is needed
+        assert pgd(on_device, even(4), c).p.is_meta
+        assert CAGradRule(c, solver="pgd", below_one=False)(on_device, even(4)).coefficients.is_meta
+
+
+class Count(TorchDispatchMode):
+    """Counts the operations that reach the dispatcher."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 10])
+def test_few_hundred_operations_for_few_losses(m):
+    for grams in (batch(m)[0], batch(m)):
+        with Count() as count:
+            projected_gradient(grams, torch.tensor(even(m), dtype=torch.float64), 0.4)
+        assert count.number <= 400
+
+
+@pytest.mark.parametrize("m", [3, 10, 20, 40])
+def test_ordinary_problems_are_certified_without_the_host(m):
+    for kind in ("random", "conflicting", "aligned", "vertex", "interior"):
+        for seed in range(4):
+            case = problem(kind, m, seed)
+            p, _, gap = projected_gradient(
+                *map(torch.from_numpy, (case.gram, case.weights)), case.c
+            )
+            assert float(gap) <= 1e-9
+            assert certificate(case.gram, case.weights, case.c, p.numpy()) <= 1e-9
+
+
+@given(st.sampled_from(KINDS), st.integers(1, 20), st.integers(0, 2**32))
+def test_the_certificate_is_never_false(kind, m, seed):
+    """On a device a degenerate Gram may have a larger gap: p is no farther off than it says."""
+    case = problem(kind, m, seed)
+    p, _, gap = projected_gradient(*map(torch.from_numpy, (case.gram, case.weights)), case.c)
+    rounding = max(case.rounding, 2.0**-52)
+    if excess_gap(case.gram, case.weights, case.c, p.numpy(), rounding=rounding) <= 1e-9:
+        return
+    least = solve_subproblem(case.gram, case.weights, case.c).p.numpy()
+    found, best = (phi(case.gram, case.weights, case.c, x) for x in (p.numpy(), least))
+    scale = np.sqrt(case.weights @ case.gram @ case.weights * case.gram.diagonal().max())
+    assert (found - best) / scale <= float(gap) + 1e-9
 
 
 @pytest.mark.parametrize(

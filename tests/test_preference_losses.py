@@ -55,7 +55,20 @@ def expected_losses(
             desirable = 1 - sigmoid(beta * (winner - z_loser))
             undesirable = 1 - sigmoid(beta * (z_winner - loser))
             return (desirable + undesirable) / 2
+        if loss == "sft":
+            return -winner
+        if loss == "hinge":
+            return max(0.0, 1 - beta * (winner - loser))
+        if loss == "bco":
+            return minus_log_sigmoid(beta * winner) + minus_log_sigmoid(-beta * loser)
+        if loss == "apo_zero":
+            return 1 - sigmoid(beta * winner) + sigmoid(beta * loser)
+        if loss == "apo_down":
+            return sigmoid(beta * winner) + 1 - sigmoid(beta * (winner - loser))
         x = beta * (winner - loser) - gamma
+        if loss == "robust":
+            noisy = (1 - epsilon) * minus_log_sigmoid(x) - epsilon * minus_log_sigmoid(-x)
+            return noisy / (1 - 2 * epsilon)
         return (1 - epsilon) * minus_log_sigmoid(x) + epsilon * minus_log_sigmoid(-x)
 
     return [None if pair is None else one(*pair) for pair in ratios]
@@ -79,6 +92,13 @@ FORMS = {
     "simpo, summed": ({"loss": "simpo", "length_normalized": False}, {"free": True}),
     "kto": ({"loss": "kto"}, {}),
     "kto, per token": ({"loss": "kto", "length_normalized": True}, {"per_token": True}),
+    "hinge": ({"loss": "hinge"}, {}),
+    "robust": ({"loss": "robust", "label_smoothing": 0.1}, {"epsilon": 0.1}),
+    "apo_zero": ({"loss": "apo_zero"}, {}),
+    "apo_zero, free": ({"loss": "apo_zero", "reference_free": True}, {"free": True}),
+    "apo_down": ({"loss": "apo_down"}, {}),
+    "bco": ({"loss": "bco"}, {}),
+    "sft": ({"loss": "sft"}, {"per_token": True, "free": True}),
     "kto, free": ({"loss": "kto", "reference_free": True}, {"free": True}),
 }
 form = pytest.mark.parametrize("name", FORMS)
@@ -485,6 +505,127 @@ def test_an_objective_without_a_label_has_no_loss(loss):
     assert preference_losses(empty, signs[:0], loss=loss) == [None, None]
 
 
+# --- Soft labels and weights ---------------------------------------------------------------------
+
+
+def random_soft_labels(size=12, m=3):
+    rng = np.random.default_rng(1)
+    return random_signs(size, m) * torch.from_numpy(rng.uniform(0.05, 1, (size, m)))
+
+
+@form
+def test_a_soft_label_is_the_mean_over_what_it_may_be(name):
+    """From the losses of the two hard labels, apart from KTO's point of reference."""
+    kwargs, _ = FORMS[name]
+    log_probs, labels = random_pairs(), random_soft_labels()
+    if kwargs["loss"] == "kto":  # no z is above 0
+        log_probs = changed(log_probs, ref_chosen=log_probs.chosen.detach() + 1)
+        log_probs = changed(log_probs, ref_rejected=log_probs.rejected.detach() + 1)
+        kwargs = kwargs | {"reference_free": False}
+    ones = torch.ones(len(labels), dtype=torch.int64)
+    first, second = (pair_losses(log_probs, sign, **kwargs) for sign in (ones, -ones))
+    for label, loss in zip(labels.T, preference_losses(log_probs, labels, **kwargs), strict=True):
+        known = label != 0
+        expected = ((1 + label) / 2 * first + (1 - label) / 2 * second)[known].mean()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+@form
+def test_hard_labels_beside_a_soft_one_keep_every_bit(name):
+    kwargs, _ = FORMS[name]
+    if kwargs["loss"] == "kto":
+        return  # its point of reference is that of all pairs
+    log_probs, sign = random_pairs(), random_signs(m=1)[:, 0]
+    hard = pair_losses(log_probs, sign, **kwargs)
+    soft = sign.double()
+    soft[0] = 0.3
+    assert torch.equal(pair_losses(log_probs, soft, **kwargs)[1:], hard[1:])
+    assert torch.equal(pair_losses(log_probs, sign.double(), **kwargs), hard)
+
+
+def test_kto_of_soft_labels_takes_its_point_of_reference_over_them():
+    log_probs, label = random_pairs(), random_soft_labels(m=1)[:, 0]
+    p = log_probs
+    first, second = (p.chosen - p.ref_chosen).tolist(), (p.rejected - p.ref_rejected).tolist()
+    rows = [(a, b, (1 + y) / 2) for a, b, y in zip(first, second, label.tolist(), strict=True) if y]
+    z_winner, z_loser = (
+        max(0.0, sum(s * x + (1 - s) * y for x, y, s in side) / len(side))
+        for side in (rows, [(b, a, s) for a, b, s in rows])
+    )
+
+    def one(winner, loser):
+        good, bad = sigmoid(0.1 * (winner - z_loser)), sigmoid(0.1 * (z_winner - loser))
+        return (2 - good - bad) / 2
+
+    expected = [s * one(a, b) + (1 - s) * one(b, a) for a, b, s in rows]
+    [loss] = preference_losses(log_probs, label[:, None], loss="kto")
+    assert loss.item() == pytest.approx(sum(expected) / len(expected), rel=1e-12)
+
+
+@form
+def test_a_weight_is_a_number_of_copies(name):
+    kwargs, _ = FORMS[name]
+    log_probs, labels = random_pairs(), random_soft_labels()
+    times = torch.from_numpy(np.random.default_rng(2).integers(0, 4, labels.shape))
+    weighted = preference_losses(log_probs, labels, pair_weights=times.double(), **kwargs)
+    halved = preference_losses(log_probs, labels, pair_weights=times / 2, **kwargs)
+    for k in range(labels.shape[1]):
+        index = torch.arange(len(labels)).repeat_interleave(times[:, k])
+        [copied] = preference_losses(log_probs.select(index), labels[index, k : k + 1], **kwargs)
+        torch.testing.assert_close(weighted[k], copied, rtol=1e-12, atol=0)
+        torch.testing.assert_close(halved[k], copied, rtol=1e-12, atol=0)
+
+
+@every_loss
+@pytest.mark.parametrize("counts", [None, [9.0, 8.0, 7.0]])
+def test_weights_of_one_change_no_bit(loss, counts):
+    log_probs, signs = random_pairs(), random_signs()
+    plain = preference_losses(log_probs, signs, loss=loss, counts=counts)
+    ones = torch.ones(signs.shape)
+    for a, b in zip(
+        plain,
+        preference_losses(log_probs, signs, pair_weights=ones, loss=loss, counts=counts),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def test_a_pair_of_weight_zero_may_be_nan():
+    log_probs, signs = random_pairs(3), torch.ones(3, 1)
+    broken = changed(log_probs, chosen=torch.tensor([math.nan, -1.0, -2.0], dtype=DOUBLE))
+    [loss] = preference_losses(broken, signs, pair_weights=torch.tensor([[0.0], [1.0], [1.0]]))
+    assert loss.isfinite()
+
+
+def test_robust_undoes_what_wrong_labels_do():
+    """The mean over labels that are wrong with probability epsilon is the DPO loss."""
+    log_probs, sign = random_pairs(), random_signs(m=1)
+    noisy = (1 - 2 * 0.2) * sign.double()  # what a fifth of wrong labels makes of them
+    [robust] = preference_losses(log_probs, noisy, loss="robust", label_smoothing=0.2)
+    [clean] = preference_losses(log_probs, sign)
+    assert robust.item() == pytest.approx(clean.item(), rel=1e-12)
+
+
+def test_smoothed_labels_are_soft_labels():
+    log_probs, sign = random_pairs(), random_signs(m=1)
+    [soft] = preference_losses(log_probs, 0.6 * sign.double())
+    [smoothed] = preference_losses(log_probs, sign, label_smoothing=0.2)
+    assert soft.item() == pytest.approx(smoothed.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("weights", "fragments"),
+    [
+        (torch.ones(3, 2), ["[B, m] with B = 4", "[3, 2]"]),
+        (-torch.ones(4, 2), ["not negative"]),
+        (torch.full((4, 2), math.inf), ["finite"]),
+        (torch.full((4, 2), math.nan), ["finite"]),
+    ],
+)
+def test_bad_weights(weights, fragments):
+    refused(["`pair_weights`", *fragments], preference_losses, GOOD, LABELS, pair_weights=weights)
+
+
 # --- Micro-batches -------------------------------------------------------------------------------
 
 
@@ -619,7 +760,7 @@ GOOD = random_pairs(4)
 LABELS = torch.tensor([[1, -1], [0, 1], [1, 1], [-1, 0]])
 
 BAD_ARGUMENTS = {
-    "loss": ({"loss": "hinge"}, ["`loss`", "'dpo', 'ipo', 'simpo', 'kto'", "'hinge'"]),
+    "loss": ({"loss": "exo"}, ["`loss`", "'dpo', 'ipo', 'simpo', 'kto'", "'exo'"]),
     "loss of TRL": ({"loss": "sigmoid"}, ["`loss`", "'sigmoid'"]),
     "beta 0": ({"beta": 0}, ["`beta`", "above 0", "got 0"]),
     "beta < 0": ({"beta": -0.1}, ["`beta`", "above 0", "-0.1"]),
@@ -642,8 +783,7 @@ BAD_ARGUMENTS = {
 BAD_LABELS = {
     "shape": (LABELS[:3], ["[B, m] with B = 4", "[3, 2]"]),
     "one dimension": (LABELS[:, 0], ["[B, m]", "[4]"]),
-    "2": (2 * LABELS, ["+1, -1 or 0", "got 2 at [0, 0]"]),
-    "a half": (0.5 * LABELS, ["+1, -1 or 0", "got 0.5 at [0, 0]"]),
+    "2": (2 * LABELS, ["in [-1, 1]", "got 2 at [0, 0]"]),
     "NaN": (torch.where(LABELS == 0, math.nan, LABELS), ["got nan at [1, 0]"]),
     "bool": (LABELS > 0, ["torch.bool", "-1"]),
     "complex": (LABELS + 0j, ["complex"]),
@@ -716,7 +856,7 @@ WITHOUT_LENGTHS = changed(GOOD, chosen_tokens=None, rejected_tokens=None)
 
 @every_loss
 def test_missing_reference(loss):
-    if loss == "simpo":
+    if loss in ("simpo", "sft"):
         preference_losses(WITHOUT_REFERENCE, LABELS, loss=loss)
     else:
         fragments = ["`ref_chosen`", "`ref_rejected`", "None", "reference_free=True"]
@@ -731,7 +871,7 @@ def test_missing_lengths(loss):
         fragments, preference_losses, WITHOUT_LENGTHS, LABELS, loss=loss, length_normalized=True
     )
     preference_losses(WITHOUT_LENGTHS, LABELS, loss=loss, length_normalized=False)
-    if loss in ("ipo", "simpo"):
+    if loss in ("ipo", "simpo", "sft"):
         refused(fragments, preference_losses, WITHOUT_LENGTHS, LABELS, loss=loss)
     else:
         preference_losses(WITHOUT_LENGTHS, LABELS, loss=loss)

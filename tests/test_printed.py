@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from raco_optim import MGDA, CAGradClip, LinearScalarization, Outcome
+from raco_optim import (
+    MGDA,
+    CAGradClip,
+    LinearScalarization,
+    MultiObjectiveOptimizer,
+    Outcome,
+)
 
 NAMES = ("helpful", "harmless", "brief")
 
@@ -193,3 +199,16 @@ def test_repr_of_a_report_is_one_line(m):
     report = stepped(torch.eye(m)).report
     assert repr(report) == f"<StepReport: m = {m}, CORRECTED>"
     assert report.outcome is Outcome.CORRECTED
+
+
+def test_a_long_word_is_printed_whole():
+    class Rule:
+        def __call__(self, gram):
+            return torch.ones(len(gram))
+
+        def __repr__(self):
+            return "-".join(["word"] * 40)
+
+    x = nn.Parameter(torch.ones(1))
+    opt = MultiObjectiveOptimizer(torch.optim.SGD([x], 0.1), Rule())
+    assert f"rule={Rule()!r}," in repr(opt)

@@ -24,6 +24,7 @@ from raco_optim import (
     MultiObjectiveOptimizer,
     min_norm_point,
 )
+from raco_optim.distributed.agreement import raise_together
 from tests.ranks import Ranks, slices
 from tests.test_replicated import WEIGHTS, Model, batches, equal, losses_of, relative
 
@@ -571,3 +572,36 @@ def test_a_process_that_does_not_come_in_time_ends_the_others() -> None:
         for ranks in groups:
             check_all_heard_of_it([ranks.result(1 - BAD), None])
             ranks.processes[BAD].kill()
+
+
+class OneOfTwo:
+    """What `raise_together` needs of a group; the message arrives or not."""
+
+    compared = False
+
+    def __init__(self, arrives: bool) -> None:
+        self.arrives = arrives
+
+    def maximum(self, numbers: list[int]) -> list[int]:
+        if not self.arrives:
+            raise RuntimeError("lost contact")
+        return numbers
+
+
+def test_a_message_that_does_not_arrive_is_an_error_but_hides_no_other() -> None:
+    with pytest.raises(RuntimeError, match="lost contact"), raise_together(OneOfTwo(False)):
+        pass
+    with pytest.raises(KeyError, match="mine"), raise_together(OneOfTwo(False)):
+        raise KeyError("mine")
+
+
+def test_values_count_as_compared_once_they_were() -> None:
+    group = OneOfTwo(True)
+    for settings, compared in (
+        ({}, False),
+        ({"the values of the parameters": 1}, True),
+        ({}, True),
+    ):
+        with raise_together(group, settings):
+            pass
+        assert group.compared is compared

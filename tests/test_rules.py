@@ -20,6 +20,7 @@ from raco_optim import (
 )
 from raco_optim.rules import CAGradRule, FunctionRule, LinearRule, MinNormRule, Rule
 from tests.oracles import exact_minimum
+from tests.problems_nn import through_a_file
 from tests.samplers import SAMPLERS, problem, simplex_point
 
 KINDS = sorted(SAMPLERS)
@@ -31,14 +32,6 @@ DOUBLE = torch.float64
 def random_gram(m: int, seed: int = 0) -> torch.Tensor:
     g = torch.randn(m, 2 * m, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
     return g @ g.T
-
-
-def through_a_file(state):
-    """Saved and loaded as a checkpoint is."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 # --- CAGrad --------------------------------------------------------------------------------------
@@ -525,6 +518,27 @@ def test_attributes_of_a_function():
     state["attributes"]["other"] = 1
     with pytest.raises(ValueError, match="no attribute 'other'"):
         rule.load_state_dict(state)
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, nn.Linear])
+def test_a_method_of_a_model_or_an_optimizer_has_no_state_of_its_own(base):
+    """They are in a checkpoint of their own; a method of the wrapper would lead back to it."""
+
+    class Owner(base):
+        def weigh(self, gram):
+            return gram.new_ones(len(gram))
+
+    owner = Owner(2, 2) if base is nn.Linear else Owner([nn.Parameter(torch.ones(1))], 0.1)
+    assert FunctionRule(owner.weigh).state_dict() == {}
+
+    class Bound(MultiObjectiveOptimizer):
+        def __init__(self, inner):
+            super().__init__(inner, self.weigh)
+
+        weigh = Owner.weigh
+
+    opt = Bound(torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1))
+    opt.load_state_dict(opt.state_dict())
 
 
 def test_what_a_checkpoint_cannot_hold_is_said():

@@ -16,7 +16,15 @@ from torchjd.linalg import DualConeProjector
 
 from raco_optim import MGDA, CAGrad, MultiObjectiveOptimizer
 from raco_optim.rules import FunctionRule
-from tests.problems_nn import batch, flat_grad, jacobian, network, three_losses, two_losses
+from tests.problems_nn import (
+    batch,
+    flat_grad,
+    jacobian,
+    network,
+    three_losses,
+    through_a_file,
+    two_losses,
+)
 
 DOUBLE = torch.float64
 
@@ -136,14 +144,6 @@ def test_every_stateful_weighting_is_accounted_for():
         if issubclass(getattr(jd, name), Stateful)
     }
     assert stateful == {name.partition(" ")[0] for name in STATEFUL}
-
-
-def through_a_file(state):
-    """Saved and loaded as a checkpoint is."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def run(opt, model, steps):

@@ -15,14 +15,11 @@ from raco_optim.distributed.group import Group
 from raco_optim.wrapper.parameters import Parameters
 
 _VALUES = "the values of the parameters"
-_REMEDIES = {
-    _VALUES: (
-        "Start from one model: wrap it in DistributedDataParallel before the optimizer is built, "
-        "or broadcast it. If these processes do not train one model, pass as `process_group` the "
-        "group of those that do (for a process on its own, "
-        "torch.distributed.new_subgroups(group_size=1)[0])."
-    ),
-}
+_ONE_MODEL = (
+    "Start from one model: wrap it in DistributedDataParallel before the optimizer is built, or "
+    "broadcast it. If these processes do not train one model, pass as `process_group` the group of "
+    "those that do (for a process on its own, torch.distributed.new_subgroups(group_size=1)[0])."
+)
 
 
 @contextmanager
@@ -31,13 +28,7 @@ def raise_together(
 ) -> Iterator[None]:
     """Runs a block without collectives; if it fails in one process, all processes raise.
 
-    Args:
-        group: The processes; None for a process on its own.
-        settings: What must be the same in all of them. The block may add to it.
-
-    Raises:
-        ValueError: A setting differs. The message has its values.
-        RuntimeError: The block failed in another process. The message says where and how.
+    So they do where `settings`, to which the block may add, differ between them.
     """
     if group is None:
         yield
@@ -72,18 +63,16 @@ def error_everywhere(group: Group, failure: Exception | None) -> Exception:
 def parameter_settings(group: Group, parameters: Parameters) -> dict[str, Any]:
     """Returns what processes must share of the parameters: roles and, until compared, values."""
     trained = [p for p in parameters.tensors if p.requires_grad]
-    kinds = {(p.dtype, p.device.type) for p in trained}
+    kinds = {f"{p.dtype} on {p.device.type}" for p in trained}
+    number = f"{len(trained)} with {sum(p.numel() for p in trained)} numbers, "
+    shared = [j for j, is_shared in enumerate(parameters.shared) if is_shared]
     subset = {id(p) for p in parameters.subset}
-    roles = list(enumerate(zip(parameters.tensors, parameters.shared, strict=True)))
     settings: dict[str, Any] = {
-        "the parameters": (
-            f"{len(trained)} with {sum(p.numel() for p in trained)} numbers, "
-            + " and ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
-        ),
-        "`shared_parameters`": (
-            "all" if all(parameters.shared) else [j for j, (_, is_shared) in roles if is_shared]
-        ),
-        "the parameters in `gradients`": [j for j, (p, _) in roles if id(p) in subset],
+        "the parameters": number + " and ".join(sorted(kinds)),
+        "`shared_parameters`": "all" if all(parameters.shared) else shared,
+        "the parameters in `gradients`": [
+            j for j, p in enumerate(parameters.tensors) if id(p) in subset
+        ],
     }
     if not group.compared:
         own = [p for p in trained if type(p) in (Tensor, Parameter)]
@@ -117,12 +106,10 @@ def _difference(group: Group, settings: Mapping[str, str]) -> ValueError | None:
             if name == _VALUES and not (name in first and name in other):
                 continue
             if first.get(name) != other.get(name):
-                values = f"{first.get(name)} on rank {rank}, {other.get(name)} on rank {r}"
-                return ValueError(
-                    f"{name} must be the same in all processes; got "
-                    f"{'others' if name == _VALUES else values}. "
-                    f"{_REMEDIES.get(name, 'Pass the same to all of them.')}"
-                )
+                got = f"{first.get(name)} on rank {rank}, {other.get(name)} on rank {r}. "
+                got += "Pass the same to all of them."
+                got = f"others. {_ONE_MODEL}" if name == _VALUES else got
+                return ValueError(f"{name} must be the same in all processes; got {got}")
     return None
 
 

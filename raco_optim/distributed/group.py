@@ -18,13 +18,10 @@ def launched_world_size() -> int:
 
 
 class Group:
-    """The processes over which gradients are averaged.
+    """The processes over which gradients are averaged; `group` is None for all of them.
 
     What they agree on goes through the processors' memory, whatever the gradients use, so that it
     does not wait for an accelerator.
-
-    Args:
-        group: Their group; None for that of all processes.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -94,8 +91,7 @@ class Group:
         votes = torch.tensor(numbers, device="cpu")
         with self.contact():
             dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.small_group())
-        found: list[int] = votes.tolist()
-        return found
+        return [int(vote) for vote in votes]
 
     def sum(self, parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         """Sums small vectors over the processes, in one message, and returns them on the host."""

@@ -7,16 +7,13 @@ processes' Gram matrices:
     g_i = \frac{1}{R} \sum_{r=1}^{R} g_i^{(r)}, \qquad
     H_{ij} = \sum_{s=1}^{R} \langle g_{i,s}, g_{j,s} \rangle
 
-where :math:`g_{i,s}` is the s-th of R parts of :math:`g_i`. Process s averages the s-th parts
-(reduce-scatter, while the next backward pass runs), multiplies and combines them; H is summed over
-the processes, and the combined parts are handed round (all-gather). A process sends
-:math:`(m + 1) n (R - 1) / R` numbers, where averaging each gradient as a whole would send
-:math:`2 m n (R - 1) / R`, and keeps :math:`m n / R`.
+where :math:`g_{i,s}` is the s-th of R parts of :math:`g_i`, which process s averages, multiplies
+and combines. docs/distributed.md counts the numbers that are sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -36,14 +33,7 @@ _BUCKET = 25 * 2**20
 
 @dataclass
 class SummedGradients(DenseGradients):
-    """This process's parts of the gradients; losses and products are those of all processes.
-
-    Attributes:
-        values: Means of the losses over the processes, an absent one counting as zero; None for
-            one that is absent from all.
-        products: The Gram matrix, ``[m, m]``.
-        norms: See `raco_optim.gradients.dense.PerLossGradients.head_norms`.
-    """
+    """This process's parts of the gradients; losses and products are those of all processes."""
 
     products: Tensor = field(kw_only=True)
     norms: Tensor = field(kw_only=True)
@@ -53,11 +43,11 @@ class SummedGradients(DenseGradients):
         self.products = (gram + gram.T) / 2  # an all-reduce adds each number in another order
 
     def gram(self) -> Tensor:
-        """Returns the Gram matrix, which was computed when the messages were exchanged."""
+        """See `PerLossGradients`."""
         return self.products
 
     def head_norms(self) -> Tensor:
-        """See `raco_optim.gradients.PerLossGradients`."""
+        """See `PerLossGradients`."""
         return self.norms
 
 
@@ -86,16 +76,10 @@ class Bucket:
 
 @dataclass
 class ReplicatedGradients(SummedGradients):
-    """This process's parts of the mean gradients: ``rows`` holds one tensor per loss and bucket.
-
-    Attributes:
-        buckets: The buckets.
-        reached: Which parameters a loss of any process reaches.
-        group: The processes.
-    """
+    """This process's parts of the mean gradients: ``rows`` holds one tensor per loss and bucket."""
 
     buckets: list[Bucket] = field(kw_only=True)
-    reached: list[bool] = field(kw_only=True)
+    reached: list[bool] = field(kw_only=True)  # parameters that a loss of any process reaches
     group: Group = field(kw_only=True)
 
     @torch.no_grad()
@@ -121,25 +105,13 @@ class ReplicatedGradients(SummedGradients):
 
 
 def gather(batch: Batch, found: Iterable[Found]) -> ReplicatedGradients:
-    """Averages the gradients of a batch; see `gather_rows`."""
-    assert batch.group is not None
-    return gather_rows(batch.names, found, batch.parameters, batch.group)
-
-
-def gather_rows(
-    names: Sequence[str], found: Iterable[Found], parameters: Parameters, group: Group
-) -> ReplicatedGradients:
     """Averages the gradients of every loss over the processes, each as soon as it is found.
 
-    Args:
-        names: Names of the losses.
-        found: Value and gradient of one loss after the other in this process; the value of an
-            absent one is None. If it raises, all processes raise. The gradients are consumed.
-        parameters: The parameters, the same in all processes.
-        group: The processes, more than one.
+    They are consumed. If finding one raises, all processes raise.
     """
-    tensors = parameters.tensors
-    device = tensors[0].device
+    parameters, group = batch.parameters, batch.group
+    assert group is not None
+    tensors, device = parameters.tensors, parameters.tensors[0].device
     group.check_device(device)
     buckets = _buckets(parameters)
     source = iter(found)
@@ -147,7 +119,7 @@ def gather_rows(
     parts = DenseGradients([], [], [bucket.shared for bucket in buckets])
     reached = [False] * len(tensors)
     transfers: list[_Transfer] = []
-    for _ in names:
+    for _ in batch.names:
         value: Tensor | None = None
         row: Gradient = [None] * len(tensors)
         if failure is None:

@@ -8,19 +8,6 @@ without any message:
 .. math:: H_{ij} = \sum_s \langle g_{i,s}, g_{j,s} \rangle
 
 where s runs over the shards, each of which counts once, however many processes hold it.
-
-The losses may share one forward pass: under `fully_shard` (on a mesh of one dimension, HSDP, with
-tensor parallelism, with mixed precision, resharded after the forward pass or not), tensor and
-sequence parallelism, ``loss_parallel`` (call `backward` inside of it), and activation
-checkpoints. Each needs a forward pass of its own, as a callable, where a checkpoint can be computed
-again only once (``torch.distributed._composable.checkpoint``, selective checkpoints), and in a
-compiled model that donates its buffers.
-
-FSDP2 gathers the parameters for every backward pass and sends each gradient once:
-(m + 1) n (R - 1) / R numbers to gather, m n (R - 1) / R to reduce. ``reshard_after_forward=False``
-saves one gathering in both cases; ``model.set_reshard_after_backward(False)`` saves m - 1 of them
-and holds the whole model meanwhile, but then every FSDP module must be told to ``reshard()`` before
-the next forward pass, which would else see the parameters of before the step.
 """
 
 from __future__ import annotations
@@ -41,7 +28,7 @@ from raco_optim.distributed.replicated import SummedGradients
 from raco_optim.gradients.combine import stashed_gradients
 from raco_optim.gradients.dense import DenseGradients, DenseMode, check_loss
 from raco_optim.gradients.explain import evaluate, explain
-from raco_optim.objectives import Batch, Found, Gradient
+from raco_optim.objectives import Batch, Found
 from raco_optim.wrapper.parameters import Parameters
 
 _BROKEN = (
@@ -81,7 +68,8 @@ class ShardedMode(DenseMode):
                     explain(name, error)
                     add_note(error, _BROKEN)
                     raise
-                value = _whole(loss.detach()).clone()
+                value = loss.detach()
+                value = (value.full_tensor() if isinstance(value, DTensor) else value).clone()
                 row = take()
                 if all(g is None for g in row):
                     raise ValueError(
@@ -94,20 +82,11 @@ class ShardedMode(DenseMode):
 
 
 def gather(batch: Batch, found: Iterable[Found]) -> SummedGradients:
-    """Collects the shards, and sums their products and the losses over the processes.
-
-    Raises:
-        ValueError: Processes that hold the same part of a parameter have different gradients of
-            it, or the group lacks a process that holds a part.
-    """
+    """Collects the shards, and sums their products and the losses over the processes."""
     parameters, group = batch.parameters, batch.group or Group()
     layouts = _layouts(parameters, group)
-    values: list[Tensor | None] = []
-    rows: list[Gradient] = []
-    for value, row in found:
-        values.append(value)
-        rows.append(row)
-    local = [[_local(g) for g in row] for row in rows]
+    values, rows = map(list, zip(*found, strict=True))
+    local = [[g.to_local() if isinstance(g, DTensor) else g for g in row] for row in rows]
     device, m = parameters.tensors[0].device, len(batch.names)
 
     def shards(chosen: Sequence[bool]) -> DenseGradients:
@@ -116,24 +95,18 @@ def gather(batch: Batch, found: Iterable[Found]) -> SummedGradients:
     gram = torch.zeros(m, m, dtype=torch.float64, device=device)
     norms: dict[_Layout, Tensor] = {}
     for layout, positions in layouts.items():
-        here = [j in positions for j in range(len(parameters.tensors))]
-        both = [h and s for h, s in zip(here, parameters.shared, strict=True)]
+        both = [j in positions and s for j, s in enumerate(parameters.shared)]
         gram += shards(both).gram().to(device) * (layout.parts / group.world_size)
         if len(layout.ranks) < group.world_size:
-            norms[layout] = shards([not h for h in here]).head_norms().to(device)
+            elsewhere = [j not in positions for j in range(len(parameters.tensors))]
+            norms[layout] = shards(elsewhere).head_norms().to(device)
     if norms:
         _check_equal(norms, batch.names, group)
     message = [gram, shards(parameters.shared).head_norms(), *group.pack_losses(values)]
     gram, head_norms, *losses = group.sum(message, device)
     means, nonfinite_ranks = group.unpack_losses(losses)
-    return SummedGradients(
-        means,
-        rows,
-        parameters.shared,
-        nonfinite_ranks,
-        products=gram,
-        norms=head_norms,
-    )
+    shared = parameters.shared
+    return SummedGradients(means, rows, shared, nonfinite_ranks, products=gram, norms=head_norms)
 
 
 class _Layout(NamedTuple):
@@ -194,11 +167,3 @@ def _placed(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
     if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
         return gradient.redistribute(placements=parameter.placements)
     return gradient
-
-
-def _local(x: Tensor | None) -> Tensor | None:
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
-def _whole(x: Tensor) -> Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x

@@ -19,82 +19,73 @@ _NUMBERS = (bool, int, float, complex)
 # Exact types: torch.load does not read classes derived from them, as numpy.float64 is from float.
 _PLAIN = (*_NUMBERS, type(None), str, bytes, torch.dtype, torch.device, torch.Size)
 _INTERNAL = nn.Module().__dict__.keys()
-_Namespace = dict[str, Any]
+# The dict that holds an attribute, its name there, and whether the dict is for tensors alone.
+_Place = tuple[dict[str, Any], str, bool]
 
 
 def attributes_of(obj: object) -> dict[str, Any]:
     """Returns copies of the attributes of an object, or of a module and all its submodules."""
     values, left_out, devices = {}, [], set[str]()
-    for prefix, space, _ in _namespaces(obj):
-        for name in sorted(space.keys() - _INTERNAL):
-            try:
-                values[prefix + name] = _copied(space[name], devices)
-            except TypeError:
-                left_out.append(prefix + name)
-                if not callable(space[name]):
-                    warnings.warn(
-                        f"`rule` has the attribute {prefix + name!r} of type "
-                        f"{type(space[name]).__name__}, which a checkpoint cannot hold: it starts "
-                        f"anew on resumption. Give the rule `state_dict` and `load_state_dict`.",
-                        stacklevel=4,
-                    )
-    # Some rules work on the host whatever the device, and `map_location` would move their tensors.
-    on_host = devices <= {"cpu"}
+    for key, (space, name, _) in sorted(_places(obj).items()):
+        try:
+            values[key] = _copied(space[name], devices)
+        except TypeError:
+            left_out.append(key)
+            if not callable(space[name]):
+                warnings.warn(
+                    f"`rule` has the attribute {key!r} of type {type(space[name]).__name__}, which "
+                    f"a checkpoint cannot hold: it starts anew on resumption. Give the rule "
+                    f"`state_dict` and `load_state_dict`.",
+                    stacklevel=4,
+                )
     if not values:
         return {}
-    return {
-        "types": _types(obj),
-        "attributes": values,
-        "left_out": left_out,
-        "on_host": on_host,
-    }
+    types = {prefix: type(part).__name__ for prefix, part in _parts(obj).items()}
+    # Some rules work on the host whatever the device, and `map_location` would move their tensors.
+    on_host = devices <= {"cpu"}
+    return {"types": types, "attributes": values, "left_out": left_out, "on_host": on_host}
 
 
 def set_attributes(obj: object, state: Mapping[str, Any]) -> None:
     """Sets what `attributes_of` returned; a parameter remains the same tensor."""
-    for space, name, value in new_values(obj, state):
+    for (space, name, _), value in new_values(obj, state):
         if isinstance(space.get(name), nn.Parameter):
             space[name].data.copy_(value)
         else:
             space[name] = value
 
 
-def new_values(obj: object, state: Any) -> list[tuple[_Namespace, str, Any]]:  # noqa: ANN401
-    """Returns namespace, name and value of every entry; raises `ValueError` if one does not fit."""
-    spaces, values = _namespaces(obj), []
+def new_values(obj: object, state: Any) -> list[tuple[_Place, Any]]:  # noqa: ANN401
+    """Returns place and value of every entry; raises `ValueError` if one does not fit."""
+    parts, places, values = _parts(obj), _places(obj), []
+    types = {prefix: type(part).__name__ for prefix, part in parts.items()}
     if isinstance(state, Mapping) and not state:
-        state = {"types": _types(obj), "attributes": {}, "left_out": [], "on_host": True}
+        state = {"types": types, "attributes": {}, "left_out": [], "on_host": True}
     try:
-        types = dict(state["types"])
-        entries = dict(state["attributes"])
+        given, entries = dict(state["types"]), dict(state["attributes"])
         known, device = {*entries, *state["left_out"]}, "cpu" if state["on_host"] else None
     except (TypeError, KeyError, ValueError):
         raise bad_state("be what its `state_dict` returned", state) from None
-    if types != _types(obj):
-        raise bad_state(f"be that of {_types(obj)}", types)
+    if given != types:
+        raise bad_state(f"be that of {types}", given)
     for key, stored in entries.items():
-        path, dot, name = str(key).rpartition(".")
-        own = [(space, tensors) for prefix, space, tensors in spaces if prefix == path + dot]
-        # An attribute may be new: some objects make theirs in the first call.
-        later = [] if isinstance(obj, FunctionType) else own[:1]
-        holding = [part for part in own if name in part[0]] or later
-        if not holding or name in _INTERNAL:
+        place = places.get(key) or _place_of_new(str(key), parts)
+        if place is None:
             raise bad_state(f"fit the rule, which has no attribute {key!r}", state)
-        space, tensors = holding[0]
+        space, name, only_tensors = place
         old = space.get(name)
         try:
             value = _copied(stored, set(), device)
         except TypeError:
             raise bad_state(f"hold what a checkpoint can hold; {key!r} does not", state) from None
         kinds = {_kind(value), _kind(old)} - {type(None)}
-        fits = len(kinds) < 2 and (not tensors or value is None or isinstance(value, Tensor))
+        fits = len(kinds) < 2 and (not only_tensors or value is None or isinstance(value, Tensor))
         if isinstance(old, nn.Parameter):
             fits = getattr(value, "shape", None) == old.shape and value.dtype == old.dtype
         if not fits:
             raise bad_state(f"hold another {key!r}, which is {old!r} now", stored)
-        values.append((space, name, value))
-    needed = {prefix + name for prefix, space, _ in spaces for name in space.keys() - _INTERNAL}
-    if missing := sorted(needed - known):
+        values.append((place, value))
+    if missing := sorted(places.keys() - known):
         raise bad_state(f"hold {missing[0]!r}", state)
     return values
 
@@ -107,21 +98,35 @@ def bad_state(rule: str, got: object) -> ValueError:
     )
 
 
-def _namespaces(obj: object) -> list[tuple[str, _Namespace, bool]]:
-    """Returns the dicts that hold attributes: prefix of the names, dict, whether of tensors."""
+def _parts(obj: object) -> dict[str, object]:
+    """Returns an object, or a module and all its submodules, by the prefix of their attributes."""
     if isinstance(obj, nn.Module):
-        return [
-            (path and f"{path}.", space, space is not module.__dict__)
-            for path, module in obj.named_modules()
-            for space in (module.__dict__, module._buffers, module._parameters)
-        ]
-    plain = hasattr(obj, "__dict__") and not isinstance(obj, type | ModuleType)
-    return [("", obj.__dict__, False)] if plain else []
+        return {path and f"{path}.": module for path, module in obj.named_modules()}
+    return {"": obj}
 
 
-def _types(obj: object) -> dict[str, str]:
-    parts = obj.named_modules() if isinstance(obj, nn.Module) else [("", obj)]
-    return {path: type(part).__name__ for path, part in parts}
+def _places(obj: object) -> dict[str, _Place]:
+    """Returns where the attributes are, by their names with a prefix."""
+    places: dict[str, _Place] = {}
+    for prefix, part in _parts(obj).items():
+        if isinstance(part, type | ModuleType):
+            continue
+        spaces = [(getattr(part, "__dict__", {}), False)]
+        if isinstance(part, nn.Module):
+            spaces += [(part._buffers, True), (part._parameters, True)]
+        for space, only_tensors in spaces:
+            names = space.keys() - _INTERNAL
+            places |= {prefix + name: (space, name, only_tensors) for name in names}
+    return places
+
+
+def _place_of_new(key: str, parts: Mapping[str, object]) -> _Place | None:
+    """Returns the place of an attribute that some objects make in their first call."""
+    path, dot, name = key.rpartition(".")
+    part = parts.get(path + dot)
+    if name in _INTERNAL or isinstance(part, type | ModuleType | FunctionType):
+        return None
+    return (part.__dict__, name, False) if hasattr(part, "__dict__") else None
 
 
 def _kind(value: object) -> type:

@@ -85,41 +85,38 @@ class FunctionRule(Rule):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what the function carries from step to step."""
-        own = self._own_state()
-        return attributes_of(self._object()) if own is None else {"function": own.state_dict()}
+        holder, has_own = self._holder()
+        return {"function": holder.state_dict()} if has_own else attributes_of(holder)
 
     def check_state(self, state: Any) -> None:  # noqa: ANN401  # that is what it checks
         """Raises `ValueError` if the state is of another function; changes nothing."""
-        own = self._own_state()
-        if own is None:
-            new_values(self._object(), state)
+        holder, has_own = self._holder()
+        if not has_own:
+            new_values(holder, state)
         elif not isinstance(state, Mapping) or state.keys() != {"function"}:
             raise bad_state('hold "function" alone', state)
         else:
             try:
-                copy.deepcopy(own).load_state_dict(state["function"])
+                copy.deepcopy(holder).load_state_dict(state["function"])
             except Exception as error:
                 raise bad_state(f"fit; {type(error).__name__}: {error}", state) from error
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         self.check_state(state)
-        own = self._own_state()
-        if own is None:
-            set_attributes(self._object(), state)
+        holder, has_own = self._holder()
+        if has_own:
+            holder.load_state_dict(state["function"])
         else:
-            own.load_state_dict(state["function"])
+            set_attributes(holder, state)
 
     def __repr__(self) -> str:
         return f"FunctionRule({self.function!r})"
 
-    def _object(self) -> object:
-        owner = getattr(self.function, "__self__", self.function)  # of a bound method
-        # A model or an optimizer with a method for a rule is in a checkpoint of its own.
-        own = owner is self.function or not isinstance(owner, nn.Module | Optimizer)
-        return owner if own else None
-
-    def _own_state(self) -> Any:  # noqa: ANN401  # an object with state_dict and load_state_dict
-        function = self._object()
-        has_both = hasattr(function, "state_dict") and hasattr(function, "load_state_dict")
-        return function if has_both and not isinstance(function, nn.Module) else None
+    def _holder(self) -> tuple[Any, bool]:
+        """Returns the object that holds the state, and whether it says itself what that is."""
+        holder = getattr(self.function, "__self__", self.function)  # of a bound method
+        if holder is not self.function and isinstance(holder, nn.Module | Optimizer):
+            return None, False  # it is in a checkpoint of its own
+        has_both = hasattr(holder, "state_dict") and hasattr(holder, "load_state_dict")
+        return holder, has_both and not isinstance(holder, nn.Module)

@@ -29,10 +29,6 @@ class BadLine(ValueError):
         self.number = number
 
 
-class _NotFinite(ValueError):
-    """A line that holds NaN or an infinity as a bare word, which JSON does not have."""
-
-
 def name_of_nonfinite(value: float) -> str:
     """Returns "NaN", "Infinity" or "-Infinity"; `float` reads each of them back."""
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
@@ -52,11 +48,6 @@ def plain(
     return value
 
 
-def encode(record: Mapping[str, Any]) -> bytes:
-    """Returns the line of a record. Refuses NaN and infinities, which `plain` replaces."""
-    return json.dumps(record, allow_nan=False).encode() + b"\n"
-
-
 def read(path: Path) -> Records:
     """Reads all whole lines; a last line without its newline may be whole or torn."""
     entries: list[Any] = []
@@ -66,10 +57,8 @@ def read(path: Path) -> Records:
             ended = line.endswith(b"\n")
             try:
                 entries.append(json.loads(line, parse_constant=_refuse))
-            except _NotFinite as error:
-                raise BadLine(number, str(error)) from error
-            except ValueError as error:
-                if ended:
+            except (ValueError, FloatingPointError) as error:
+                if ended or isinstance(error, FloatingPointError):
                     raise BadLine(number, str(error)) from error
                 # An object that was cut short is no JSON, wherever the cut is.
                 return Records(entries, size, line, True)
@@ -109,7 +98,7 @@ class Appender:
                 f"`path` must be written by one process at a time; got {str(self._path)!r}, which "
                 f"another one has changed. Give each run a file of its own."
             )
-        line = encode(record)
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"  # see `plain`
         with self._taken_back_on_error():
             self._write(line)
 
@@ -159,4 +148,4 @@ def not_writable(path: Path, error: OSError) -> OSError:
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise _NotFinite(f"{constant} is no JSON; a number must be finite")
+    raise FloatingPointError(f"{constant} is no JSON; a number must be finite")

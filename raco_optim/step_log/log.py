@@ -6,15 +6,13 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from raco_optim.report import StepReport
 from raco_optim.step_log import jsonl
-
-_T = TypeVar("_T")
 
 _KIND = "step log"
 _VERSION = 1
@@ -39,15 +37,6 @@ class StepLog:
     run: str
     steps: tuple[int, ...]
     reports: tuple[StepReport, ...]
-
-
-class Parsed(NamedTuple):
-    """What a file holds, as far as it is whole."""
-
-    run: str | None
-    steps: tuple[int, ...]
-    reports: tuple[StepReport, ...]
-    records: jsonl.Records
 
 
 def read_steps(path: str | os.PathLike[str]) -> StepLog:
@@ -79,20 +68,17 @@ def read_steps(path: str | os.PathLike[str]) -> StepLog:
         >>> log.steps, log.reports[0].losses.tolist()
         ((0,), [1.0, 1.0])
     """
-    found = parse(Path(path))
-    if found.run is None or not found.steps:
+    log, _ = parse(Path(path))
+    if not log.steps:
         raise ValueError(
             f"`path` must be a log with at least one step; got {str(path)!r}, which has none. Call "
             f"`log` of a StepLogger after each step."
         )
-    return StepLog(found.run, found.steps, found.reports)
+    return log
 
 
-def parse(path: Path) -> Parsed:
-    """Reads a file as `read_steps` does, and allows that there is nothing in it yet."""
-    run: str | None = None
-    steps: list[int] = []
-    reports: list[StepReport] = []
+def parse(path: Path) -> tuple[StepLog, jsonl.Records]:
+    """Returns the log, whose run is "" where nothing is in the file yet, and the file's lines."""
     try:
         records = jsonl.read(path)
     except OSError as error:
@@ -101,25 +87,28 @@ def parse(path: Path) -> Parsed:
         ) from error
     except jsonl.BadLine as error:
         raise _no_log(path, error.number) from error
+    run = ""
+    steps: list[int] = []
+    reports: list[StepReport] = []
     for number, entry in enumerate(records.entries, start=1):
-        if not isinstance(entry, dict) or ("step" in entry and run is None):
+        if not isinstance(entry, dict) or ("step" in entry and not run):
             raise _no_log(path, number)
         if "step" not in entry:
             run = _run(entry, run, path, number)
             continue
         try:
-            step, report = _decode(entry)
+            report = _decode(entry)
         except (KeyError, TypeError, ValueError) as error:
             raise _no_log(path, number) from error
-        while steps and steps[-1] >= step:
+        while steps and steps[-1] >= entry["step"]:
             steps.pop()
             reports.pop()
-        steps.append(step)
+        steps.append(entry["step"])
         reports.append(report)
     # Of a file that is no log at all, nobody may drop a line.
-    if run is None and not jsonl.may_begin(records.torn, _HEAD):
+    if not run and not jsonl.may_begin(records.torn, _HEAD):
         raise _no_log(path, 1)
-    return Parsed(run, tuple(steps), tuple(reports), records)
+    return StepLog(run, tuple(steps), tuple(reports)), records
 
 
 def header(run: str) -> dict[str, Any]:
@@ -129,15 +118,12 @@ def header(run: str) -> dict[str, Any]:
 
 def encode(step: int, report: StepReport) -> dict[str, Any]:
     """Returns the record of a step: the fields of its report, and what other readers want."""
-    entry = {"step": step} | {name: getattr(report, name) for name in _FIELDS}
+    entry = {"step": step} | vars(report)
     entry |= {"cosines": report.cosines, "clip_angle": report.clip_angle}
     entry["outcome"] = report.outcome.name
     numbers = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in entry.items()}
     record: dict[str, Any] = jsonl.plain(numbers)
     return record
-
-
-_FIELDS = tuple(field.name for field in dataclasses.fields(StepReport))
 
 
 def _no_log(path: Path, line: int) -> ValueError:
@@ -147,66 +133,47 @@ def _no_log(path: Path, line: int) -> ValueError:
     )
 
 
-def _run(entry: dict[str, Any], earlier: str | None, path: Path, line: int) -> str:
+def _run(entry: dict[str, Any], earlier: str, path: Path, line: int) -> str:
     run, version = entry.get("run"), entry.get("version")
-    if entry.get("raco_optim") != _KIND or not isinstance(run, str) or not isinstance(version, int):
+    known = entry.get("raco_optim") == _KIND and isinstance(run, str) and run
+    if not known or not isinstance(version, int):
         raise _no_log(path, line)
     if version > _VERSION:
         raise ValueError(
             f"`path` must be a log of version {_VERSION} or older; got version {version} in "
             f"{str(path)!r}. Update raco_optim."
         )
-    if earlier not in (None, run):
+    if earlier not in ("", run):
         raise ValueError(
             f"`path` must be the log of one run; got {str(path)!r}, where another one begins at "
             f"line {line}. Log each run to a file of its own."
         )
-    return run
+    return str(run)
 
 
-def _decode(entry: dict[str, Any]) -> tuple[int, StepReport]:
+# What the record of a step holds beside floats.
+_TYPES: dict[str, type] = dict.fromkeys(("step", "skipped", "gram_age"), int)
+_TYPES |= {"names": list, "absent": list, "skip": bool, "gradients": str}
+
+
+def _decode(entry: dict[str, Any]) -> StepReport:
     """Reads the fields alone: a report computes the rest again."""
-    names = _strings(entry["names"])
+    for name, kind in _TYPES.items():
+        if type(entry[name]) is not kind:
+            raise TypeError(f"{entry[name]!r} instead of {kind.__name__}")
+    names, absent = tuple(entry["names"]), tuple(entry["absent"])
+    if not all(isinstance(name, str) for name in (*names, *absent)):
+        raise TypeError(f"{names} and {absent} instead of strings")
+    fields = {field.name: entry[field.name] for field in dataclasses.fields(StepReport)}
+    fields |= {"names": names, "absent": absent, "gap": float(entry["gap"])}
     m = len(names)
-
-    def vector(key: str) -> Tensor:
-        return _tensor(entry[key], [m])
-
-    def typed(key: str, kind: type[_T]) -> _T:
-        value = entry[key]
-        if type(value) is not kind:
-            raise TypeError(f"{value!r} instead of {kind.__name__}")
-        return value
-
-    report = StepReport(
-        names=names,
-        weights=vector("weights"),
-        gram=_tensor(entry["gram"], [m, m]),
-        p=None if entry["p"] is None else vector("p"),
-        p_clipped=None if entry["p_clipped"] is None else vector("p_clipped"),
-        coefficients=vector("coefficients"),
-        gap=float(entry["gap"]),
-        losses=vector("losses"),
-        absent=_strings(entry["absent"]),
-        skip=typed("skip", bool),
-        skipped=typed("skipped", int),
-        gram_age=typed("gram_age", int),
-        gradients=typed("gradients", str),
-    )
-    return typed("step", int), report
-
-
-def _strings(value: Any) -> tuple[str, ...]:  # noqa: ANN401  # what a file holds
-    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-        raise ValueError(f"{value!r} instead of a list of names")
-    return tuple(value)
-
-
-def _tensor(value: Any, shape: list[int]) -> Tensor:  # noqa: ANN401  # what a file holds
-    tensor = torch.tensor(_floats(value), dtype=torch.float64, device="cpu")
-    if list(tensor.shape) != shape:
-        raise ValueError(f"shape {list(tensor.shape)} instead of {shape}")
-    return tensor
+    for name in ("weights", "gram", "coefficients", "losses", "p", "p_clipped"):
+        if fields[name] is not None or name not in ("p", "p_clipped"):
+            tensor = torch.tensor(_floats(fields[name]), dtype=torch.float64, device="cpu")
+            if list(tensor.shape) != ([m, m] if name == "gram" else [m]):
+                raise ValueError(f"{name} has shape {list(tensor.shape)}")
+            fields[name] = tensor
+    return StepReport(**fields)
 
 
 def _floats(value: Any) -> Any:  # noqa: ANN401  # numbers, or lists of lists of them

@@ -7,16 +7,14 @@ import os
 import uuid
 from collections import deque
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from raco_optim.optimizer import unwrap
-from raco_optim.report import StepReport
+from raco_optim.report import StepReport, tensors_of
 from raco_optim.step_log import jsonl
-from raco_optim.step_log.log import Parsed, encode, header, parse
+from raco_optim.step_log.log import encode, header, parse
 
 # Steps that may be under way on a device before it is waited for.
 _MOST = 100
@@ -27,12 +25,12 @@ class _Unread(NamedTuple):
 
     number: int
     report: StepReport
-    copies: list[torch.cuda.Event]
+    copied: torch.cuda.Event | None
 
     @property
     def arrived(self) -> bool:
-        here = all(tensor.is_cpu for tensor in _tensors(self.report).values())
-        return here and all(e.query() for e in self.copies)  # type: ignore[no-untyped-call]
+        here = all(tensor.is_cpu for tensor in tensors_of(self.report).values())
+        return here and (self.copied is None or self.copied.query())  # type: ignore[no-untyped-call]
 
 
 class StepLogger:
@@ -106,7 +104,12 @@ class StepLogger:
             return
         if self._file is None:
             self._open(last.names)
-        step = self._next if step is None else _checked_step(step, self._least)
+        step = self._next if step is None else step
+        if type(step) is not int or step < self._least:
+            raise ValueError(
+                f"`step` must be an integer of at least {self._least}, above the last one; got "
+                f"{step!r}."
+            )
         self._unread.append(_fetched(step, last))
         self._seen = last
         self._least = self._next = step + 1
@@ -125,12 +128,7 @@ class StepLogger:
     def __enter__(self) -> StepLogger:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             self.close()
         except Exception:
@@ -141,8 +139,8 @@ class StepLogger:
     def _write(self, *, wait: bool) -> None:
         while self._unread and (wait or self._unread[0].arrived):
             first = self._unread[0]
-            for copy in first.copies:
-                copy.synchronize()
+            if first.copied is not None:
+                first.copied.synchronize()
             assert self._file is not None
             # Without `sync`: a killed process loses nothing that was written, and every step would
             # wait for the disk.
@@ -152,44 +150,35 @@ class StepLogger:
     def _open(self, names: tuple[str, ...]) -> None:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = jsonl.Appender(self._path, new=not self._resume)
         except OSError as error:
+            # The folder may be a file, which `mkdir` says in the same way.
+            if isinstance(error, FileExistsError) and not self._resume and self._path.exists():
+                raise FileExistsError(
+                    f"`path` must be a new file; got {str(self._path)!r}, which exists. Choose "
+                    f"another, or pass resume=True to go on with the run that it holds."
+                ) from None
             raise jsonl.not_writable(self._path, error) from error
         try:
-            file = jsonl.Appender(self._path, new=not self._resume)
-        except FileExistsError:
-            raise FileExistsError(
-                f"`path` must be a new file; got {str(self._path)!r}, which exists. Choose "
-                f"another, or pass resume=True to go on with the run that it holds."
-            ) from None
-        except OSError as error:
-            raise jsonl.not_writable(self._path, error) from error
-        try:
-            self._begin(file, parse(self._path), names)
+            self._begin(self._file, names)
         except BaseException:
-            file.close()
+            self._file.close()
+            self._file = None
             raise
-        self._file = file
 
-    def _begin(self, file: jsonl.Appender, found: Parsed, names: tuple[str, ...]) -> None:
-        if found.reports and found.reports[-1].names != names:
+    def _begin(self, file: jsonl.Appender, names: tuple[str, ...]) -> None:
+        log, records = parse(self._path)
+        if log.reports and log.reports[-1].names != names:
             raise ValueError(
                 f"`path` must be the log of a run with the losses {list(names)}, to go on with it; "
-                f"got {str(self._path)!r}, whose losses are {list(found.reports[-1].names)}. Log "
+                f"got {str(self._path)!r}, whose losses are {list(log.reports[-1].names)}. Log "
                 f"each run to a file of its own."
             )
-        file.cut(found.records)
-        if found.run is None:
+        file.cut(records)
+        if not log.run:
             file.append(header(uuid.uuid4().hex))
-        if found.steps:
-            self._next = found.steps[-1] + 1
-
-
-def _checked_step(step: Any, least: int) -> int:  # noqa: ANN401  # that is what it checks
-    if not isinstance(step, int) or isinstance(step, bool) or step < least:
-        raise ValueError(
-            f"`step` must be an integer of at least {least}, above the last one; got {step!r}."
-        )
-    return step
+        if log.steps:
+            self._next = log.steps[-1] + 1
 
 
 def _fetched(number: int, report: StepReport) -> _Unread:
@@ -197,23 +186,13 @@ def _fetched(number: int, report: StepReport) -> _Unread:
 
     They are copied on the host too: a rule may return the same tensor every time.
     """
-    events: dict[torch.device, torch.cuda.Event] = {}
-
-    def fetch(tensor: Tensor) -> Tensor:
+    copies: dict[str, Any] = {}
+    event = None
+    for name, tensor in tensors_of(report).items():
         # Converted where it is: a conversion on the host would wait for the copy, or not.
-        tensor = tensor.detach().to(torch.float64)
-        if not tensor.is_cuda:
-            return tensor.clone()
-        events[tensor.device] = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        return tensor.to("cpu", non_blocking=True)
-
-    copies = {name: fetch(tensor) for name, tensor in _tensors(report).items()}
-    for device, event in events.items():
-        event.record(torch.cuda.current_stream(device))
-    copied = dataclasses.replace(report, **copies)  # type: ignore[arg-type]  # tensors for tensors
-    return _Unread(number, copied, list(events.values()))
-
-
-def _tensors(report: StepReport) -> dict[str, Tensor]:
-    fields = {field.name: getattr(report, field.name) for field in dataclasses.fields(report)}
-    return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+        x = tensor.detach().to(torch.float64)
+        copies[name] = x.to("cpu", non_blocking=True) if x.is_cuda else x.clone()
+        if x.is_cuda:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(x.device))
+    return _Unread(number, dataclasses.replace(report, **copies), event)

@@ -10,8 +10,7 @@ from torch.optim import Optimizer
 from raco_optim._checks import add_note
 from raco_optim.wrapper.joint import BareOptimizer, JointOptimizer
 
-_STATE_KEY = "raco_optim"
-_STATE_VERSION = 1
+STATE_KEY = "raco_optim"
 _GIVEN = "step along a gradient that it is given, not differentiate it again (`create_graph`)"
 _AFTER = "step after the backward pass, when gradients are combined, not during it"
 # Class, in lower case -> what it must do and can't.
@@ -43,8 +42,9 @@ class OptimizerWrapper(BareOptimizer):
     _step_supports_amp_scaling = False
 
     _own_state: Callable[[], dict[str, Any]]  # what a checkpoint keeps of the wrapper itself
-    _loader: Callable[[Mapping[str, Any]], Callable[[], None]]  # checks one, returns what loads it
+    _loader: Callable[[Any], Callable[[], None]]  # checks one, returns what loads it
     _reset: Callable[[], None]  # forgets what a state of the inner optimizer does not go with
+    _follow: Callable[[], None]  # sees the groups that a state brought
 
     def __init__(self, inner: Optimizer | Sequence[Optimizer]) -> None:
         found: list[Any] = list(inner) if isinstance(inner, list | tuple) and inner else [inner]
@@ -74,8 +74,7 @@ class OptimizerWrapper(BareOptimizer):
     defaults = _delegated("defaults", "Default options of the inner optimizer.")
 
     def _saved(self) -> dict[str, Any]:
-        own = {"version": _STATE_VERSION, **self._own_state()}
-        return {**self.optimizer.state_dict(), _STATE_KEY: own}
+        return {**self.optimizer.state_dict(), STATE_KEY: self._own_state()}
 
     def _load(self, state_dict: Any) -> None:  # noqa: ANN401
         given, several = state_dict, len(self.optimizers) > 1
@@ -85,9 +84,9 @@ class OptimizerWrapper(BareOptimizer):
                 f"{type(given).__name__}."
             )
         load = self._reset
-        if isinstance(given, Mapping) and _STATE_KEY in given:
-            load = self._checked_state(given[_STATE_KEY])
-            given = {key: value for key, value in given.items() if key != _STATE_KEY}
+        if isinstance(given, Mapping) and STATE_KEY in given:
+            load = self._loader(given[STATE_KEY])
+            given = {key: value for key, value in given.items() if key != STATE_KEY}
         # Torch's `load_state_dict` makes new groups and entries: these are those of before.
         before = [dict(vars(optimizer)) for optimizer in self.optimizers]
         try:
@@ -106,24 +105,7 @@ class OptimizerWrapper(BareOptimizer):
             add_note(error, "It was raised by the inner optimizer. Nothing was loaded.")
             raise
         load()
-
-    def _checked_state(self, own: object) -> Callable[[], None]:
-        expected = f"`state_dict` must be of a {type(self).__name__}"
-        plain = "Without that key it is loaded as the state of the inner optimizer."
-        if not isinstance(own, Mapping):
-            raise ValueError(
-                f"{expected}; got a {type(own).__name__} under {_STATE_KEY!r}. {plain}"
-            )
-        missing = [key for key in ("version", *self._own_state()) if key not in own]
-        if missing:
-            raise ValueError(f"{expected}; under {_STATE_KEY!r} it lacks {missing}. {plain}")
-        version = own["version"]
-        if not isinstance(version, int) or version > _STATE_VERSION:
-            raise ValueError(
-                f"`state_dict` must be of version {_STATE_VERSION} or older; got version "
-                f"{version!r}. Update raco_optim."
-            )
-        return self._loader(own)
+        self._follow()
 
     def _having(self, name: str) -> list[Optimizer]:
         """Returns the inner optimizers that have an attribute; none before they are there."""

@@ -20,19 +20,12 @@ _Role = tuple[bool, bool]  # whether a parameter is shared, and whether it is in
 
 @dataclass(frozen=True)
 class Parameters:
-    """The parameters of an optimizer in the order of its groups, with their roles.
-
-    Attributes:
-        tensors: The parameters.
-        shared: Which of them enter the Gram matrix; the others are heads.
-        subset: Those from which an approximate Gram matrix is computed.
-        trained: Which of them require gradients.
-    """
+    """The parameters of an optimizer in the order of its groups, with their roles."""
 
     tensors: list[Tensor]
-    shared: list[bool]
-    subset: list[Tensor]
-    trained: list[bool]
+    shared: list[bool]  # which of them enter the Gram matrix; the others are heads
+    subset: list[Tensor]  # those from which an approximate Gram matrix is computed
+    trained: list[bool]  # which of them require gradients
 
     @cached_property
     def is_sharded(self) -> bool:
@@ -45,11 +38,13 @@ class Parameters:
         return any(isinstance(p, DTensor) for p in self.tensors)
 
     def are(self, other: Parameters) -> bool:
-        """Whether the others are the same tensors, of which the same are trained."""
+        """Whether the others are the same tensors in the same roles."""
         return (
             len(self.tensors) == len(other.tensors)
             and all(map(is_, self.tensors, other.tensors))
             and self.trained == other.trained
+            and self.shared == other.shared
+            and list(map(id, self.subset)) == list(map(id, other.subset))
         )
 
     def only_subset(self) -> Parameters:
@@ -63,12 +58,8 @@ class Roles:
 
     A parameter keeps its role when it is frozen, moved to another group, or removed and added
     again. A new tensor that takes the place of another of its shape in a group (as Accelerate's
-    FSDP2 does) takes over its role. The key "shared" of a group decides for all in the group.
-
-    Args:
-        shared: The shared parameters; None if all are that no group says otherwise of.
-        subset: Those from which an approximate Gram matrix is computed.
-        groups: The groups of the optimizer.
+    FSDP2 does) takes over its role. The key "shared" of a group decides for all in the group;
+    `shared` is None if all are shared unless a group says otherwise.
     """
 
     def __init__(
@@ -102,42 +93,43 @@ class Roles:
         # references to the rest, so that no memory is kept and no id is taken for another's.
         self._held: dict[int, tuple[Tensor, _Role]] = {}
         self._others = WeakTensorKeyDictionary(dict(known))
-        self._groups: list[tuple[dict[str, Any], list[Tensor]]] = []
-        self._keys: list[bool | None] = []
+        self._groups: list[tuple[dict[str, Any], bool | None, list[Tensor]]] = []
         self._current: Parameters | None = None
 
     def current(self, groups: Sequence[dict[str, Any]]) -> Parameters:
         """Returns the parameters that the groups hold now, with their roles, or raises."""
-        keys = [key for group in groups for key in [_key_of(group)] * len(group["params"])]
-        tensors = [p for group in groups for p in group["params"]]
+        found = [(group, _key_of(group), list(group["params"])) for group in groups]
+        tensors = [p for _, _, params in found for p in params]
         now = Parameters(tensors, [], [], [p.requires_grad for p in tensors])
-        if self._current is not None and keys == self._keys and self._current.are(now):
+        before, after = (
+            [(id(group), key, len(params)) for group, key, params in seen]
+            for seen in (self._groups, found)
+        )
+        if (
+            before == after
+            and self._current is not None
+            and all(map(is_, tensors, self._current.tensors))
+            and now.trained == self._current.trained
+        ):
             return self._current
         identities, held = set(map(id, tensors)), {}
-        for group in groups:
-            old = next((params for g, params in self._groups if g is group), [])
-            same_length = len(old) == len(group["params"])
-            for j, p in enumerate(group["params"]):
+        for group, key, params in found:
+            old = next((earlier for g, _, earlier in self._groups if g is group), [])
+            for j, p in enumerate(params):
                 known = self._known(p)
-                if known is None and same_length and id(old[j]) not in identities:
+                if known is None and len(old) == len(params) and id(old[j]) not in identities:
                     known = self._known(old[j]) if old[j].shape == p.shape else None
-                held[id(p)] = p, self._role(p, _key_of(group), known)
+                held[id(p)] = p, self._role(p, key, known)
         self._others.update(self._held.values())
         for p in tensors:
             self._others.pop(p, None)  # type: ignore[no-untyped-call]
-        self._held, self._keys = held, keys
-        self._groups = [(group, list(group["params"])) for group in groups]
+        self._held, self._groups = held, found
         now.shared.extend(held[id(p)][1][0] for p in tensors)
         now.subset.extend(p for p in tensors if held[id(p)][1][1] and p.requires_grad)
-        self._current = now
-        return now
-
-    def follow(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Takes over the new groups that `load_state_dict` makes of the same parameters."""
-        tensors = [p for group in groups for p in group["params"]]
-        known = [p for _, params in self._groups for p in params]
-        if len(tensors) == len(known) and all(map(is_, tensors, known)):
-            self._groups = [(group, list(group["params"])) for group in groups]
+        # Other groups of the same parameters, as `load_state_dict` makes them, change nothing.
+        if self._current is None or not self._current.are(now):
+            self._current = now
+        return self._current
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         """Raises unless a group to be added says, of parameters never seen, if they are shared."""
