@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypedDict
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from raco_optim._checks import checked_weights
 from raco_optim.alignment._checks import check_tensor, checked_number
-from raco_optim.alignment.labels import average, labelled
+from raco_optim.alignment.labels import labelled
 from raco_optim.alignment.log_probs import PairLogProbs
 from raco_optim.alignment.losses import preference_losses
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def amopo_losses(
@@ -19,6 +23,7 @@ def amopo_losses(
     signs: Tensor,
     *,
     beta: float,
+    pair_weights: Tensor | None = None,
     counts: Tensor | Sequence[float] | None = None,
 ) -> list[Tensor | None]:
     r"""Computes the losses of AMoPO with static weights, which the caller multiplies and adds.
@@ -41,6 +46,7 @@ def amopo_losses(
         signs: ``[B, m]``, see `preference_losses`.
         beta: > 0. Per-token log-probabilities need a larger one than DPO's sums: RACO's authors
             tune it between 0.1 and 1.5.
+        pair_weights: ``[B, m]``, see `preference_losses`.
         counts: ``[m]``, see `preference_losses`.
 
     Returns:
@@ -66,7 +72,16 @@ def amopo_losses(
         Eq. 9 of Liu et al., "AMoPO: Adaptive Multi-objective Preference Optimization without
         Reward Models and Reference Models", arXiv 2506.07165.
     """
-    return preference_losses(log_probs, signs, loss="simpo", beta=beta, counts=counts)
+    return preference_losses(
+        log_probs, signs, pair_weights=pair_weights, counts=counts, loss="simpo", beta=beta
+    )
+
+
+class PairMean(TypedDict, total=False):
+    """The keyword arguments that say what a mean runs over; `modpo_loss` has them."""
+
+    pair_weight: Tensor | None
+    count: Tensor | float | None
 
 
 def modpo_loss(
@@ -77,7 +92,7 @@ def modpo_loss(
     objective: int,
     *,
     beta: float,
-    count: Tensor | float | None = None,
+    **mean: Unpack[PairMean],
 ) -> Tensor | None:
     r"""Computes the loss of MODPO: DPO on one objective, with the rewards of the others as margin.
 
@@ -90,14 +105,16 @@ def modpo_loss(
 
     Args:
         log_probs: Of B pairs, with those of the reference.
-        sign: Signs of objective k, ``[B]``, see `preference_losses`.
+        sign: Labels of objective k, ``[B]``, see `preference_losses`.
         margins: Reward of the chosen completion minus that of the rejected one, for every
             objective, ``[B, m]``, as reward models that the user has give them. Finite where the
             pair is labelled. Not read: column k and the columns with weight 0.
         weights: w, m numbers on the simplex, in the order of the columns.
         objective: k, the position of the objective with preferences; its weight must not be 0.
         beta: Strength of the tie to the reference, > 0.
-        count: Divide by this instead of the number of labelled pairs, see `preference_losses`.
+        pair_weight (Tensor | None): Weights of the pairs, ``[B]``, see `preference_losses`.
+        count (Tensor | float | None): Divide by this instead of the sum of the weights, see
+            `preference_losses`.
 
     Returns:
         A scalar, or None where no pair is labelled.
@@ -120,6 +137,7 @@ def modpo_loss(
         Optimization", arXiv 2310.03708; `modpo_loss` in the authors' trainer.
     """
     beta = checked_number("beta", beta, positive=True)
+    pair_weight, count = _mean(**mean)
     w = checked_weights(weights)
     if objective not in range(len(w)):
         raise ValueError(
@@ -132,11 +150,18 @@ def modpo_loss(
         )
     pairs = len(log_probs.chosen)
     check_tensor("margins", margins, {"B": pairs, "m": len(w)})
-    [(index, labels)] = labelled("sign", sign, {"B": pairs}, log_probs.chosen)
-    chosen, rejected = log_probs.select(index).log_ratios()
+    [found] = labelled("sign", sign, {"B": pairs}, log_probs.chosen, weights=pair_weight)
+    chosen, rejected = log_probs.select(found.index).log_ratios()
     x = beta * (chosen - rejected)
-    rewards = margins.index_select(0, index).to(x.dtype)
+    rewards = margins.index_select(0, found.index).to(x.dtype)
     for j, weight in enumerate(w):
         if j != objective and weight > 0:
             x = x - weight * rewards[:, j]
-    return average(-logsigmoid(labels * x / w[objective]), count)
+    losses = found.expectation(lambda label: -logsigmoid(label * x / w[objective]))
+    return found.average(losses, count)
+
+
+def _mean(
+    pair_weight: Tensor | None = None, count: Tensor | float | None = None
+) -> tuple[Tensor | None, Tensor | float | None]:
+    return pair_weight, count

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from raco_optim.alignment._checks import check_log_probs, check_tensor, checked_number
-from raco_optim.alignment.labels import average, labelled
+from raco_optim.alignment.labels import labelled
 
 
 def kto_unpaired_loss(
@@ -64,8 +64,9 @@ def kto_unpaired_loss(
     shape = {"N": len(policy)}
     check_log_probs("reference", reference, shape)
     check_tensor("kl", kl, {})
-    [(index, sign)] = labelled("labels", labels, shape, policy)
+    [found] = labelled("labels", labels, shape, policy, soft=False)
+    index, sign = found.index, found.label
     log_ratio = policy.index_select(0, index) - reference.index_select(0, index)
     weight = torch.full_like(sign, undesirable_weight).masked_fill(sign > 0, desirable_weight)
     z = kl.detach().clamp(min=0)
-    return average(weight * torch.sigmoid(-beta * (sign * (log_ratio - z))), None)
+    return found.average(weight * torch.sigmoid(-beta * (sign * (log_ratio - z))), None)

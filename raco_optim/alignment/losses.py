@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, relu
 
 from raco_optim._checks import checked_choice
 from raco_optim.alignment._checks import check_tensor, checked_number
-from raco_optim.alignment.labels import average, labelled
+from raco_optim.alignment.labels import Labelled, labelled
 from raco_optim.alignment.log_probs import PairLogProbs
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-PreferenceLoss = Literal["dpo", "ipo", "simpo", "kto"]
-LOSSES: tuple[PreferenceLoss, ...] = ("dpo", "ipo", "simpo", "kto")
-_PER_TOKEN = ("ipo", "simpo")
-_SMOOTHED = ("dpo", "simpo")
+PreferenceLoss = Literal[
+    "dpo", "ipo", "simpo", "kto", "hinge", "robust", "apo_zero", "apo_down", "bco", "sft"
+]
+LOSSES: tuple[PreferenceLoss, ...] = get_args(PreferenceLoss)
+REFERENCE_FREE = ("simpo", "sft")
+_PER_TOKEN = ("ipo", *REFERENCE_FREE)
+SMOOTHED = ("dpo", "simpo", "robust")
 
 
 class LossForm(TypedDict, total=False):
@@ -38,64 +41,83 @@ def preference_losses(
     log_probs: PairLogProbs,
     signs: Tensor,
     *,
+    pair_weights: Tensor | None = None,
     counts: Tensor | Sequence[float] | None = None,
     **form: Unpack[LossForm],
 ) -> list[Tensor | None]:
     r"""Computes one loss per objective: the mean over the pairs that the objective labels.
 
-    .. math:: L_k = \frac{1}{n_k} \sum_{b : s_{bk} \ne 0} \ell(b, s_{bk}),
-        \quad n_k = |\{b : s_{bk} \ne 0\}|
+    .. math:: L_k = \frac{1}{n_k} \sum_{b : s_{bk} \ne 0} v_{bk} \, \ell(b, s_{bk}),
+        \quad n_k = \sum_{b : s_{bk} \ne 0} v_{bk}
 
-    With :math:`\rho = \log \pi - \log \pi_{ref}`, the log-ratio of a completion, the loss of a pair
-    :math:`\ell` is
+    with the weights v of the pairs, 1 by default. With :math:`\rho = \log \pi - \log \pi_{ref}`,
+    the log-ratio of a completion, the loss of a pair :math:`\ell` is
 
     .. math::
-        \Delta &= s \, (\rho_{chosen} - \rho_{rejected}) \\
+        \Delta &= s \, (\rho_{chosen} - \rho_{rejected}) = \rho_{winner} - \rho_{loser} \\
         \text{dpo} &: -(1 - \epsilon) \log \sigma(\beta \Delta)
             - \epsilon \log \sigma(-\beta \Delta) \\
+        \text{robust} &: \frac{-(1 - \epsilon) \log \sigma(\beta \Delta)
+            + \epsilon \log \sigma(-\beta \Delta)}{1 - 2 \epsilon} \\
+        \text{hinge} &: \max(0, 1 - \beta \Delta) \\
         \text{ipo} &: (\Delta - 1 / (2 \beta))^2, \quad \rho \text{ per token} \\
         \text{simpo} &: \text{dpo with } \beta \Delta - \gamma \text{ for } \beta \Delta,
             \quad \rho = \log \pi \text{ per token} \\
         \text{kto} &: \tfrac12 [\sigma(-\beta (\rho_{winner} - z_{loser}))
-            + \sigma(-\beta (z_{winner} - \rho_{loser}))]
+            + \sigma(-\beta (z_{winner} - \rho_{loser}))] \\
+        \text{apo\_zero} &: 1 - \sigma(\beta \rho_{winner}) + \sigma(\beta \rho_{loser}) \\
+        \text{apo\_down} &: \sigma(\beta \rho_{winner}) + 1 - \sigma(\beta \Delta) \\
+        \text{bco} &: -\log \sigma(\beta \rho_{winner})
+            - \log \sigma(-\beta \rho_{loser}) \\
+        \text{sft} &: -\rho_{winner}, \quad \rho = \log \pi \text{ per token}
 
     where z is the mean of :math:`\rho` over the winners (losers) of the objective in the call, at
     least 0 and without a gradient. All objectives share the log-probabilities, so one forward pass
     serves them all.
 
+    A label s between -1 and 1 says how sure it is that the chosen completion is the better one:
+    :math:`P = (1 + s) / 2`. The loss is the mean over what the label may be,
+
+    .. math:: \ell(b, s) = \frac{1 + s}{2} \ell(b, +1) + \frac{1 - s}{2} \ell(b, -1).
+
     A tie and a missing label are both 0 in `signs`. Such a pair is in neither sum nor count, and
-    its log-probabilities, NaN or not, reach neither loss nor gradient.
+    its log-probabilities, NaN or not, reach neither loss nor gradient. So 0 is not the limit of
+    small labels: 0.01 says that the completions are about equally good, and pulls :math:`\Delta`
+    of DPO to about 0; 0 says nothing.
 
     Signs on an accelerator are copied to the host, once per call; it is the only wait. Signs on
     the CPU cost none.
 
     Args:
         log_probs: Of B pairs.
-        signs: ``[B, m]``, any real dtype: +1 where the objective prefers the chosen completion,
-            -1 where it prefers the rejected one, 0 for a tie or no label.
-        counts: ``[m]``, > 0: divide by these instead of :math:`n_k`. With the labelled pairs of
-            a whole batch, the losses of its micro-batches add up to the loss of the batch, and
+        signs: ``[B, m]``, any real dtype, in [-1, 1]: +1 where the objective prefers the chosen
+            completion, -1 where it prefers the rejected one, 0 for a tie or no label.
+        pair_weights: v, ``[B, m]``, >= 0. A pair of weight 2 counts as two; one of weight 0 as one
+            without a label. Default: 1.
+        counts: ``[m]``, > 0: divide by these instead of :math:`n_k`. With the sums of the weights
+            of a whole batch, the losses of its micro-batches add up to the loss of the batch, and
             so do their gradients; not for KTO, whose z is estimated from the pairs of a call.
-        loss (str): ``"dpo"`` (default), ``"ipo"``, ``"simpo"`` or ``"kto"`` (pairs as one
-            desirable and one undesirable example each; see `kto_unpaired_loss` for examples that
-            are no pairs).
+        loss (str): ``"dpo"`` (default) or another one of the above. ``"kto"`` takes a pair as one
+            desirable and one undesirable example; see `kto_unpaired_loss` for examples that are no
+            pairs. ``"sft"`` is a term to add to another loss (RPO, MPO).
         beta (float): Strength of the tie to the reference, > 0, default 0.1; for IPO the tau of
             its paper.
         label_smoothing (float): epsilon, in [0, 0.5), default 0: the share of labels that is
-            taken to be wrong (conservative DPO). For DPO and SimPO. It would do nothing new in
-            IPO, where it amounts to the beta ``beta / (1 - 2 * label_smoothing)``.
+            taken to be wrong. For DPO (conservative DPO), SimPO and robust DPO, whose mean over
+            such wrong labels is the loss of the true ones. It would do nothing new in IPO, where
+            it amounts to the beta ``beta / (1 - 2 * label_smoothing)``.
         gamma (float): Target margin of SimPO, >= 0, default 0, in units of :math:`\beta \Delta`.
         length_normalized (bool | None): Log-ratios per token. None (default) is the
-            custom of the loss: yes for IPO (as its authors do, though not in the paper's formula)
-            and SimPO, no for DPO and KTO.
+            custom of the loss: yes for IPO (as its authors do, though not in the paper's formula),
+            SimPO and SFT, no for the others.
         reference_free (bool): Take the reference's log-probabilities for 0; default False. SimPO
-            always does.
+            and SFT always do.
 
     Returns:
         m scalars of the dtype of the log-probabilities, None for an objective without a label.
 
     Raises:
-        TypeError: `signs` is not a tensor.
+        TypeError: `signs` or `pair_weights` is not a tensor.
         ValueError: An argument is out of its range or of the wrong shape, or `log_probs` lacks
             what the loss needs.
 
@@ -111,24 +133,32 @@ def preference_losses(
         >>> helpful_short = torch.tensor([[1, -1], [1, 0]])
         >>> preference_losses(log_probs, helpful_short, beta=0.5)
         [tensor(0.3937), tensor(1.3133)]
+        >>> preference_losses(log_probs, torch.tensor([[0.5], [0.0]]), beta=0.5)
+        [tensor(0.5633)]
 
     References:
         DPO: Rafailov et al., arXiv 2305.18290, Eq. 7. Label smoothing: Mitchell, "A note on DPO
-        with noisy preferences & relationship to IPO", 2023, Eq. 3. IPO: Azar et al., arXiv
-        2310.12036, Eq. 17. SimPO: Meng et al., arXiv 2405.14734. KTO: Ethayarajh et al., arXiv
-        2402.01306; for pairs as TRL's former ``loss_type="kto_pair"``.
+        with noisy preferences & relationship to IPO", 2023, Eq. 3. Robust: Chowdhury et al., arXiv
+        2403.00409. Hinge: Zhao et al. (SLiC), arXiv 2305.10425, on log-ratios as in Liu et al.
+        (RSO), arXiv 2309.06657. IPO: Azar et al., arXiv 2310.12036, Eq. 17. SimPO: Meng et al.,
+        arXiv 2405.14734. KTO: Ethayarajh et al., arXiv 2402.01306; for pairs as TRL's former
+        ``loss_type="kto_pair"``. APO: D'Oosterlinck et al., arXiv 2408.06266, Eq. 7 and 8. BCO:
+        Jung et al., arXiv 2404.04656, without the reward shift, as TRL's ``"bco_pair"``. SFT: as
+        the term of RPO (Pang et al., arXiv 2404.19733) and MPO (Wang et al., arXiv 2411.10442).
     """
     settings = _checked(**form)
-    shape = {"B": len(log_probs.chosen), "m": None}
-    columns = labelled("signs", signs, shape, log_probs.chosen)
+    pairs = log_probs.chosen
+    columns = labelled("signs", signs, {"B": len(pairs), "m": None}, pairs, weights=pair_weights)
     if isinstance(counts, Tensor):
         check_tensor("counts", counts, {"m": len(columns)})
     elif counts is not None and len(counts) != len(columns):
         raise ValueError(
             f"`counts` must hold one number per objective, {len(columns)}; got {len(counts)}."
         )
-    losses = (_losses(log_probs.select(index), sign, settings) for index, sign in columns)
-    return [average(x, None if counts is None else counts[k]) for k, x in enumerate(losses)]
+    return [
+        found.average(_losses(log_probs, found, settings), None if counts is None else counts[k])
+        for k, found in enumerate(columns)
+    ]
 
 
 def pair_losses(
@@ -159,9 +189,9 @@ def pair_losses(
         tensor([0.1269, 0.0000])
     """
     settings = _checked(**form)
-    [(index, labels)] = labelled("sign", sign, {"B": len(log_probs.chosen)}, log_probs.chosen)
-    losses = _losses(log_probs.select(index), labels, settings)
-    return losses.new_zeros(len(sign)).index_copy(0, index, losses)
+    [found] = labelled("sign", sign, {"B": len(log_probs.chosen)}, log_probs.chosen)
+    losses = _losses(log_probs, found, settings)
+    return losses.new_zeros(len(sign)).index_copy(0, found.index, losses)
 
 
 def reward_margins(
@@ -177,8 +207,8 @@ def reward_margins(
 
     .. math:: \beta \Delta = s \, (r_{chosen} - r_{rejected})
 
-    with the implicit rewards that the loss compares. Above 0 the policy orders the pair as the
-    objective does, so the share of such pairs is the accuracy.
+    with the implicit rewards that the loss compares, and the sign s of the label. Above 0 the
+    policy orders the pair as the objective does, so the share of such pairs is the accuracy.
 
     Args:
         log_probs: Of B pairs.
@@ -203,12 +233,10 @@ def reward_margins(
         tensor([-2.])
     """
     settings = _checked(loss, beta, 0.0, 0.0, length_normalized, reference_free)
-    [(index, labels)] = labelled("sign", sign, {"B": len(log_probs.chosen)}, log_probs.chosen)
+    [found] = labelled("sign", sign, {"B": len(log_probs.chosen)}, log_probs.chosen)
     with torch.no_grad():
-        chosen, rejected = log_probs.select(index).log_ratios(
-            length_normalized=settings.length_normalized, reference_free=settings.reference_free
-        )
-        return settings.beta * (labels * (chosen - rejected))
+        chosen, rejected = settings.log_ratios(log_probs.select(found.index))
+        return settings.beta * (found.label.sign() * (chosen - rejected))
 
 
 class _Settings(NamedTuple):
@@ -218,6 +246,11 @@ class _Settings(NamedTuple):
     gamma: float
     length_normalized: bool
     reference_free: bool
+
+    def log_ratios(self, pairs: PairLogProbs) -> tuple[Tensor, Tensor]:
+        return pairs.log_ratios(
+            length_normalized=self.length_normalized, reference_free=self.reference_free
+        )
 
 
 def _checked(
@@ -232,8 +265,8 @@ def _checked(
     beta = checked_number("beta", beta, positive=True)
     label_smoothing = checked_number("label_smoothing", label_smoothing, below=0.5)
     gamma = checked_number("gamma", gamma)
-    if label_smoothing and loss not in _SMOOTHED:
-        remedy = "'dpo' and 'simpo' have label smoothing."
+    if label_smoothing and loss not in SMOOTHED:
+        remedy = f"{', '.join(map(repr, SMOOTHED))} have label smoothing."
         if loss == "ipo":
             remedy = f"beta={beta / (1 - 2 * label_smoothing):g} has the effect that it would have."
         raise ValueError(
@@ -243,28 +276,51 @@ def _checked(
         raise ValueError(f"`gamma` must be 0 for loss {loss!r}; got {gamma}. 'simpo' has a margin.")
     if length_normalized is None:
         length_normalized = loss in _PER_TOKEN
-    return _Settings(
-        loss, beta, label_smoothing, gamma, length_normalized, reference_free or loss == "simpo"
-    )
+    reference_free = reference_free or loss in REFERENCE_FREE
+    return _Settings(loss, beta, label_smoothing, gamma, length_normalized, reference_free)
 
 
-def _losses(pairs: PairLogProbs, sign: Tensor, settings: _Settings) -> Tensor:
-    """Returns the losses of pairs all of which are labelled."""
-    chosen, rejected = pairs.log_ratios(
-        length_normalized=settings.length_normalized, reference_free=settings.reference_free
-    )
-    beta, epsilon = settings.beta, settings.label_smoothing
-    if settings.loss == "kto":
+def _losses(log_probs: PairLogProbs, found: Labelled, settings: _Settings) -> Tensor:
+    """Returns the losses of the pairs that an objective labels."""
+    loss, beta, epsilon = settings.loss, settings.beta, settings.label_smoothing
+    chosen, rejected = settings.log_ratios(log_probs.select(found.index))
+
+    def of_signs(sign: Tensor) -> Tensor:
+        delta = sign * (chosen - rejected)
+        if loss == "hinge":
+            return relu(1 - beta * delta)
+        if loss == "ipo":
+            return (delta - 1 / (2 * beta)).square()
+        if loss in ("dpo", "simpo", "robust"):
+            x = beta * delta - settings.gamma
+            losses = -logsigmoid(x)
+            if not epsilon:
+                return losses
+            if loss == "robust":
+                return ((1 - epsilon) * losses + epsilon * logsigmoid(-x)) / (1 - 2 * epsilon)
+            return (1 - epsilon) * losses - epsilon * logsigmoid(-x)
         winner = torch.where(sign > 0, chosen, rejected)
         loser = torch.where(sign > 0, rejected, chosen)
-        # Each half judges the other: the KL of the losers is the winners' point of reference.
-        z_winner, z_loser = (x.detach().mean().clamp(min=0) for x in (winner, loser))
+        if loss == "sft":
+            return -winner
+        if loss == "bco":
+            return -logsigmoid(beta * winner) - logsigmoid(-beta * loser)
+        if loss == "apo_zero":
+            return torch.sigmoid(-beta * winner) + torch.sigmoid(beta * loser)
+        if loss == "apo_down":
+            return torch.sigmoid(beta * winner) + torch.sigmoid(-beta * delta)
+        # KTO: each half judges the other; the KL of the losers is the winners' point of reference.
         desirable = torch.sigmoid(-beta * (winner - z_loser))
         undesirable = torch.sigmoid(-beta * (z_winner - loser))
         return (desirable + undesirable) / 2
-    delta = sign * (chosen - rejected)
-    if settings.loss == "ipo":
-        return (delta - 1 / (2 * beta)).square()
-    x = beta * delta - settings.gamma
-    losses = -logsigmoid(x)
-    return (1 - epsilon) * losses - epsilon * logsigmoid(-x) if epsilon else losses
+
+    if loss == "kto":
+
+        def kl(a: Tensor, b: Tensor) -> Tensor:
+            return found.mean(found.expectation(lambda sign: torch.where(sign > 0, a, b))).clamp(0)
+
+        z_winner, z_loser = (
+            kl(chosen.detach(), rejected.detach()),
+            kl(rejected.detach(), chosen.detach()),
+        )
+    return found.expectation(of_signs)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from raco_optim._checks import checked_weights
+
+# Names that peft gives to parts of a product: LoRA, LoHa, LoKr, VeRA, and rotations.
+_FACTOR = re.compile(r"\b(lora|hada|lokr|vera|oft|boft|hra)_")
 
 
 def rewarded_soup(
@@ -23,8 +27,8 @@ def rewarded_soup(
 
     .. math:: \Big( \sum_i w_i B_i \Big) \Big( \sum_i w_i A_i \Big) \ne \sum_i w_i B_i A_i
 
-    so merge each adapter into its model first (in peft, `merge_and_unload`) and average the
-    merged models.
+    so factors are refused: merge each adapter into its model first (in peft,
+    `merge_and_unload`) and average the merged models, as `raco-optim soup` does.
 
     Args:
         state_dicts: Name of an objective -> state dict of its model. All have the same keys,
@@ -39,7 +43,8 @@ def rewarded_soup(
     Raises:
         TypeError: `state_dicts` or `weights` is not a mapping.
         ValueError: The names, the keys, a shape or a dtype differ, or so does a tensor that is
-            not floating; or the weights are not on the simplex.
+            not floating; the models hold factors of adapters; or the weights are not on the
+            simplex.
 
     Example:
         >>> import torch
@@ -66,6 +71,13 @@ def rewarded_soup(
         )
     used = {name: state_dicts[name] for name in state_dicts if shares[name] > 0}
     first_name, first = next(iter(used.items()))
+    factors = [key for key in first if _FACTOR.search(key)]
+    if factors and len(used) > 1:
+        raise ValueError(
+            f"`state_dicts` must hold the weights of whole models; got {factors[0]!r}, a factor of "
+            f"an adapter. The product of averaged factors is not the average of the products: call "
+            f"`merge_and_unload` of each model first."
+        )
     for name, other in used.items():
         _check_alike(first_name, first, name, other)
     soup = {}

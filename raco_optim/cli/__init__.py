@@ -1,29 +1,40 @@
 """The command line `raco-optim`; each command is a module, imported when it is called.
 
-raco-optim align    align.py    one training run: arguments.py, data.py, models.py, processes.py,
-                                runs.py
+raco-optim data     convert.py  records of a data set -> pairs: layouts/, sources.py, readers.py
+raco-optim align    align.py    one training run: arguments.py, data.py, columns.py, models.py,
+                                processes.py, runs.py
 raco-optim sweep    sweep.py    a grid of them: grid.py, records.py
 raco-optim report   report.py   what came of it: statistics.py, tables.py, figures.py, page.py
+raco-optim chat     chat.py     talk to the result: models.py
+raco-optim compare  compare.py  answers and scores of several: models.py, scores.py, page.py
+raco-optim soup     soup.py     the average of several: models.py
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from raco_optim.cli.environment import version_of
-from raco_optim.cli.errors import OneLineErrors, UsageError
+from raco_optim.cli.errors import OneLineErrors, UsageError, missing_package
 from raco_optim.cli.processes import is_first
 from raco_optim.distributed.group import launched_world_size
 
 __all__ = ["COMMANDS", "UsageError", "main"]
 
 COMMANDS = {
+    "data": "make pairs with labels of a data set in its own layout",
     "align": "train a language model on several preferences at once",
     "sweep": "train at weights x methods x seeds; one JSONL file of results",
     "report": "tables, plots and one HTML page of such results",
+    "chat": "talk to a model",
+    "compare": "answers of several models side by side, with their scores",
+    "soup": "average models that were trained on one objective each",
 }
 
 
@@ -42,19 +53,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         >>> main(["report", "missing.jsonl", "--output", "report.html"])
         2
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may know ASCII alone
     try:
         options = _parser().parse_args(arguments)
         if options.command != "align" and launched_world_size() > 1:
             raise UsageError(f"`raco-optim {options.command}` must be started without torchrun.")
-        command = importlib.import_module(f"raco_optim.cli.{options.command}")
-        code: int = command.main(options.arguments)
-    except UsageError as error:
-        if is_first(on_this_machine=True):
-            sys.stderr.write(f"raco-optim: {error}\n")
-        return 2
+        with warnings.catch_warnings():
+            if not sys.warnoptions:  # of other packages about each other
+                warnings.simplefilter("ignore", FutureWarning)
+                warnings.simplefilter("ignore", DeprecationWarning)
+            command = importlib.import_module(f"raco_optim.cli.{options.command}")
+            code: int = command.main(options.arguments)
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.stderr.write("\nraco-optim: stopped. The same command goes on from there.\n")
         return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (UsageError, ImportError, RuntimeError) as error:  # TRL wraps a failed import
+        message = str(error) if isinstance(error, UsageError) else missing_package(error)
+        if message is None or sys.flags.dev_mode:
+            raise
+        if is_first(on_this_machine=True):
+            sys.stderr.write(f"raco-optim: {message}\n")
+        return 2
     return code
 
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raco_optim.cli.arguments import Parsed, parse
-from raco_optim.cli.data import load_pairs
+from raco_optim.cli.arguments import Parsed, check_silenced, parse
+from raco_optim.cli.data import content_hash, load_pairs
 from raco_optim.cli.environment import environment
 from raco_optim.cli.errors import refusals
-from raco_optim.cli.files import held, make_folder, sha256
-from raco_optim.cli.models import loadable_model
+from raco_optim.cli.files import held, make_folder
+from raco_optim.cli.models import loadable_model, no_bars
 from raco_optim.cli.processes import by_first, is_first, tell
 from raco_optim.cli.records import plain
 from raco_optim.cli.runs import RUN_FILE, last_checkpoint, open_run, save_run
 from raco_optim.cli.tables import NOTHING, Table
+from raco_optim.integrations.gguf import find_base, name_base
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,13 +42,15 @@ def main(arguments: Sequence[str]) -> int:
         UsageError: The arguments, the data, the model or the output folder are not usable.
     """
     parsed = parse(arguments, "raco-optim align")
+    check_silenced([parsed])
     folder = Path(parsed.config.output_dir)
     result = align(parsed, folder, save_model=True)
     if not is_first():
         return 0
     if result["evaluation"]:
-        sys.stdout.write(f"\n{score_table(result['evaluation']).text()}\n")
-    what = "adapters" if parsed.model.use_peft else "model"
+        table = score_table(result["evaluation"], result.get("before"))
+        sys.stdout.write(f"\n{table.text()}\n")
+    what = "adapters" if (folder / "adapter_config.json").exists() else "model"
     sys.stdout.write(f"\n{what} and tokenizer: {folder}\nthe run: {folder / RUN_FILE}\n")
     if parsed.align.model.endswith(".gguf"):
         sys.stdout.write(f"base model: {loadable_model(parsed.align.model, folder)}\n")
@@ -63,17 +67,22 @@ def align(parsed: Parsed, unpack_to: Path, *, save_model: bool) -> dict[str, Any
 
     Returns:
         ``"evaluation"``: loss, margin, accuracy and labelled by objective, empty without data for
-        it; ``"training"``: steps, seconds, hurting_steps and conflicting_steps.
+        it; ``"before"``, if the model is saved: the same before training; ``"training"``: steps,
+        seconds, hurting_steps and conflicting_steps.
 
     Raises:
         UsageError: The data, the model or the output folder are not usable, or a loss or its
             gradient became NaN or Inf.
     """
+    no_bars()
     train, held_out = load_data(parsed)
     folder = Path(parsed.config.output_dir)
+    model_path = Path(parsed.align.model)
     about = {
         "data": parsed.align.data,
         "eval_data": parsed.align.eval_data,
+        "data_format": "text" if isinstance(train[0]["chosen"], str) else "conversation",
+        "model_path": str(model_path.resolve() if model_path.exists() else model_path),
         "environment": environment(),
     }
     with contextlib.ExitStack() as stack:
@@ -91,18 +100,27 @@ def align(parsed: Parsed, unpack_to: Path, *, save_model: bool) -> dict[str, Any
         checkpoint = by_first(lambda: last_checkpoint(folder))
         model = by_first(lambda: loadable_model(parsed.align.model, unpack_to))
         trainer = _trainer(parsed, model, train, held_out)
+        _tell_sizes(trainer, folder)
         run = by_first(lambda: save_run(folder, run, status="training"))
         if checkpoint:
             tell(f"{folder}: going on from {checkpoint.name}.")
-        with refusals("the training stopped", FloatingPointError):
+        # Of a sweep, all points begin with the same scores.
+        trainer.args.eval_on_start = bool(save_model and held_out and not checkpoint)
+        with refusals("the training stopped"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        result = {
-            "evaluation": _evaluation(trainer, parsed) if held_out else {},
-            "training": _training(trainer),
-        }
+        with refusals("the evaluation stopped"):
+            evaluation = _scores(trainer.evaluate(), parsed) if held_out else {}
         if save_model:
-            trainer.save_model()
-        by_first(lambda: save_run(folder, run, status="finished", result=plain(result)))
+            with refusals(f"{folder} cannot be written"):
+                trainer.save_model()
+                _name_base(folder, model)
+                trainer.create_model_card(model_name=folder.name)
+        result = {"evaluation": evaluation, "training": _training(trainer)}
+        evaluations = [x for x in trainer.state.log_history if "eval_loss" in x]
+        if evaluations and evaluations[0]["step"] == 0:
+            result["before"] = _scores(evaluations[0], parsed)
+        result = plain(result)
+        by_first(lambda: save_run(folder, run, status="finished", result=result))
     return result
 
 
@@ -116,10 +134,10 @@ def load_data(parsed: Parsed) -> tuple[Dataset, Dataset | None]:
         UsageError: A file is not usable.
     """
     objectives, margins = list(parsed.config.objective_weights), parsed.config.margin_objectives
-    train = load_pairs(Path(parsed.align.data), "--data", objectives, margins)
+    train = load_pairs(parsed.align.data, "--data", objectives, margins)
     if parsed.align.eval_data is None:
         return train, None
-    return train, load_pairs(Path(parsed.align.eval_data), "--eval_data", objectives, margins)
+    return train, load_pairs(parsed.align.eval_data, "--eval_data", objectives, margins)
 
 
 def data_hashes(parsed: Parsed) -> dict[str, str | None]:
@@ -130,31 +148,45 @@ def data_hashes(parsed: Parsed) -> dict[str, str | None]:
     """
     held_out = parsed.align.eval_data
     return {
-        "data_sha256": sha256(Path(parsed.align.data)),
-        "eval_data_sha256": None if held_out is None else sha256(Path(held_out)),
+        "data_sha256": content_hash(parsed.align.data, "--data"),
+        "eval_data_sha256": None if held_out is None else content_hash(held_out, "--eval_data"),
     }
 
 
-def score_table(evaluation: Mapping[str, Mapping[str, float | None]]) -> Table:
+def score_table(
+    evaluation: Mapping[str, Mapping[str, float | None]],
+    before: Mapping[str, Mapping[str, float | None]] | None = None,
+) -> Table:
     """Returns the scores of each objective as a table.
 
     Args:
         evaluation: Scores by objective.
+        before: The same before training; None where they are not known.
 
     Example:
         >>> from raco_optim.cli.align import score_table
+        >>> before = {"loss": 0.6931, "margin": 0.0, "accuracy": 0.5, "labelled": 8}
         >>> scores = {"loss": 0.5, "margin": 0.1, "accuracy": 0.75, "labelled": 8}
-        >>> print(score_table({"helpful": scores}).text())
-        Held-out pairs
-          objective   loss  margin  accuracy  labelled
-          helpful    0.500   0.100     0.750         8
+        >>> print(score_table({"helpful": scores}, {"helpful": before}).text())
+        Held-out pairs, before -> after training
+          objective            loss          margin        accuracy  labelled
+          helpful    0.693 -> 0.500  0.000 -> 0.100  0.500 -> 0.750         8
     """
     rows = []
     for name, scores in evaluation.items():
-        values = [scores[score] for score in SCORES]
-        *means, labelled = (NOTHING if x is None else f"{x:.3f}" for x in values)
-        rows.append([name, *means, labelled.removesuffix(".000")])
-    return Table("Held-out pairs", ["objective", *SCORES], rows)
+        cells = [_cell(scores[score]) for score in SCORES]
+        if before is not None:
+            cells[:-1] = [
+                f"{_cell(before[name][score])} -> {cell}"
+                for score, cell in zip(SCORES[:-1], cells[:-1], strict=True)
+            ]
+        rows.append([name, *cells[:-1], cells[-1].removesuffix(".000")])
+    title = "Held-out pairs" if before is None else "Held-out pairs, before -> after training"
+    return Table(title, ["objective", *SCORES], rows)
+
+
+def _cell(score: float | None) -> str:
+    return NOTHING if score is None else f"{score:.3f}"
 
 
 def _trainer(
@@ -165,7 +197,7 @@ def _trainer(
 
     from raco_optim.integrations.trl import MultiObjectiveDPOTrainer
 
-    class LogBeforeSaving(TrainerCallback):  # type: ignore[misc]  # transformers is not type-checked
+    class Checkpoints(TrainerCallback):  # type: ignore[misc]  # transformers is not type-checked
         """A checkpoint has no memory of steps that were not logged yet."""
 
         def on_step_end(
@@ -175,30 +207,62 @@ def _trainer(
 
         on_epoch_end = on_step_end
 
+        def on_save(self, args: object, state: Any, *_: object, **__: object) -> None:  # noqa: ANN401
+            checkpoint = Path(parsed.config.output_dir, f"checkpoint-{state.global_step}")
+            _name_base(checkpoint, model)
+
     parsed.config.model_init_kwargs = {
         "revision": parsed.model.model_revision,
         "attn_implementation": parsed.model.attn_implementation,
         "dtype": parsed.model.dtype,
         **(parsed.config.model_init_kwargs or {}),
     }
-    with refusals(
-        f"setting up the training of {parsed.align.model}", ValueError, OSError, ImportError
-    ):
+    with refusals(f"setting up the training of {parsed.align.model}"):
         return MultiObjectiveDPOTrainer(
             model,
             args=parsed.config,
             train_dataset=train,
             eval_dataset=held_out,
-            callbacks=[LogBeforeSaving()],
+            callbacks=[Checkpoints()],
             peft_config=get_peft_config(parsed.model),
             quantization_config=get_quantization_config(parsed.model),
         )
 
 
-def _evaluation(
-    trainer: MultiObjectiveDPOTrainer, parsed: Parsed
-) -> dict[str, dict[str, float | None]]:
-    metrics = trainer.evaluate()
+def _name_base(folder: Path, model: str) -> None:
+    """Lets adapters name a base model that came from a .gguf file, wherever they are moved."""
+    base = Path(find_base(model) if (Path(model) / "adapter_config.json").is_file() else model)
+    unpacked = base.name.startswith("base_model-")
+    if is_first() and unpacked and (folder / "adapter_config.json").is_file():
+        name_base(folder, base)
+
+
+def _tell_sizes(trainer: MultiObjectiveDPOTrainer, folder: Path) -> None:
+    """Says what is trained, and how much room it takes on the disk."""
+    parameters = list(trainer.model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    saved = trained if len(trained) < len(parameters) else parameters
+    model = sum(p.numel() * p.element_size() for p in saved)
+    # Adam keeps two numbers a parameter, and other optimizers no more.
+    checkpoint = model + 2 * sum(p.numel() * p.element_size() for p in trained)
+    limit = trainer.args.save_total_limit
+    kept = "no" if trainer.args.save_strategy == "no" else limit or "all"
+    most = model + (checkpoint * (limit + 1) if isinstance(kept, int) else 0)
+    free = shutil.disk_usage(folder).free
+    tell(
+        f"{folder}: training {sum(p.numel() for p in trained):,} of "
+        f"{sum(p.numel() for p in parameters):,} parameters. The result takes about "
+        f"{_megabytes(model)}, a checkpoint {_megabytes(checkpoint)}; {kept} checkpoints are kept "
+        f"(--save_total_limit); {_megabytes(free)} are free."
+        + (" That is too little: the training may stop." if most > free else "")
+    )
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB" if size < 1e8 else f"{size / 1e9:,.1f} GB"
+
+
+def _scores(metrics: Mapping[str, float], parsed: Parsed) -> dict[str, dict[str, float | None]]:
     return {
         name: {score: metrics.get(f"eval_{score}/{name}") for score in SCORES}
         for name in parsed.config.objective_weights

@@ -1,121 +1,126 @@
-"""A file with preference pairs -> a data set that was checked."""
+"""`raco-optim data`; and what `--data` of other commands names -> a data set that was checked."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from raco_optim.cli.errors import UsageError, refusals
+from raco_optim.cli.columns import Columns, row_of
+from raco_optim.cli.convert import main
+from raco_optim.cli.environment import version_of
+from raco_optim.cli.errors import refusals
+from raco_optim.cli.processes import tell
+from raco_optim.cli.sources import Source, fingerprint, open_sources
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Suffix -> builder of `datasets`.
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-_PREFIX = "pref_"
+__all__ = ["content_hash", "load_pairs", "main"]
 
 
 def load_pairs(
-    path: Path, option: str, objectives: Sequence[str], margins: Sequence[str]
+    names: str | Path | Sequence[str],
+    option: str,
+    objectives: Sequence[str],
+    margins: Sequence[str],
 ) -> Dataset:
-    """Loads a file with preference pairs and checks it before any model is loaded.
+    """Loads preference pairs and checks all of them before any model is loaded.
 
     Args:
-        path: A .jsonl, .json, .csv or .parquet file with the columns ``chosen`` and ``rejected``,
-            ``prompt`` if there is one, and ``pref_<objective>`` in {+1, -1, 0, null}.
-        option: The option that named the file, for the messages.
+        names: Files, folders or data sets on the hub, as `open_sources` takes them, with the
+            columns ``chosen`` and ``rejected``, ``prompt`` if there is one, and
+            ``pref_<objective>`` with numbers in [-1, 1] or null.
+        option: The option that named them, for the messages.
         objectives: Objectives that the data must label.
         margins: Objectives that must have a column ``margin_<objective>`` (MODPO).
 
     Returns:
-        The data set, with all of its columns.
+        The data set, with the columns that training reads: where several sources have different
+        ones, a value that is missing is null. Of a mixture, as many pairs as the shares allow
+        without taking one twice.
 
     Raises:
-        UsageError: The file cannot be read, is empty, lacks a column or an objective, or holds
-            something else than preferences.
+        UsageError: A source cannot be read, is empty, lacks a column or an objective, or holds
+            something else than pairs and preferences.
 
     Example:
-        >>> from pathlib import Path
         >>> from raco_optim.cli.data import load_pairs
-        >>> load_pairs(Path("pairs.txt"), "--data", ["helpful"], [])
+        >>> load_pairs("pairs.txt", "--data", ["helpful"], [])
         Traceback (most recent call last):
         raco_optim.cli.errors.UsageError: `--data` must be a .jsonl, .json, .csv or .parquet file; \
 got pairs.txt.
     """
-    from raco_optim.integrations.preference_data import as_margin, margin_column, sign_column
+    import datasets
 
-    dataset = _read(path, option)
-    columns = dataset.column_names
-    found = [name.removeprefix(_PREFIX) for name in columns if name.startswith(_PREFIX)]
-    for column in ("chosen", "rejected"):
-        _check_column(columns, column, path, option)
-    for objective in objectives:
-        if objective not in found:
-            raise UsageError(
-                f"`--weights` must name objectives of the data; got {objective!r}. {path} has "
-                f"{', '.join(found) or 'none'} (columns {_PREFIX}<objective>)."
-            )
-        _check_labels(dataset, sign_column(objective), path, option)
-    for column in map(margin_column, margins):
-        _check_column(columns, column, path, option)
-        with refusals(f"`{option}` {path}", ValueError):
-            for value in dataset[column]:
-                as_margin(value, column)
-    _check_texts(dataset, path, option)
-    return dataset
-
-
-def _read(path: Path, option: str) -> Dataset:
-    if path.suffix not in FORMATS:
-        raise UsageError(f"`{option}` must be a .jsonl, .json, .csv or .parquet file; got {path}.")
-    if not path.is_file():
-        kind = "a folder" if path.is_dir() else "no such file"
-        raise UsageError(f"`{option}` must be a file; got {path}, which is {kind}.")
-    if not path.stat().st_size:
-        raise UsageError(f"`{option}` must hold at least one pair; got {path}, which is empty.")
-    from datasets import load_dataset
-
-    try:
-        dataset = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
-    except Exception as error:  # every reader has its own kinds
-        cause = error.__cause__ or error
-        raise UsageError(
-            f"`{option}` must be a {path.suffix} file with pairs; got {path} "
-            f"({' '.join(str(cause).split())})."
-        ) from error
-    if not len(dataset):
-        raise UsageError(f"`{option}` must hold at least one pair; got {path}, which has none.")
-    return dataset
-
-
-def _check_column(columns: Sequence[str], column: str, path: Path, option: str) -> None:
-    if column not in columns:
-        raise UsageError(
-            f"`{option}` must have the column {column!r}; got {path} with the columns "
-            f"{', '.join(columns)}."
+    names = _as_list(names)
+    sources = open_sources(names, option)
+    columns = Columns(objectives, margins)
+    counts = [columns.read(source) for source in sources]
+    columns.check(sources)
+    taken = _taken(sources, counts)
+    if len(sources) > 1:
+        parts = zip(sources, taken, counts, strict=True)
+        tell(f"{option}: " + ", ".join(f"{k} of {n} pairs of {x.name}" for x, k, n in parts))
+    with refusals(f"`{option}` {' '.join(names)}"):
+        return datasets.Dataset.from_generator(
+            _rows,
+            features=columns.features(),
+            gen_kwargs={
+                "names": tuple(names),
+                "columns": tuple(columns.names),
+                "taken": tuple(zip(taken, counts, strict=True)),
+                # What is stored is found again by these; it must not be that of an older file.
+                "stamp": (fingerprint(sources), version_of("raco_optim")),
+            },
         )
 
 
-def _check_labels(dataset: Dataset, column: str, path: Path, option: str) -> None:
-    from raco_optim.integrations.preference_data import as_sign
+def content_hash(names: str | Path | Sequence[str], option: str) -> str:
+    """Returns a hash of what `load_pairs` reads; of one file, the SHA-256 of its bytes.
 
-    with refusals(f"`{option}` {path}", ValueError):
-        labelled = [as_sign(value, column) for value in dataset[column]]
-    if not any(labelled):
-        raise UsageError(
-            f"`{option}` must label at least one pair for every objective; got {path}, where "
-            f"{column!r} is 0 or null throughout. Leave the objective out of `--weights`."
-        )
+    Args:
+        names: As for `load_pairs`.
+        option: The option that named them, for the messages.
+
+    Raises:
+        UsageError: A source cannot be read.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from raco_optim.cli.data import content_hash
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = (path := pathlib.Path(folder, "a.jsonl")).write_text("{}")
+        ...     content_hash(path, "--data")[:8]
+        '44136fa3'
+    """
+    return fingerprint(open_sources(_as_list(names), option))
 
 
-def _check_texts(dataset: Dataset, path: Path, option: str) -> None:
-    for column in ("prompt", "chosen", "rejected"):
-        for row, value in enumerate(dataset[column] if column in dataset.column_names else []):
-            # A text, or a conversation as TRL takes it: a list of messages.
-            if not isinstance(value, str | list):
-                raise UsageError(
-                    f"`{option}` must hold texts or lists of messages in the column {column!r}; "
-                    f"got {path} with {value!r} in row {row}."
-                )
+def _as_list(names: str | Path | Sequence[str]) -> list[str]:
+    return [str(names)] if isinstance(names, str | Path) else list(names)
+
+
+def _taken(sources: Sequence[Source], counts: Sequence[int]) -> list[int]:
+    """How many pairs of each source there are in the largest mixture without repeats."""
+    shares = [source.share for source in sources]
+    if None in shares:
+        return list(counts)
+    total = min(n / share for n, share in zip(counts, shares, strict=True) if share)
+    return [max(1, round(total * share)) for share in shares if share]
+
+
+def _rows(
+    names: tuple[str, ...],
+    columns: tuple[str, ...],
+    taken: tuple[tuple[int, int], ...],
+    stamp: object,
+) -> Iterator[dict[str, Any]]:
+    """Rows of the data set; always the same ones of a mixture."""
+    del stamp
+    for source, (some, count) in zip(open_sources(names, "--data"), taken, strict=True):
+        chosen = set(random.Random(0).sample(range(count), some))
+        for i, record in enumerate(source.records()):
+            if i in chosen:
+                yield row_of(record, source, columns)

@@ -11,19 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 from raco_optim.cli.cells import Record, cell_of, group_by_point, objectives_of
 from raco_optim.cli.statistics import bootstrap_interval, front, hypervolumes
-from raco_optim.plot.canvas import GREY, INK, look, new_figure, style
+from raco_optim.plot.canvas import GREY, INK, look, name_point, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Pairs of objectives that are drawn: those of six objectives. A taller picture is not read.
-PAIRS = 15
+# Objectives that are drawn; a larger matrix is not read.
+OBJECTIVES = 6
 PANELS = {"loss": "Held-out loss", "accuracy": "Held-out accuracy"}
 
 
 def trade_off_figure(records: Sequence[Record]) -> bytes:
-    """Draws held-out losses and accuracies, a row for each pair of objectives (of `PAIRS` at most).
+    """Draws held-out losses and accuracies of each two objectives (of `OBJECTIVES` at most).
+
+    Two objectives have two panels side by side. Of more, the panels are a matrix: losses are below
+    the diagonal, accuracies above it.
 
     Args:
         records: Records with finite values and two objectives or more.
@@ -39,14 +42,28 @@ def trade_off_figure(records: Sequence[Record]) -> bytes:
         >>> trade_off_figure(records)[1:4]
         b'PNG'
     """
-    pairs = list(itertools.combinations(objectives_of(records[0]), 2))[:PAIRS]
+    names = objectives_of(records[0])[:OBJECTIVES]
+    m = len(names)
     with style():
-        figure = new_figure((9.2, 4.1 * len(pairs) + 0.5))
-        grid = figure.subplots(len(pairs), 2, squeeze=False)
-        for row, pair in zip(grid, pairs, strict=True):
-            for axes, metric in zip(row, PANELS, strict=True):
-                _draw_trade_offs(axes, records, metric, pair)
-        handles, labels = grid[0][0].get_legend_handles_labels()
+        figure = new_figure((9.2, 4.6) if m == 2 else (2.6 * m + 1, 2.3 * m + 1))
+        if m == 2:
+            grid = figure.subplots(1, 2, squeeze=False)
+            for axes, metric in zip(grid[0], PANELS, strict=True):
+                _draw_trade_offs(axes, records, metric, (names[0], names[1]))
+            with_data = grid[0][0]
+        else:
+            grid = figure.subplots(m, m, squeeze=False)
+            for i, j in itertools.product(range(m), repeat=2):
+                if i == j:
+                    grid[i][j].axis("off")
+                    grid[i][j].text(
+                        0.5, 0.5, names[i], ha="center", va="center", color=INK, wrap=True
+                    )
+                else:
+                    metric = "loss" if i > j else "accuracy"
+                    _draw_trade_offs(grid[i][j], records, metric, (names[j], names[i]))
+            with_data = grid[1][0]
+        handles, labels = with_data.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
         return _png(figure)
 
@@ -115,6 +132,9 @@ def _draw_trade_offs(
             label=method,
             zorder=3,
         )
+        for (cell, _), mean in zip(groups, means, strict=True):
+            if cell.weights is not None:
+                name_point(axes, mean, " / ".join(f"{weight:.2g}" for _, weight in cell.weights))
     best = [r for r, is_best in zip(records, front(records, metric), strict=True) if is_best]
     label = "not dominated by any run"
     ring: dict[str, Any] = {"facecolors": "none", "edgecolors": INK, "linewidths": 0.8}

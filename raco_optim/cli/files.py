@@ -30,6 +30,7 @@ def write_atomically(path: Path, text: str) -> None:
         ...     pathlib.Path(folder, "a.txt").read_text()
         'whole'
     """
+    path = path.resolve()  # the file, not a link to it, is replaced
     temporary = path.with_name(f".{path.name}.part")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -38,7 +39,8 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UsageError(f"{path} cannot be written ({error.strerror}).") from error
 
 
@@ -50,26 +52,32 @@ def check_writable(path: Path, option: str) -> None:
         option: The option that named it, for the message.
 
     Raises:
-        UsageError: It is a folder, or its folder cannot be made or written to.
+        UsageError: It is a folder or a device, or its folder cannot be made or written to.
 
     Example:
         >>> import pathlib
         >>> from raco_optim.cli.files import check_writable
         >>> check_writable(pathlib.Path("/"), "--output")
         Traceback (most recent call last):
-        raco_optim.cli.errors.UsageError: `--output` must be a file to write to; got the folder /.
+        raco_optim.cli.errors.UsageError: `--output` must be a file to write to; got /, which \
+is no file.
     """
-    if path.is_dir():
-        raise UsageError(f"`{option}` must be a file to write to; got the folder {path}.")
     try:
+        if path.exists() and not path.is_file():
+            raise UsageError(
+                f"`{option}` must be a file to write to; got {path}, which is no file."
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             path.open("ab").close()
         else:
             tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        reason = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"`{option}` must be a file to write to; got {path} ({error.strerror})."
+            f"`{option}` must be a file to write to; got {path} ({reason})."
         ) from error
 
 
@@ -104,7 +112,8 @@ def make_folder(folder: Path, option: str) -> None:
 def held(path: Path, option: str) -> Iterator[None]:
     """Keeps other processes from writing to `path`, by a lock on ``.<name>.lock`` beside it.
 
-    The operating system releases the lock when the process ends, however it ends.
+    The operating system releases the lock when the process ends, however it ends. The lock file is
+    removed then, except after a kill.
 
     Args:
         path: A file or folder, which need not exist; the folder that it stands in must.
@@ -137,6 +146,8 @@ def held(path: Path, option: str) -> Iterator[None]:
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):  # who waits for a file without a name opens the next one
+            os.unlink(lock.lock_file)
         lock.release()
 
 

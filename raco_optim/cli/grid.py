@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,8 +118,9 @@ def run_grid(
         settings: All that the runs have in common and that JSON can hold. Compared with those of
             the records in the file: one file holds results of one setting.
         run: Trains and evaluates at a point; returns ``"evaluation"`` (loss, margin, accuracy and
-            labelled by objective), ``"training"`` and, if there is more to keep, ``"extra"``. NaN
-            and Inf are kept as null.
+            labelled by objective), ``"training"`` and, if there is more to keep, ``"extra"``.
+            Numbers may be NumPy's or 0-d tensors. NaN and Inf are kept as null, and what JSON can't
+            hold as its ``repr``, with a message.
 
     Returns:
         The records of `points`, in this order.
@@ -126,7 +128,8 @@ def run_grid(
     Raises:
         UsageError: The file holds something else or runs with other settings, cannot be written,
             or another process writes it. It is left as it was.
-        ValueError: A point occurs twice, or `run` returns something else.
+        ValueError: A point occurs twice, JSON can't hold a point or the settings, or `run` returns
+            something else.
 
     Example:
         >>> import pathlib, tempfile
@@ -141,33 +144,34 @@ def run_grid(
         >>> record["point"]
         {'method': 'linear', 'weights': {'a': 1.0}, 'seed': 0, 'c': None}
     """
-    from tqdm import tqdm
-
     keys = [point_key(vars(point)) for point in points]
     if len(set(keys)) < len(keys):
         raise ValueError(f"`points` must be distinct; got {[point.label for point in points]}.")
-    common = plain(settings)
+    common = plain(settings, "settings")
     check_writable(path, "--output")
     with held(path, "--output"):
         records = records_so_far(path, common)
         done = {point_key(record["point"]): record for record in records}
         end_last_line(path)
         left = [point for point, key in zip(points, keys, strict=True) if key not in done]
-        total = len(points)
-        with tqdm(total=total, initial=total - len(left), unit="run", desc="grid") as progress:
-            for point in left:
-                progress.set_postfix_str(point.label)
-                result = run(point)
-                if not {"evaluation", "training"} <= result.keys():
-                    raise ValueError(
-                        f"`run` must return 'evaluation' and 'training'; got {list(result)}."
-                    )
-                parts = {"point": vars(point), "settings": common, "extra": {}, **result}
-                record = plain({**parts, "environment": environment()})
-                append(path, record)
-                done[point_key(record["point"])] = record
-                progress.update()
+        for number, point in enumerate(left, start=len(points) - len(left) + 1):
+            sys.stderr.write(f"run {number} of {len(points)}: {point.label}\n")
+            result = run(point)
+            if not {"evaluation", "training"} <= result.keys():
+                raise ValueError(
+                    f"`run` must return 'evaluation' and 'training'; got {list(result)}."
+                )
+            parts = {"point": vars(point), "settings": common, "extra": {}, **result}
+            record = plain({**parts, "environment": environment()}, "result", unknown=_as_text)
+            append(path, record)
+            done[point_key(record["point"])] = record
     return [done[key] for key in keys]
+
+
+def _as_text(where: str, value: object) -> str:
+    """Keeps what JSON can't hold as text: the run is over, and must not be lost."""
+    sys.stderr.write(f"{where} is a {type(value).__name__}, which JSON can't hold: kept as text.\n")
+    return repr(value)
 
 
 def records_so_far(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,12 +1,26 @@
-"""The model that `--model` names, as something that TRL can load."""
+"""Models that options name: for the trainer to load, and loaded, to talk to."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from raco_optim.cli.errors import UsageError, needs_extra, refusals
+import torch
+from torch import Tensor
+
+from raco_optim.cli.errors import UsageError, refusals
 from raco_optim.cli.files import sha256
-from raco_optim.integrations.gguf import unpack_gguf
+from raco_optim.cli.runs import RUN_FILE
+from raco_optim.integrations.gguf import find_base, unpack_gguf
+
+Turns = Sequence[dict[str, str]]  # of a conversation: role and content
 
 
 def loadable_model(name: str, folder: Path) -> str:
@@ -20,7 +34,7 @@ def loadable_model(name: str, folder: Path) -> str:
         folder: Where to unpack a .gguf file.
 
     Returns:
-        `name`, or the folder in `folder`.
+        The name on the hub, or the absolute path of a folder: adapters keep it.
 
     Raises:
         UsageError: There is no such file, or it cannot be read.
@@ -39,11 +53,266 @@ file.
     if (file.is_absolute() or name.startswith(".")) and not file.exists():
         raise UsageError(f"`--model` must be a model; got {name}, which is no folder.")
     if file.suffix != ".gguf":
-        return name
-    unpacked = folder / f"base_model-{sha256(file)[:12]}"
-    if not unpacked.is_dir():
-        with needs_extra("align", "gguf"):
-            import gguf  # noqa: F401  # transformers would report it in many lines
-        with refusals(f"`--model` {name} cannot be read", OSError, ValueError):
+        return str(file.resolve()) if file.is_dir() else name
+    with refusals(f"`--model` {name} cannot be used"):
+        unpacked = folder.resolve() / f"base_model-{sha256(file)[:12]}"
+        if not unpacked.is_dir():
             unpack_gguf(file, unpacked)
     return str(unpacked)
+
+
+def no_bars() -> None:
+    """Switches off the bars of loading, saving and preparing data; that of the training stays."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+
+
+def asking_options(parser: argparse.ArgumentParser, temperature: float) -> None:
+    """Adds the options of the commands that let models answer.
+
+    Args:
+        parser: The parser of the command.
+        temperature: The default.
+    """
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=256, metavar="N", help="longest answer, in tokens"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=temperature,
+        metavar="T",
+        help="0 for the most likely token each time, more for more variety",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+
+
+def check_asking(options: argparse.Namespace) -> None:
+    """Checks these options, and seeds the sampling.
+
+    Args:
+        options: What the parser returned.
+
+    Raises:
+        UsageError: One of them is out of its range.
+    """
+    if options.max_new_tokens < 1:
+        raise UsageError(f"`--max_new_tokens` must be at least 1; got {options.max_new_tokens}.")
+    if not 0 <= options.temperature < math.inf:
+        raise UsageError(f"`--temperature` must be at least 0; got {options.temperature}.")
+    if not 0 <= options.seed < 2**63:
+        raise UsageError(f"`--seed` must be in [0, 2^63); got {options.seed}.")
+    torch.manual_seed(options.seed)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that was loaded to be asked.
+
+    Attributes:
+        name: The folder, as it was named, or a name on the model hub.
+        run: What `raco-optim align` wrote down about it; empty for any other model.
+        model: The model, with its adapters.
+        tokenizer: Its tokenizer.
+        start: What it was trained from, a path or a name; None if that is not known.
+
+    Example:
+        >>> from raco_optim.cli.models import Loaded
+        >>> Loaded("aligned", {}, None, None, None).name
+        'aligned'
+    """
+
+    name: str
+    run: dict[str, Any]
+    model: Any
+    tokenizer: Any
+    start: str | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        found: torch.device = self.model.device
+        return found
+
+    def encode(self, prompt: str | Turns) -> Tensor:
+        """Returns the tokens of a text, or of a conversation in the model's chat template, ``[n]``.
+
+        Args:
+            prompt: The text, or the turns.
+
+        Raises:
+            UsageError: The template refuses the turns, or they leave no room for an answer.
+        """
+        with refusals(f"the prompt for {self.name}"):
+            if isinstance(prompt, str):
+                ids = self.tokenizer(prompt)["input_ids"]
+            else:
+                ids = self.tokenizer.apply_chat_template(
+                    list(prompt), add_generation_prompt=True, return_dict=False
+                )
+        if not 0 < len(ids) < self.longest:
+            raise UsageError(
+                f"the prompt must have at least one token and less than {self.longest}, which "
+                f"{self.name} can hold; got {len(ids)}."
+            )
+        return torch.tensor(ids, device=self.device)
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a prompt and its answer."""
+        return int(getattr(self.model.config, "max_position_embeddings", None) or 2**31)
+
+    def answer(
+        self, prompt: Tensor, max_new_tokens: int, temperature: float, streamer: object = None
+    ) -> Tensor:
+        """Returns the tokens of an answer, with the one that ends it if it came to an end, ``[n]``.
+
+        Args:
+            prompt: What `encode` returned.
+            max_new_tokens: Most tokens of the answer.
+            temperature: 0 for the most likely token each time; else that of sampling.
+            streamer: Gets the tokens as they come; see `transformers.TextStreamer`.
+
+        Raises:
+            UsageError: The model cannot answer; there is too little memory, say.
+        """
+        config = self.model.generation_config
+        ends = config.eos_token_id
+        ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id} - {None}
+        drawn: dict[str, Any] = dict.fromkeys(("temperature", "top_p", "top_k"))
+        if temperature:
+            drawn = {"temperature": temperature, "top_p": 1.0, "top_k": 0}
+        with torch.inference_mode(), refusals(f"{self.name} cannot answer"):
+            found = self.model.generate(
+                input_ids=prompt[None],
+                attention_mask=torch.ones_like(prompt[None]),
+                max_new_tokens=min(max_new_tokens, self.longest - len(prompt)),
+                do_sample=temperature > 0,
+                eos_token_id=sorted(ends) or None,
+                pad_token_id=self.tokenizer.pad_token_id or next(iter(sorted(ends)), 0),
+                streamer=streamer,
+                **drawn,
+            )
+        answer: Tensor = found[0, len(prompt) :]
+        return answer
+
+    def text(self, tokens: Tensor) -> str:
+        """Returns the text of an answer.
+
+        Args:
+            tokens: Its tokens.
+        """
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+def log_probability(model: Any, prompt: Tensor, answer: Tensor) -> float:  # noqa: ANN401
+    """Returns log pi(answer | prompt) of a model.
+
+    Args:
+        model: The model.
+        prompt: Tokens, ``[n]``.
+        answer: Tokens, ``[k]``.
+    """
+    with torch.inference_mode():
+        logits = model(input_ids=torch.cat([prompt, answer])[None]).logits[0, len(prompt) - 1 : -1]
+        log_probs = logits.float().log_softmax(-1)
+        return float(log_probs.gather(1, answer[:, None]).double().sum())
+
+
+def load(name: str) -> Loaded:
+    """Loads a model with its tokenizer: a folder with a model or with adapters, or a hub name.
+
+    Args:
+        name: The folder, or the name on the model hub.
+
+    Raises:
+        UsageError: There is none, or it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    no_bars()
+    folder = Path(name)
+    if folder.is_file() or ((folder.is_absolute() or name.startswith(".")) and not folder.exists()):
+        raise UsageError(f"a model must be a folder or a name on the hub; got {name}.")
+    run = read_run(name)
+    if run and run.get("status") != "finished":
+        raise UsageError(f"{name} holds a run that is not finished. Run `raco-optim align` again.")
+    adapters = has_adapters(name)
+    with refusals(f"loading {name}"):
+        base = find_base(name) if adapters else name
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=_dtype(run))
+        if adapters:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, name)
+        own = (folder / "tokenizer_config.json").exists() or not adapters
+        tokenizer = AutoTokenizer.from_pretrained(name if own else base)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    start = next(folder.glob("base_model-*"), None)
+    of_run = run.get("model_path") if start is None else str(start)
+    return Loaded(name, run, model, tokenizer, of_run or (base if adapters else None))
+
+
+@contextlib.contextmanager
+def reference_of(loaded: Loaded) -> Iterator[Any]:
+    """Gives the reference model of a run, None if there is none.
+
+    Args:
+        loaded: The run's model. It is its own reference, without its adapters, while this lasts.
+    """
+    start = loaded.start
+    if has_adapters(loaded.name) and not has_adapters(start or ""):
+        with loaded.model.disable_adapter():
+            yield loaded.model
+    elif start is not None and (Path(start).exists() or not Path(start).is_absolute()):
+        yield load(start).model
+    else:
+        if start is not None:
+            sys.stderr.write(f"{loaded.name}: no implicit reward, as {start} is not there.\n")
+        yield None
+
+
+def read_run(name: str) -> dict[str, Any]:
+    """Returns what `raco-optim align` wrote down in a folder; nothing for any other model.
+
+    Args:
+        name: The folder, or a name on the model hub.
+
+    Raises:
+        UsageError: It cannot be read.
+
+    Example:
+        >>> from raco_optim.cli.models import read_run
+        >>> read_run("no/such-folder")
+        {}
+    """
+    file = Path(name, RUN_FILE)
+    with refusals(f"{file} cannot be read"):
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def on_text(names: Sequence[str]) -> bool:
+    """Returns whether any of the models was trained on texts rather than on conversations.
+
+    Args:
+        names: Their folders.
+    """
+    return any(read_run(name).get("data_format") == "text" for name in names)
+
+
+def _dtype(run: dict[str, Any]) -> str:
+    return (run.get("settings") or {}).get("dtype") or "auto"
+
+
+def has_adapters(name: str) -> bool:
+    """Returns whether a folder holds adapters, as peft saves them.
+
+    Args:
+        name: The folder.
+    """
+    return Path(name, "adapter_config.json").is_file()

@@ -6,9 +6,13 @@ import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from raco_optim.cli.errors import UsageError
+from raco_optim.cli.files import check_writable
 from raco_optim.cli.tables import Table
 
+_MARK = '<meta name="generator" content="raco-optim">'
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
@@ -17,8 +21,8 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
 th, td { padding: 0.25rem 0.8rem; border-bottom: 1px solid #8885; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
-td { white-space: nowrap; } .names td { white-space: normal; text-align: left; }
-.names th { text-align: left; }
+td { white-space: nowrap; } .wrapped td { white-space: pre-wrap; vertical-align: top; }
+.wrapped th, .wrapped td { text-align: left; }
 img { max-width: 100%; background: white; }
 p { max-width: 50rem; } .note { font-size: 0.85rem; opacity: 0.8; }
 """
@@ -44,6 +48,31 @@ class Picture:
     text: str
 
 
+def check_page(path: Path, option: str) -> None:
+    """Raises `UsageError` unless a page can be written at `path`, at most over an earlier one.
+
+    Args:
+        path: The file to be written later.
+        option: The option that named it, for the message.
+
+    Raises:
+        UsageError: It cannot be written, or is a file of something else.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from raco_optim.cli.page import check_page
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     (path := pathlib.Path(folder, "thesis.html")).touch()
+        ...     check_page(path, "--output")  # an empty file may be replaced
+    """
+    check_writable(path, option)
+    if path.exists() and path.stat().st_size and _MARK.encode() not in path.read_bytes()[:1000]:
+        raise UsageError(
+            f"`{option}` must be a new file or a page that raco-optim wrote; got {path}, which is "
+            f"neither. Choose another name."
+        )
+
+
 def page(title: str, summary: str, parts: Sequence[Table | Picture]) -> str:
     """Returns an HTML page. All that is shown is escaped; nothing is fetched and no script runs.
 
@@ -62,6 +91,7 @@ def page(title: str, summary: str, parts: Sequence[Table | Picture]) -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8">
+{_MARK}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title>
 <style>{_STYLE}</style>
@@ -78,7 +108,7 @@ def page(title: str, summary: str, parts: Sequence[Table | Picture]) -> str:
 def _table(table: Table) -> str:
     head = _row("th", table.header)
     rows = "\n".join(_row("td", row) for row in table.rows)
-    kind = ' class="names"' if list(table.header) == ["name", "value"] else ""
+    kind = ' class="wrapped"' if table.wrapped else ""
     note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
     return (
         f'<h2>{html.escape(table.title)}</h2>\n<div class="wide"><table{kind}>\n'

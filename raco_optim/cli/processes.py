@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from raco_optim.cli.errors import UsageError
+from raco_optim.cli.errors import UsageError, one_line
 from raco_optim.distributed.group import launched_world_size
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ def by_first(action: Callable[[], T]) -> T:
         action: What to do.
 
     Raises:
-        UsageError: It was raised there; all raise it.
+        UsageError: There was an error; the first process raises that, all others its message.
 
     Example:
         >>> from raco_optim.cli.processes import by_first
@@ -60,8 +60,9 @@ def by_first(action: Callable[[], T]) -> T:
     if is_first():
         try:
             message[0] = action()
-        except UsageError as error:
-            message[1] = str(error)
+        except BaseException as error:
+            dist.broadcast_object_list([None, one_line(error)])
+            raise
     dist.broadcast_object_list(message)
     found, refusal = message
     if refusal is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from raco_optim.cli.errors import UsageError
 from raco_optim.step_log import jsonl
@@ -15,6 +17,13 @@ from raco_optim.step_log import jsonl
 _HEAD = b'{"point": '
 _PARTS = ("point", "settings", "evaluation", "training")
 _COORDINATES = {"method", "weights", "seed", "c"}
+
+
+def _refuse(where: str, value: object) -> NoReturn:
+    raise ValueError(
+        f"`{where}` must be what JSON can hold (mappings, lists, strings, numbers, None); got "
+        f"{type(value).__name__}."
+    )
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -59,6 +68,8 @@ def _read(path: Path) -> jsonl.Records:
         raise UsageError(f"{path} cannot be read ({error.strerror}).") from error
     except jsonl.BadLine as error:
         raise UsageError(f"{path}, line {error.number}, is not JSON ({error}).") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} has a line that is nested too deeply.") from error
     if not jsonl.may_begin(found.torn, _HEAD):
         number = len(found.entries) + 1
         raise UsageError(f"{path}, line {number}, is not JSON, and no record that was cut short.")
@@ -70,7 +81,8 @@ def _checked(path: Path, entries: list[Any]) -> list[dict[str, Any]]:
     for number, record in enumerate(entries, start=1):
         if not _is_record(record):
             raise UsageError(
-                f"{path}, line {number}, is no record of a run: one has {', '.join(_PARTS)}."
+                f"{path}, line {number}, is no record of a run: one has {', '.join(_PARTS)}, as "
+                f"`raco-optim sweep` writes them."
             )
         key = point_key(record["point"])
         if key in seen:
@@ -131,24 +143,66 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
         file.sync()
 
 
-def plain(value: Any) -> Any:  # noqa: ANN401  # anything that JSON can hold
+def plain(value: Any, where: str = "value", *, unknown: Callable[[str, Any], Any] = _refuse) -> Any:  # noqa: ANN401
     """Returns a value as it comes back from JSON, with null for what JSON has no number for.
 
     Args:
-        value: Mappings, sequences, strings, numbers and None.
+        value: Mappings, sequences, strings, numbers and None; NumPy's and torch's among them.
+        where: Name of the value, for messages.
+        unknown: Gets the name and the value of what JSON can't hold, and returns what to keep.
+
+    Raises:
+        ValueError: JSON can't hold it; unless `unknown` does something else.
 
     Example:
+        >>> import torch
         >>> from raco_optim.cli.records import plain
-        >>> plain({"range": (0.0, float("inf"))})
-        {'range': [0.0, None]}
+        >>> plain({"range": (0.0, float("inf")), "loss": torch.tensor(0.5)})
+        {'range': [0.0, None], 'loss': 0.5}
     """
-    return jsonl.plain(value, nonfinite=lambda _: None)
+    if hasattr(value, "tolist"):  # arrays and tensors, and scalars of NumPy
+        value = value.tolist()
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {
+            str(key): plain(entry, f"{where}[{key!r}]", unknown=unknown)
+            for key, entry in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [plain(entry, f"{where}[{i}]", unknown=unknown) for i, entry in enumerate(value)]
+    return unknown(where, value)
+
+
+def is_number(value: object) -> bool:
+    """Returns whether a value from JSON is a finite number.
+
+    Args:
+        value: The value.
+
+    Example:
+        >>> from raco_optim.cli.records import is_number
+        >>> is_number(0.5), is_number(True), is_number(10**400)
+        (True, False, False)
+    """
+    most = sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and -most <= value <= most
 
 
 def _is_record(value: object) -> bool:
+    if not isinstance(value, dict) or not all(isinstance(value.get(p), dict) for p in _PARTS):
+        return False
+    point = value["point"]
     return (
-        isinstance(value, dict)
-        and all(isinstance(value.get(part), dict) for part in _PARTS)
-        and value["point"].keys() == _COORDINATES
-        and isinstance(value["point"]["weights"], dict)
+        point.keys() == _COORDINATES
+        and isinstance(point["method"], str)
+        and isinstance(point["seed"], int)
+        and (point["c"] is None or is_number(point["c"]))
+        and isinstance(point["weights"], dict)
+        and len(point["weights"]) > 0
+        and all(map(is_number, point["weights"].values()))
+        and all(isinstance(scores, dict) for scores in value["evaluation"].values())
+        and all(isinstance(value.get(part, {}), dict) for part in ("extra", "environment"))
     )

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from raco_optim.cli import figures, page, tables
 from raco_optim.cli.cells import Record, cell_of, finite, objectives_of
-from raco_optim.cli.errors import OneLineErrors, UsageError, needs_extra
-from raco_optim.cli.files import check_writable, write_atomically
+from raco_optim.cli.errors import OneLineErrors, UsageError
+from raco_optim.cli.files import write_atomically
 from raco_optim.cli.grid import Point
-from raco_optim.cli.records import point_key, read_records
+from raco_optim.cli.records import is_number, point_key, read_records
+from raco_optim.cli.statistics import indistinguishable
 from raco_optim.cli.tables import METRICS
 
 BASELINE = "linear"
@@ -46,14 +47,10 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--output", type=Path, required=True, help="the HTML page to write")
     options = parser.parse_args(arguments)
-    with needs_extra("plot", "matplotlib"):
-        import matplotlib  # noqa: F401  # at once, rather than after the tables
-    if options.output in options.files:
-        raise UsageError(f"`--output` must not be one of the files; got {options.output}.")
-    check_writable(options.output, "--output")
-    records = checked_records(options.files)
-    with needs_extra("pareto", "moocore"):
-        text, html = report(records)
+    import matplotlib  # noqa: F401  # at once, rather than after the tables
+
+    page.check_page(options.output, "--output")
+    text, html = report(checked_records(options.files))
     sys.stdout.write(text)
     write_atomically(options.output, html)
     sys.stdout.write(f"\n{options.output}\n")
@@ -114,7 +111,7 @@ def report(records: Sequence[Record]) -> tuple[str, str]:
     if not usable:
         raise UsageError("no run has a finite loss, accuracy and margin for every objective.")
     left_out = [Point(**r["point"]).label for r in records if r not in usable]
-    summary = _summary(usable)
+    summary = f"{_summary(usable)} {_told_apart(usable)}".strip()
     if left_out:
         summary += f" Left out, for want of a finite value: {'; '.join(left_out)}."
     differences = tables.difference_table(usable, BASELINE)
@@ -125,12 +122,31 @@ def report(records: Sequence[Record]) -> tuple[str, str]:
         tables.step_table(usable),
     ]
     about = [
+        tables.model_table(usable),
         tables.mapping_table("Settings", [records[0]["settings"]]),
         tables.mapping_table("Environment", [r.get("environment", {}) for r in records]),
     ]
     title = f"Multi-objective alignment: {', '.join(objectives_of(usable[0]))}"
     text = "\n\n".join([summary, *(table.text() for table in shown)]) + "\n"
-    return text, page.page(title, summary, [*_pictures(usable), *shown, *about])
+    return text, page.page(title, summary, [*shown, *_pictures(usable), *about])
+
+
+def _told_apart(records: Sequence[Record]) -> str:
+    """Says which methods these seeds do not tell apart."""
+    methods = {cell_of(record).method for record in records}
+    if len(methods) < 2:
+        return ""
+    seeds = len({record["point"]["seed"] for record in records})
+    pairs = indistinguishable(records, "loss")
+    test = "in the hypervolume of their losses (sign-flip test over seeds, Holm's correction, 5 %)"
+    if not pairs:
+        return f"Each two methods can be told apart {test}."
+    if len(pairs) == math.comb(len(methods), 2):
+        least = math.ceil(1 + math.log2(len(pairs) / 0.05))
+        few = f": {len(methods)} methods need at least {least} seeds" if seeds < least else ""
+        return f"No two methods can be told apart with these seeds {test}{few}."
+    text = "; ".join(f"{a} and {b}" for a, b in pairs)
+    return f"These seeds do not tell apart {test}: {text}."
 
 
 def _summary(records: Sequence[Record]) -> str:
@@ -162,12 +178,13 @@ def _pictures(records: Sequence[Record]) -> list[page.Picture]:
     names = objectives_of(records[0])
     if len(names) == 1:  # no trade-off
         return pictures
-    pairs = math.comb(len(names), 2)
-    some = "" if pairs <= figures.PAIRS else f" the first {figures.PAIRS} of {pairs}"
+    most = figures.OBJECTIVES
+    of = "each two" if len(names) <= most else f"the first {most} of {len(names)}"
+    where = "left and right" if len(names) == 2 else "below and above the diagonal"
     text = (
-        f"Held-out losses and accuracies of{some} pairs of objectives. Small: a run; large: the "
-        f"mean over seeds at one choice of weights; ringed: runs that no other run dominates in "
-        f"all {len(names)} objectives."
+        f"Held-out losses and accuracies ({where}) of {of} objectives. Small: a run; large, with "
+        f"its weights: the mean over seeds; ringed: runs that no other run dominates in all "
+        f"{len(names)} objectives."
     )
     return [page.Picture("Trade-offs", figures.trade_off_figure(records), text), *pictures]
 
@@ -179,6 +196,19 @@ def _check_values(path: Path, record: Record) -> None:
         missing = [part for part in (*METRICS, "labelled") if part not in scores]
         if missing:
             raise UsageError(f"{path}: the run {label} has no {', '.join(missing)} for {name!r}.")
+        for part in (*METRICS, "labelled"):
+            _check_number(path, label, f"{part} of {name!r}", scores[part])
+        if scores["labelled"] is None:
+            raise UsageError(f"{path}: the run {label} has no number of labelled for {name!r}.")
+    for part in ("hurting_steps", "conflicting_steps", "seconds"):
+        _check_number(path, label, part, record["training"].get(part))
+
+
+def _check_number(path: Path, label: str, what: str, value: object) -> None:
+    if value is not None and not is_number(value):
+        raise UsageError(
+            f"{path}: the run {label} must have a number or null as {what}; got {value!r:.60}."
+        )
 
 
 def _check_alike(first: Path, expected: Record, path: Path, record: Record) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raco_optim.cli.errors import UsageError
+from raco_optim.cli.errors import UsageError, one_line
 from raco_optim.cli.files import write_atomically
 
 RUN_FILE = "raco_run.json"
@@ -73,11 +74,12 @@ def save_run(folder: Path, run: Mapping[str, Any], **changes: object) -> dict[st
     Example:
         >>> import pathlib, tempfile
         >>> from raco_optim.cli.runs import open_run, save_run
+        >>> result = {"evaluation": {}, "training": {"steps": 4}}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     run = open_run(pathlib.Path(folder), {}, {})
-        ...     _ = save_run(pathlib.Path(folder), run, status="finished", result={"loss": 0.5})
-        ...     open_run(pathlib.Path(folder), {}, {})["result"]
-        {'loss': 0.5}
+        ...     _ = save_run(pathlib.Path(folder), run, status="finished", result=result)
+        ...     open_run(pathlib.Path(folder), {}, {})["result"] == result
+        True
     """
     changed = {**run, **changes}
     write_atomically(folder / RUN_FILE, json.dumps(changed, indent=1) + "\n")
@@ -85,10 +87,10 @@ def save_run(folder: Path, run: Mapping[str, Any], **changes: object) -> dict[st
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Returns the last complete checkpoint of a run, or None.
+    """Returns the last whole checkpoint of a run, or None.
 
-    The Trainer writes ``trainer_state.json`` last, so a folder without a readable one was cut
-    short. It is renamed, and that is said, so that nobody resumes from it and nothing is lost.
+    One that lacks a file, or has a file that was cut short, is renamed, and that is said, so that
+    nobody resumes from it and nothing is lost.
 
     Args:
         folder: The folder of the run.
@@ -100,37 +102,59 @@ def last_checkpoint(folder: Path) -> Path | None:
         ...     last_checkpoint(pathlib.Path(folder)) is None
         True
     """
-    complete: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()):
-        number = path.is_dir() and _CHECKPOINT.fullmatch(path.name)
-        if number and _is_complete(path):
-            complete[int(number[1])] = path
-        elif number:
-            aside = _free_name(path)
-            path.rename(aside)
-            sys.stderr.write(f"{path} was cut short: passed over, and kept as {aside.name}.\n")
-    return complete[max(complete)] if complete else None
+    found = {
+        int(number[1]): path
+        for path in folder.iterdir()
+        if path.is_dir() and (number := _CHECKPOINT.fullmatch(path.name))
+    }
+    for _, path in sorted(found.items(), reverse=True):
+        if _is_whole(path):
+            return path
+        aside = _free_name(path)
+        path.rename(aside)
+        sys.stderr.write(f"{path} is not whole: passed over, and kept as {aside.name}.\n")
+    return None
 
 
 def _read(path: Path, choose: str) -> dict[str, Any]:
     try:
         run = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}). {choose}") from error
-    if (
-        not isinstance(run, dict)
-        or not isinstance(run.get("settings"), dict)
-        or "status" not in run
-    ):
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read ({one_line(error)}). {choose}") from error
+    if not isinstance(run, dict) or not isinstance(run.get("settings"), dict) or not _stands(run):
         raise UsageError(f"{path} does not describe a run. {choose}")
     return run
 
 
-def _is_complete(checkpoint: Path) -> bool:
+def _stands(run: dict[str, Any]) -> bool:
+    if run.get("status") != "finished":
+        return run.get("status") in ("prepared", "training")
+    result = run.get("result")
+    return isinstance(result, dict) and all(
+        isinstance(result.get(part), dict) for part in ("evaluation", "training")
+    )
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    from safetensors import safe_open
+
     try:
-        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError, TypeError):
+        json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+        names = {path.name for path in checkpoint.iterdir()}
+        for index in checkpoint.glob("*.index.json"):
+            if not set(json.loads(index.read_text())["weight_map"].values()) <= names:
+                return False
+        for path in checkpoint.iterdir():
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):  # compares the size with the header
+                    pass
+            elif path.suffix in (".bin", ".pt", ".pth") and zipfile.ZipFile(path).testzip():
+                return False
+    except Exception:  # every reader has its own kinds
         return False
+    # Without them the Trainer would go on, from an optimizer that knows nothing.
+    has_weights = any(name.endswith(".safetensors") for name in names)
+    return {"optimizer.pt", "scheduler.pt"} <= names and has_weights
 
 
 def _free_name(path: Path) -> Path:

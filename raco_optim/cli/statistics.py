@@ -6,6 +6,7 @@ are bootstrapped over seeds; with few seeds they are narrower than their level s
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,6 +26,7 @@ __all__ = [
     "front_distances",
     "group_by_point",
     "hypervolumes",
+    "indistinguishable",
     "paired_difference",
 ]
 
@@ -249,3 +251,65 @@ def paired_difference(
             values = [by_seed[seed][i] - base[seed][i] for seed in common]
             differences.append(Difference(cell, name, bootstrap_interval(values), len(common)))
     return differences
+
+
+def sign_flip_p_value(differences: Sequence[float]) -> float:
+    """Computes the two-sided p-value of paired differences: are they as large with random signs?
+
+    Args:
+        differences: One a seed. All their signs are tried up to 12 of them; beyond, 4096 at random.
+
+    Returns:
+        The share of the signs for which the sum is as far from 0; at least 2^(1 - n) for n seeds.
+
+    Example:
+        >>> from raco_optim.cli.statistics import sign_flip_p_value
+        >>> sign_flip_p_value([1.0, 2.0, 3.0])
+        0.25
+    """
+    x = np.array(differences)
+    if len(x) <= 12:
+        signs = np.array(list(itertools.product((1, -1), repeat=len(x))))
+    else:
+        signs = np.random.default_rng(0).choice((1, -1), size=(4096, len(x)))
+        signs[0] = 1
+    sums = np.abs(signs @ x)
+    return float(np.mean(sums >= abs(x.sum()) * (1 - 1e-12)))
+
+
+def indistinguishable(
+    records: Sequence[Record], metric: str, level: float = 0.05
+) -> list[tuple[str, str]]:
+    """Returns the pairs of methods whose hypervolumes these seeds do not tell apart.
+
+    The hypervolumes of two methods are compared seed by seed with the sign-flip test, and the
+    p-values of all pairs are corrected for their number by Holm's method.
+
+    Args:
+        records: Records with finite values.
+        metric: ``"loss"``, ``"accuracy"`` or ``"margin"``.
+        level: Most errors of the first kind, over all pairs.
+
+    Example:
+        >>> from raco_optim.cli.statistics import indistinguishable
+        >>> def record(method, seed, loss):
+        ...     point = {"method": method, "weights": {"a": 1.0}, "seed": seed, "c": None}
+        ...     return {"point": point, "evaluation": {"a": {"loss": loss + seed}}}
+        >>> records = [record(m, s, x) for m, x in (("linear", 0), ("mgda", 1)) for s in range(6)]
+        >>> indistinguishable(records, "loss"), indistinguishable(records[:9], "loss")
+        ([], [('linear', 'mgda')])
+
+    References:
+        Holm, "A simple sequentially rejective multiple test procedure", 1979.
+    """
+    volumes = hypervolumes(records, metric)
+    p_values = []
+    for a, b in itertools.combinations(volumes, 2):
+        common = [seed for seed in volumes[a] if seed in volumes[b]]
+        p = sign_flip_p_value([volumes[a][s] - volumes[b][s] for s in common]) if common else 1.0
+        p_values.append((p, (a, b)))
+    p_values.sort(key=lambda found: found[0])
+    for i, (p, _) in enumerate(p_values):
+        if p > level / (len(p_values) - i):
+            return sorted(pair for _, pair in p_values[i:])
+    return []

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raco_optim.cli.cells import Record, group_by_point, objectives_of
+from raco_optim.cli.cells import Record, cell_of, group_by_point, objectives_of
 from raco_optim.cli.statistics import (
     Interval,
     bootstrap_interval,
@@ -31,6 +31,7 @@ class Table:
         header: Names of the columns.
         rows: Cells, as many a row as there are columns.
         note: What the numbers are.
+        wrapped: Whether the cells are texts, which a page may wrap.
 
     Example:
         >>> from raco_optim.cli.tables import Table
@@ -45,6 +46,7 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+    wrapped: bool = False
 
     def text(self) -> str:
         """The table for a terminal, the first column flush left."""
@@ -221,6 +223,31 @@ def step_table(records: Sequence[Record]) -> Table:
     )
 
 
+def model_table(records: Sequence[Record]) -> Table:
+    """Returns where the model of each run is, or the command that trains it again.
+
+    Args:
+        records: Records of `raco-optim sweep`, or of `run_grid`, which may not say it.
+
+    Example:
+        >>> from raco_optim.cli.tables import model_table
+        >>> point = {"method": "linear", "weights": {"a": 1.0}, "seed": 0, "c": None}
+        >>> model_table([{"point": point, "extra": {"model": "kept"}}]).rows
+        [['linear', '1', '0', 'kept']]
+    """
+    rows = []
+    for record in records:
+        cell, extra = cell_of(record), record.get("extra", {})
+        where = str(extra.get("model") or extra.get("command") or NOTHING)
+        rows.append([cell.method, cell.trade_off, str(record["point"]["seed"]), where])
+    return Table(
+        "Models",
+        ["method", "weights", "seed", "folder, or command that trains it again"],
+        rows,
+        wrapped=True,
+    )
+
+
 def mapping_table(title: str, mappings: Iterable[Mapping[str, Any]]) -> Table:
     """Returns names and values; where the mappings differ, all values of a name.
 
@@ -237,7 +264,8 @@ def mapping_table(title: str, mappings: Iterable[Mapping[str, Any]]) -> Table:
     for mapping in mappings:
         for name, value in mapping.items():
             values.setdefault(name, {})[str(value)] = None
-    return Table(title, ["name", "value"], [[n, "; ".join(found)] for n, found in values.items()])
+    rows = [[name, "; ".join(found)] for name, found in values.items()]
+    return Table(title, ["name", "value"], rows, wrapped=True)
 
 
 def interval_text(values: Sequence[float]) -> str:

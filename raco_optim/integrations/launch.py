@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 
 from raco_optim.distributed.agreement import parameter_settings, raise_together
 from raco_optim.distributed.group import Group, launched_world_size
@@ -20,7 +21,14 @@ if TYPE_CHECKING:
 # processes meet.
 _SETTINGS = (
     *("weights", "method", "c", "solver", "nonfinite", "modpo_objective", "loss_type", "beta"),
-    *("label_smoothing", "simpo_gamma", "seed", "data_seed", "train_sampling_strategy"),
+    *(
+        "loss_weights",
+        "label_smoothing",
+        "simpo_gamma",
+        "seed",
+        "data_seed",
+        "train_sampling_strategy",
+    ),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"),
     *("num_train_epochs", "logging_strategy", "logging_steps", "eval_strategy", "eval_steps"),
     *("save_strategy", "save_steps"),
@@ -94,6 +102,15 @@ def sharded(what: str) -> str:
         f"adapters (`peft_config`) if memory is short. For a model that FSDP2 shards, use "
         f"raco_optim.CAGradClip in a loop of your own."
     )
+
+
+def average_gradients(model: nn.Module, group: Group) -> None:
+    """Averages what ``.grad`` of the parameters holds over the processes."""
+    for p in model.parameters():
+        if p.grad is not None:
+            with group.contact():
+                dist.all_reduce(p.grad, group=group.group)
+            p.grad.div_(group.world_size)
 
 
 def check_start(trainer: Trainer, group: Group | None, resume: str | bool | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,7 +15,8 @@ from raco_optim.alignment import (
     preference_losses,
     reward_margins,
 )
-from raco_optim.integrations.trl_config import LOSS_TYPES, MultiObjectiveDPOConfig
+from raco_optim.integrations.preference_data import Preferences
+from raco_optim.integrations.trl_config import MultiObjectiveDPOConfig
 from raco_optim.optimizer import MultiObjectiveOptimizer
 from raco_optim.optimizers import MGDA, AllOptions, CAGrad, CAGradClip
 
@@ -27,7 +27,7 @@ def multi_objective(
     """Wraps an optimizer for a method that combines the gradients of the objectives."""
     weights = args.objective_weights
     options: AllOptions = {"nonfinite": args.nonfinite}
-    if uses_scores(args):
+    if args.gradients == "per_example":
         options |= {"gradients": "per_example", "model": model}
     if args.method == "mgda":
         return MGDA(inner, weights, **options)
@@ -36,22 +36,10 @@ def multi_objective(
     return CAGradClip(inner, weights, args.c, solver=args.solver, **options)
 
 
-def uses_scores(args: MultiObjectiveDPOConfig) -> bool:
-    """Whether the optimizer is given the scores of the completions, for one backward pass."""
-    # Compiled as a whole, a model does not run the hooks that this needs.
-    return not args.torch_compile or bool(args.gradient_checkpointing)
-
-
-def needs_reference(args: MultiObjectiveDPOConfig, *, training: bool) -> bool:
-    """Whether the losses need log-probabilities under the reference model."""
-    return bool(_form(args, training)["loss"] != "simpo")
-
-
 def losses(
     args: MultiObjectiveDPOConfig,
     log_probs: PairLogProbs,
-    signs: Tensor,
-    margins: Tensor | None,
+    preferences: Preferences,
     counts: Tensor | None,
     *,
     training: bool,
@@ -61,13 +49,16 @@ def losses(
     Args:
         args: Says which losses: those of the method in training, of `loss_type` in evaluation.
         log_probs: Of B pairs.
-        signs: Preferences, ``[B, m]`` in {+1, -1, 0}.
-        margins: Reward margins, ``[B, m]``, for MODPO.
-        counts: Labelled pairs per objective of the accumulated batch, ``[m]``; None for this one.
+        preferences: Of the same pairs.
+        counts: Sums of the weights of the labelled pairs of the accumulated batch, ``[m]``; None
+            for this one.
         training: Whether the losses are minimised.
     """
+    signs, pair_weights, margins = preferences
     if training and args.method == "amopo":
-        return amopo_losses(log_probs, signs, beta=args.beta, counts=counts)
+        return amopo_losses(
+            log_probs, signs, beta=args.beta, pair_weights=pair_weights, counts=counts
+        )
     if training and args.method == "modpo":
         assert margins is not None
         assert args.modpo_objective is not None
@@ -80,24 +71,35 @@ def losses(
             list(args.objective_weights.values()),
             k,
             beta=args.beta,
+            pair_weight=pair_weights[:, k],
             count=None if counts is None else counts[k],
         )
         return found
-    return preference_losses(
-        log_probs,
-        signs,
-        label_smoothing=args.label_smoothing,
-        gamma=args.simpo_gamma,  # 0 but for SimPO
-        counts=counts,
-        **_form(args, training),
-    )
+    terms = [
+        (
+            factor,
+            preference_losses(log_probs, signs, pair_weights=pair_weights, counts=counts, **form),
+        )
+        for factor, form in args.loss_forms
+    ]
+    factors = [factor for factor, _ in terms]
+    return [weighted(each, factors) for each in zip(*(term for _, term in terms), strict=True)]
 
 
 def margins_of_labelled(
     args: MultiObjectiveDPOConfig, log_probs: PairLogProbs, signs: Tensor, *, training: bool
 ) -> list[Tensor]:
     """The reward margins of the pairs that each objective labels."""
-    return [reward_margins(log_probs, sign, **_form(args, training)) for sign in signs.T]
+    _, form = args.loss_forms[0]
+    loss, per_token = form["loss"], form["length_normalized"]
+    if training and args.method == "amopo":  # SimPO without a target margin
+        loss, per_token = "simpo", True
+    if training and args.method == "modpo":  # DPO with a margin
+        loss, per_token = "dpo", False
+    return [
+        reward_margins(log_probs, sign, loss=loss, beta=args.beta, length_normalized=per_token)
+        for sign in signs.T
+    ]
 
 
 def loss_weights(args: MultiObjectiveDPOConfig, *, training: bool) -> list[float]:
@@ -110,12 +112,3 @@ def weighted(losses: Iterable[Tensor | None], weights: Iterable[float]) -> Tenso
     """Returns the weighted sum of the losses that are there, None if there are none."""
     terms = [w * loss for w, loss in zip(weights, losses, strict=True) if loss is not None]
     return functools.reduce(lambda total, term: total + term, terms) if terms else None
-
-
-def _form(args: MultiObjectiveDPOConfig, training: bool) -> dict[str, Any]:
-    loss, normalised = LOSS_TYPES[args.loss_type[0]]
-    if training and args.method == "amopo":  # SimPO without a target margin
-        loss, normalised = "simpo", True
-    if training and args.method == "modpo":  # DPO with a margin
-        loss, normalised = "dpo", False
-    return {"loss": loss, "beta": args.beta, "length_normalized": normalised}

@@ -4,45 +4,153 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from raco_optim.alignment import PairLogProbs
 from raco_optim.distributed.group import Group
 from raco_optim.report import StepReport
 
+# Those of TRL, by what they are means over.
+OF_PAIRS = (
+    *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
+    *("logps/chosen", "logps/rejected"),
+)
+OF_TOKENS = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
+_OF_OBJECTIVES = 5  # sums for each
+_LOWER = {"loss": True, "margin": False, "accuracy": False}
 
-def objective_sums(
-    losses: Sequence[Tensor | None], margins: Sequence[Tensor], divisors: Tensor
-) -> Tensor:
-    """Sums over the labelled pairs of a batch, ``[m, 4]``; they add up over batches.
+
+def lower_is_better(metric: str, objectives: Sequence[str] | Mapping[str, float]) -> bool | None:
+    """Whether a metric of the objectives should be low; None for one that is not theirs."""
+    for kind, lower in _LOWER.items():
+        for name in objectives:
+            key = f"{kind}/{name}"
+            if metric == key or metric.endswith(f"_{key}"):
+                return lower
+    return None
+
+
+def evaluation_metrics(
+    objectives: Sequence[str], sets: Sequence[str], *, auxiliary: bool
+) -> list[str]:
+    """Names what an evaluation gives to choose a model by, without ``eval_``.
 
     Args:
-        losses: m losses, each a sum over labelled pairs divided by its divisor; None for one that
-            was not computed.
+        objectives: Names of the objectives.
+        sets: Names of the data sets, where there are several.
+        auxiliary: Whether the model has an auxiliary loss.
+    """
+    own = ["loss", *(f"{kind}/{name}" for name in objectives for kind in _LOWER)]
+    own += [*OF_PAIRS, *OF_TOKENS, *(["aux_loss"] if auxiliary else [])]
+    return [f"{one}_{key}" for one in sets for key in own] if sets else own
+
+
+def objective_sums(
+    losses: Sequence[Tensor | None],
+    margins: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    divisors: Tensor,
+) -> Tensor:
+    """Sums over the labelled pairs of a batch, ``[m, 5]``; they add up over batches.
+
+    Args:
+        losses: m losses, each a weighted sum over labelled pairs divided by its divisor; None for
+            one that was not computed.
         margins: m vectors with the reward margins of the labelled pairs.
+        weights: m vectors with the weights of these pairs.
         divisors: ``[m]``.
 
     Returns:
-        A row per objective: loss, margin, pairs with a positive margin (0 counts half), pairs; on
-        the device of the margins.
+        A row per objective: weighted sums of loss, margin, and whether the margin is positive (0
+        counts half), sum of the weights, pairs; on the device of the margins.
     """
     zero = margins[0].new_zeros((), dtype=torch.float64)
     rows = []
-    for loss, margin, divisor in zip(losses, margins, divisors, strict=True):
-        margin = margin.detach().double()
+    for loss, margin, weight, divisor in zip(losses, margins, weights, divisors, strict=True):
+        margin, weight = margin.detach().double(), weight.to(margin.device, torch.float64)
         unknown = zero + (math.nan if len(margin) else 0.0)  # labelled, but not minimised (MODPO)
         rows.append(
             torch.stack(
                 [
                     unknown if loss is None else loss.detach() * divisor,
-                    margin.sum(),
-                    ((1 + margin.sign()) / 2).sum(),
+                    (weight * margin).sum(),
+                    (weight * (1 + margin.sign()) / 2).sum(),
+                    weight.sum(),
                     zero + len(margin),
                 ]
             )
         )
     return torch.stack(rows)
+
+
+def common_sums(
+    outputs: Any,  # noqa: ANN401  # of a model with TRL's fused head
+    inputs: Mapping[str, Tensor],
+    log_probs: PairLogProbs,
+    *,
+    beta: float,
+    pairs: int,
+) -> Tensor:
+    """Sums for the metrics of TRL, ``[k]``; they add up over batches.
+
+    Args:
+        outputs: What the model returned for the batch.
+        inputs: The batch.
+        log_probs: Of its B pairs.
+        beta: Of the rewards.
+        pairs: How many of the pairs count, from the first on.
+
+    Returns:
+        Sums of `OF_PAIRS` and `OF_TOKENS`, numbers of pairs, of tokens of the chosen and of the
+        rejected, all tokens of the input, the auxiliary loss, and 1 where there is one.
+    """
+    with torch.no_grad():
+        real = torch.zeros(len(log_probs.chosen), device=log_probs.chosen.device)
+        real[:pairs] = 1
+        mask = inputs["completion_mask"][:, 1:]
+        length = mask.size(1)
+        mask = (mask * real.repeat(2)[:, None]).double()
+
+        def of(tokens: Tensor) -> tuple[Tensor, Tensor]:
+            chosen, rejected = (tokens[:, -length:] * mask).sum(1).chunk(2)
+            return chosen.sum(), rejected.sum()
+
+        free = log_probs.ref_chosen is None
+        r_chosen, r_rejected = log_probs.rewards(beta=beta, reference_free=free)
+        by_pair = [
+            *(r_chosen, r_rejected, r_chosen > r_rejected, r_chosen - r_rejected),
+            *(log_probs.chosen, log_probs.rejected),
+        ]
+        logits, tokens = of(outputs.mean_logits), of(torch.ones_like(mask))
+        auxiliary = getattr(outputs, "aux_loss", None)
+        there = 0.0 if auxiliary is None else 1.0
+        everything: list[Any] = [
+            *((x.double() * real).sum() for x in by_pair),
+            *(*logits, sum(of(outputs.entropy)), of(outputs.is_top1)[0]),
+            *(float(pairs), *tokens, inputs["attention_mask"].sum()),
+            *(0.0 if auxiliary is None else auxiliary, there),
+        ]
+        return torch.stack(
+            [torch.as_tensor(x, dtype=torch.float64, device=real.device) for x in everything]
+        )
+
+
+def common_means(sums: Tensor) -> dict[str, float]:
+    """Returns the metrics of TRL from their sums, but for the number of tokens."""
+    values = sums.tolist()
+    named = dict(zip((*OF_PAIRS, *OF_TOKENS), values, strict=False))
+    pairs, chosen, rejected, _, auxiliary, batches = values[len(named) :]
+    numbers = dict.fromkeys(OF_PAIRS, pairs)
+    numbers |= dict(zip(OF_TOKENS, (chosen, rejected, chosen + rejected, chosen), strict=True))
+    means = {key: value / numbers[key] for key, value in named.items() if numbers[key]}
+    return means | ({"aux_loss": auxiliary / batches} if batches else {})
+
+
+_COMMON = len(OF_PAIRS) + len(OF_TOKENS) + 6
+_INPUT_TOKENS = -3
 
 
 class Log:
@@ -61,7 +169,8 @@ class Log:
     ) -> None:
         self._weights = dict(weights)
         self._group = group
-        self._zero = torch.zeros(len(weights), 4, dtype=torch.float64, device=device)
+        number = _OF_OBJECTIVES * len(weights) + _COMMON
+        self._zero = torch.zeros(number, dtype=torch.float64, device=device)
         self._here = {True: self._zero, False: self._zero}
         self._everywhere: dict[bool, Tensor] = {}
         self._steps: dict[str, list[float]] = {}
@@ -71,17 +180,10 @@ class Log:
         """Begins a step or an evaluation, and drops the pairs of one that was not ended."""
         self._here[training] = self._zero
 
-    def add(
-        self,
-        losses: Sequence[Tensor | None],
-        margins: Sequence[Tensor],
-        divisors: Tensor,
-        *,
-        training: bool,
-    ) -> None:
-        """Takes a batch of this process; see `objective_sums`."""
-        sums = objective_sums(losses, margins, divisors)
-        self._here[training] = self._here[training] + sums.to(self._zero.device)
+    def add(self, of_objectives: Tensor, common: Tensor, *, training: bool) -> None:
+        """Takes a batch of this process; see `objective_sums` and `common_sums`."""
+        sums = torch.cat([x.to(self._zero.device).flatten() for x in (of_objectives, common)])
+        self._here[training] = self._here[training] + sums
 
     def end(self, *, training: bool) -> None:
         """Ends a step or an evaluation; all processes must call it."""
@@ -107,15 +209,36 @@ class Log:
         self._everywhere.pop(True, None)
         self._steps.clear()
 
-    def write(self, logs: dict[str, float], *, training: bool) -> None:
-        """Adds the means since the last call."""
+    def write(
+        self,
+        logs: dict[str, float],
+        history: Sequence[Mapping[str, float]],
+        *,
+        training: bool,
+        auxiliary: float = 0.0,
+    ) -> None:
+        """Adds the means since the last call.
+
+        Args:
+            logs: What the Trainer is about to log.
+            history: What it has logged, also before it went on from a checkpoint.
+            training: Whether it logs the training.
+            auxiliary: The factor of the auxiliary loss.
+        """
         # "eval_", or "eval_<name>_" where there are several data sets.
         prefix = "" if training else next((k[:-4] for k in logs if k.endswith("_loss")), "eval_")
+        tokens = next((x["num_tokens"] for x in reversed(history) if "num_tokens" in x), 0)
+        if True in self._everywhere:
+            tokens += int(self._everywhere[True][_INPUT_TOKENS])
         if training in self._everywhere:
-            means = objective_means(list(self._weights), self._everywhere.pop(training))
+            sums = self._everywhere.pop(training).cpu()
+            means = objective_means(list(self._weights), sums[:-_COMMON])
             logs.update({prefix + key: value for key, value in means.items()})
+            common = common_means(sums[-_COMMON:])
+            common["num_tokens"] = tokens
+            logs.update({prefix + key: value for key, value in common.items()})
             if not training:  # over all pairs; the Trainer's is a mean over batches
-                logs[f"{prefix}loss"] = math.fsum(
+                logs[f"{prefix}loss"] = auxiliary * common.get("aux_loss", 0.0) + math.fsum(
                     w * means.get(f"loss/{name}", math.nan)
                     for name, w in self._weights.items()
                     if w
@@ -130,12 +253,13 @@ class Log:
 def objective_means(names: Sequence[str], sums: Tensor) -> dict[str, float]:
     """Means over the labelled pairs, and their number; nothing for an objective without any."""
     means = {}
-    for name, (loss, margin, right, pairs) in zip(names, sums.tolist(), strict=True):
-        if pairs:
+    for name, row in zip(names, sums.view(-1, _OF_OBJECTIVES).tolist(), strict=True):
+        loss, margin, right, weight, pairs = row
+        if weight:
             if not math.isnan(loss):
-                means[f"loss/{name}"] = loss / pairs
-            means[f"margin/{name}"] = margin / pairs
-            means[f"accuracy/{name}"] = right / pairs
+                means[f"loss/{name}"] = loss / weight
+            means[f"margin/{name}"] = margin / weight
+            means[f"accuracy/{name}"] = right / weight
         means[f"labelled/{name}"] = pairs
     return means
 

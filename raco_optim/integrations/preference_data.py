@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
+from numpy.typing import NDArray
 from torch import Tensor
+from trl import DPOConfig
 
 SIGNS = "signs"
 MARGINS = "margins"
+PAIR_WEIGHTS = "pair_weights"
 _TEXTS = ("chosen", "rejected")
 # By how the name of a column begins, why it is needed.
 _REMEDIES = (
-    ("pref_", "Every objective in `weights` needs one with +1, -1, 0 or null."),
+    ("pref_", "Every objective in `weights` needs one, with numbers in [-1, 1] or null."),
     ("margin_", "MODPO needs the reward margins of every objective but its own."),
     ("", "A pair is a chosen and a rejected answer, and their prompt if it is not within them."),
 )
 
 
 def sign_column(objective: str) -> str:
-    """Names the column with the preferences of an objective: +1, -1, 0 or null."""
+    """Names the column with the preferences of an objective: numbers in [-1, 1], or null."""
     return f"pref_{objective}"
+
+
+def weight_column(objective: str) -> str:
+    """Names the column, which may be missing, with the weights of the pairs for an objective."""
+    return f"weight_{objective}"
 
 
 def margin_column(objective: str) -> str:
@@ -35,6 +45,35 @@ def margin_column(objective: str) -> str:
 def preference_columns(objectives: Iterable[str], margins: Iterable[str]) -> list[str]:
     """Names the columns that are read: preferences of all, margins of some (MODPO)."""
     return [*map(sign_column, objectives), *map(margin_column, margins)]
+
+
+class Preferences(NamedTuple):
+    """What the objectives say of B pairs, on the host.
+
+    Attributes:
+        signs: ``[B, m]`` in [-1, 1], 0 without a label.
+        weights: ``[B, m]``, >= 0.
+        margins: ``[B, m]``, for MODPO, else None.
+    """
+
+    signs: Tensor
+    weights: Tensor
+    margins: Tensor | None
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Tensor]) -> Preferences:
+        """Takes them from a batch."""
+        signs, weights = batch[SIGNS].cpu(), batch[PAIR_WEIGHTS].cpu()
+        return cls(signs * (weights > 0), weights, batch.get(MARGINS))
+
+    def sums(self) -> Tensor:
+        """Sums of the weights of the pairs that each objective labels, ``[m]``, float64."""
+        return (self.weights.double() * (self.signs != 0)).sum(0)
+
+
+def for_the_model(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a batch without the preferences."""
+    return {k: x for k, x in batch.items() if k not in (SIGNS, PAIR_WEIGHTS, MARGINS)}
 
 
 class PreferenceCollator:
@@ -57,48 +96,57 @@ class PreferenceCollator:
         self.margins = tuple(margins)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Returns the batch with ``signs`` ``[B, m]`` and, where asked for, ``margins``."""
+        """Returns the batch with ``signs`` and ``pair_weights``, ``[B, m]``, and ``margins``."""
         needed = preference_columns(self.objectives, self.margins)
         for example in examples:
             check_columns(example, needed, "dataset")
         batch = self.collator(examples)
-        batch[SIGNS] = torch.tensor(
-            [
-                [as_sign(x[sign_column(o)], sign_column(o)) for o in self.objectives]
-                for x in examples
-            ],
-            dtype=torch.int8,
-        )
+
+        def table(column: Callable[[str], str], read: Callable[..., float]) -> Tensor:
+            columns = [column(objective) for objective in self.objectives]
+            return torch.tensor([[read(x.get(c), c) for c in columns] for x in examples])
+
+        batch[SIGNS] = table(sign_column, as_label)
+        batch[PAIR_WEIGHTS] = table(weight_column, as_weight)
         if self.margins:
             # In the order of the weights; an objective without margins has 0, which is not read.
-            batch[MARGINS] = torch.tensor(
-                [
-                    [
-                        as_margin(x[margin_column(o)], margin_column(o))
-                        if o in self.margins
-                        else 0.0
-                        for o in self.objectives
-                    ]
-                    for x in examples
-                ]
+            read = {margin_column(objective) for objective in self.margins}
+            batch[MARGINS] = table(
+                margin_column, lambda x, c: as_margin(x, c) if c in read else 0.0
             )
         return batch
 
 
-def as_sign(value: object, column: str) -> int:
-    """Returns +1, -1 or 0; a missing label (null, NaN) is 0, as a tie is.
+def as_label(value: object, column: str) -> float:
+    """Returns a number in [-1, 1]; a missing label (null, NaN) is 0, as a tie is.
 
     Raises:
         ValueError: The value is something else.
     """
     if value is None or (isinstance(value, Real) and math.isnan(value)):
-        return 0
-    if isinstance(value, bool) or not isinstance(value, Real) or value not in (1, 0, -1):
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, Real) or not -1 <= float(value) <= 1:
         raise ValueError(
-            f"column `{column}` must hold +1 (prefers chosen), -1 (prefers rejected), 0 (tie) or "
-            f"null (no label); got {value!r}."
+            f"column `{column}` must hold +1 (prefers chosen), -1 (prefers rejected), a number "
+            f"between them, 0 (tie) or null (no label); got {value!r}."
         )
-    return int(float(value))
+    return float(value)
+
+
+def as_weight(value: object, column: str) -> float:
+    """Returns a finite number >= 0; a missing one (null, NaN) is 1.
+
+    Raises:
+        ValueError: The value is something else.
+    """
+    if value is None or (isinstance(value, Real) and math.isnan(value)):
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+        raise ValueError(
+            f"column `{column}` must hold weights, finite numbers of 0 or more, or null for 1; got "
+            f"{value!r}."
+        )
+    return float(value)
 
 
 def as_margin(value: object, column: str) -> float:
@@ -151,33 +199,109 @@ def check_dataset(dataset: Any, columns: Sequence[str], argument: str) -> None: 
             f"`{argument}` must not have images; it has the columns {', '.join(present)}. Vision "
             f"models are not supported."
         )
+    weights = [weight_column(c.removeprefix("pref_")) for c in columns if c.startswith("pref_")]
+    for column in [*columns, *weights] if stored else []:
+        for value in dataset.unique(column) if column in present else []:
+            _READERS[column.partition("_")[0]](value, column)
     for column in columns if stored else []:
-        values = dataset.unique(column)
-        if column.startswith("margin_"):
-            for value in values:
-                as_margin(value, column)
-        elif not {as_sign(value, column) for value in values} & {1, -1}:
+        objective = column.removeprefix("pref_")
+        if objective != column and not (np.abs(_labels(dataset, objective)) > 0).any():
             raise ValueError(
                 f"`{argument}` must label at least one pair in `{column}`; all of its values are 0 "
                 f"or null. Leave the objective out of `weights`."
             )
 
 
-def count_labels(signs: Tensor) -> Tensor:
-    """Counts the labelled pairs per objective, ``[m]``."""
-    return (signs != 0).sum(0)
+_READERS = {"pref": as_label, "weight": as_weight, "margin": as_margin}
 
 
-def without_repeats(signs: Tensor, rank: int, real: int) -> Tensor:
-    """Takes the labels off those pairs that only fill the last batch of a data set up.
-
-    Accelerate takes them from its beginning, so that all processes get as many.
+def count_pairs(
+    dataset: Dataset, prepared: Dataset, objectives: Sequence[str], args: DPOConfig
+) -> dict[str, dict[str, int]]:
+    """Counts, for each objective, the pairs that it labels and those that teach it nothing.
 
     Args:
-        signs: Those of the pairs of this process, ``[B, m]``.
-        rank: The number of this process.
-        real: How many pairs of the last batch, that of all processes, are no repeats.
+        dataset: The pairs as they were given.
+        prepared: What TRL made of them: token ids, without pairs whose prompt is too long.
+        objectives: Names of the objectives.
+        args: Settings of TRL, which truncate.
+
+    Returns:
+        By objective: ``pairs``; of them ``labels``, ``ties`` and ``missing``; of the labels, those
+        on pairs that were ``dropped`` because the prompt fills `max_length`, that are ``equal``
+        once they are truncated to it, and whose completions are ``identical``.
     """
-    signs = signs.clone()
-    signs[max(0, real - rank * len(signs)) :] = 0
-    return signs
+    identical, equal = _alike(prepared, args)
+    counts = {}
+    for objective in objectives:
+        given, kept = (_labels(x, objective) for x in (dataset, prepared))
+        labels, labelled = (np.abs(x) > 0 for x in (given, kept))
+        counts[objective] = {
+            "pairs": len(given),
+            "labels": int(labels.sum()),
+            "ties": int((given == 0).sum()),
+            "missing": int(np.isnan(given).sum()),
+            "dropped": int(labels.sum() - labelled.sum()),
+            "equal": int((labelled & equal & ~identical).sum()),
+            "identical": int((labelled & identical).sum()),
+        }
+    return counts
+
+
+def _labels(dataset: Dataset, objective: str) -> NDArray[np.float64]:
+    """The labels as numbers, NaN for one that is missing or has no weight."""
+    column, weight = sign_column(objective), weight_column(objective)
+    labels = np.array([math.nan if x is None else x for x in dataset[column]], dtype=np.float64)
+    if weight in dataset.column_names:
+        labels[[as_weight(x, weight) == 0 for x in dataset[weight]]] = math.nan
+    return labels
+
+
+def _alike(prepared: Dataset, args: DPOConfig) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which pairs have the same completions, and which have once they are truncated."""
+    names = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    start = args.truncation_mode == "keep_start"
+    kept = slice(args.max_length) if start else slice(-(args.max_length or 0), None)
+    identical, equal = [], []
+    for batch in prepared.select_columns(names).with_format("numpy").iter(1000):
+        for prompt, chosen, rejected in zip(*(batch[name] for name in names), strict=True):
+            first, second = (np.concatenate([prompt, x])[kept] for x in (chosen, rejected))
+            identical.append(np.array_equal(chosen, rejected))
+            equal.append(np.array_equal(first, second))
+    return np.array(identical, dtype=bool), np.array(equal, dtype=bool)
+
+
+def check_counts(counts: Mapping[str, Mapping[str, int]], argument: str, args: DPOConfig) -> None:
+    """Raises `ValueError` where an objective has no label left; warns where it has few."""
+    for objective, count in counts.items():
+        left = count["labels"] - count["dropped"]
+        if not left:
+            raise ValueError(
+                f"`{argument}` must label at least one pair in `{sign_column(objective)}` whose "
+                f"prompt is shorter than `max_length` = {args.max_length} tokens; all "
+                f"{count['labels']} are longer, which leaves none for the answers. Raise it."
+            )
+        useful = left - count["equal"] - count["identical"]
+        if 2 * useful < count["labels"]:
+            warnings.warn(
+                f"`{objective}` learns from {useful} of {count['labels']} labels of `{argument}`: "
+                f"{count['dropped']} are dropped because the prompt has `max_length` = "
+                f"{args.max_length} tokens or more, {count['equal']} pairs are equal once they are "
+                f"truncated to it, and {count['identical']} have identical answers. Raise "
+                f"`max_length` or look at the data.",
+                stacklevel=2,
+            )
+
+
+def count_table(counts: Mapping[str, Mapping[str, int]], argument: str) -> str:
+    """Returns the counts as a table."""
+    columns = ("labels", "ties", "missing", "dropped", "equal", "identical")
+    rows: list[tuple[str, ...]] = [("objective", *columns)]
+    rows += [(name, *(str(count[c]) for c in columns)) for name, count in counts.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    pairs = next(iter(counts.values()))["pairs"]
+    lines = [f"{argument}: {pairs} pairs"]
+    for name, *numbers in rows:
+        cells = (number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True))
+        lines.append("  ".join(["", name.ljust(widths[0]), *cells]))
+    return "\n".join(lines)

@@ -4,7 +4,7 @@ A training step; what is TRL's is left to TRL:
 
     batch with signs [B, m]        preference_data.py   columns pref_<objective> -> a tensor
       |  one forward pass          forward.py           log-probabilities of the completions
-      |  m losses                  objectives.py        each a mean over the pairs it labels
+      |  m losses                  methods.py           each a mean over the pairs it labels
       |  backward(losses)          raco_optim           gradients, Gram matrix, alpha -> .grad
       v
     Trainer: clipping of the gradient norm, optimizer, scheduler, checkpoints, logs (metrics.py)
@@ -15,9 +15,11 @@ The trainer wraps its optimizer into a `MultiObjectiveOptimizer`, and calls ``ba
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,14 +32,22 @@ if _missing := [name for name in ("trl", "datasets", "transformers") if find_spe
         name=_missing[0],
     )
 
+from datasets import Dataset
 from trl import DPOTrainer
 
 from raco_optim.alignment import PairLogProbs
 from raco_optim.distributed.agreement import raise_together
-from raco_optim.integrations import launch, objectives, preference_data
+from raco_optim.integrations import (
+    adapters,
+    callbacks,
+    launch,
+    methods,
+    model_card,
+    preference_data,
+)
 from raco_optim.integrations.forward import completion_log_probs
-from raco_optim.integrations.metrics import Log
-from raco_optim.integrations.preference_data import MARGINS, SIGNS, count_labels
+from raco_optim.integrations.metrics import Log, common_sums, evaluation_metrics, objective_sums
+from raco_optim.integrations.preference_data import Preferences, for_the_model
 from raco_optim.integrations.trl_config import GRADIENT_METHODS, MultiObjectiveDPOConfig
 from raco_optim.optimizer import MultiObjectiveOptimizer, unwrap
 
@@ -47,9 +57,11 @@ __all__ = ["MultiObjectiveDPOConfig", "MultiObjectiveDPOTrainer"]
 class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not type-checked
     r"""TRL's `DPOTrainer` for several objectives that may disagree about the same pairs.
 
-    Objective i says of every pair whether it prefers ``chosen`` (+1) or ``rejected`` (-1), is
-    indifferent (0) or has no label (null), in the column ``pref_<objective>``. One forward pass
-    gives the log-ratio :math:`\Delta` of a pair, and every objective its loss, such as
+    Objective i says of every pair whether it prefers ``chosen`` (+1) or ``rejected`` (-1), by how
+    much (a number between), is indifferent (0) or has no label (null), in the column
+    ``pref_<objective>``; the column ``weight_<objective>``, if there is one, has the weights of the
+    pairs. One forward pass gives the log-ratio :math:`\Delta` of a pair, and every objective its
+    loss, such as
 
     .. math:: L_i = -\operatorname{mean}_{s_i \ne 0} \log \sigma(\beta s_i \Delta).
 
@@ -64,8 +76,10 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
     logged.
 
     Args:
-        model: As in TRL: a model or its path.
-        ref_model: As in TRL.
+        model: As in TRL: a model or its path; or the path of adapters that peft saved, which are
+            trained further: the reference is the model with them.
+        ref_model: As in TRL. None is loaded where the losses need none (SimPO; AMoPO without
+            `eval_dataset`).
         args: A `MultiObjectiveDPOConfig`.
         data_collator: As in TRL; it need not know of the preferences.
         train_dataset: As in TRL, with columns ``pref_<objective>``; a stream is checked on its way.
@@ -73,16 +87,24 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         processing_class: As in TRL.
         **others: As in TRL (``callbacks``, ``optimizers``, ``peft_config``, ...).
 
+    Attributes:
+        pair_counts: For ``"train_dataset"`` and ``"eval_dataset"`` (``"eval_dataset[<name>]"`` of
+            several), by objective, how many ``pairs`` there are, of them ``labels``, ``ties`` and
+            ``missing``, and labels on pairs that are ``dropped`` since the prompt has `max_length`
+            tokens or more, that are ``equal`` once truncated, or whose answers are ``identical``.
+            They are printed to stderr too. A stream is not counted.
+
     Raises:
         TypeError: `args` is not a `MultiObjectiveDPOConfig`.
-        ValueError: A column is missing or holds no preferences, an objective labels no pair, a
-            setting can't be honoured, ``optimizers`` holds a `MultiObjectiveOptimizer`, or, from
-            `train`, the output folder holds another run.
+        ValueError: A column is missing or holds no preferences, an objective labels no pair that
+            fits into `max_length`, a setting can't be honoured, ``metric_for_best_model`` does not
+            exist, ``optimizers`` holds a `MultiObjectiveOptimizer`, or, from `train`, the output
+            folder holds another run.
         FloatingPointError: From `train`: a loss is NaN or Inf, or a gradient that is combined.
 
     Warns:
         UserWarning: A run goes on with weights or a radius of its checkpoint that are not those of
-            `args`.
+            `args`, or more than half of an objective's labels are on pairs that teach nothing.
 
     Note:
         It rests on parts of TRL's `DPOTrainer` that are not public, hence ``trl>=1.16,<2``.
@@ -90,14 +112,15 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
 
     Example:
         >>> from datasets import Dataset
-        >>> from tokenizers import Tokenizer, models
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
         >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
         >>> from raco_optim.integrations.trl import *
         >>> bare = Tokenizer(models.WordLevel({"<eos>": 0, "yes": 1, "no": 2}, unk_token="no"))
+        >>> bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<eos>")
         >>> shape = {"vocab_size": 3, "hidden_size": 8, "num_attention_heads": 1}
         >>> model = LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=1))
-        >>> pair = {"prompt": "no", "chosen": "yes", "rejected": "no", "pref_a": 1, "pref_b": -1}
+        >>> pair = {"prompt": "no ", "chosen": "yes", "rejected": "no", "pref_a": 1, "pref_b": -1}
         >>> config = MultiObjectiveDPOConfig(
         ...     "unused", weights="a=0.7,b=0.3", bf16=False, precompute_ref_log_probs=True
         ... )
@@ -106,7 +129,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         ...     processing_class=tokenizer,
         ... )
         >>> trainer.data_collator([trainer.train_dataset[0]])["signs"]
-        tensor([[ 1, -1]], dtype=torch.int8)
+        tensor([[ 1., -1.]])
 
     References:
         Algorithm 1 of arXiv 2602.02495.
@@ -117,6 +140,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
     data_collator: Any
     optimizer: Any
 
+    @callbacks.quiet()
     def __init__(
         self,
         model: Any,  # noqa: ANN401  # here and below: whatever TRL takes
@@ -146,38 +170,97 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         self._group = launch.current_group()
         self._objective_log = Log(args.objective_weights, self._group, args.device)
         self._columns = preference_data.preference_columns(self._names, args.margin_objectives)
+        self.pair_counts: dict[str, dict[str, dict[str, int]]] = {}
         preference_data.check_dataset(eval_dataset, self._columns, "eval_dataset")
         preference_data.check_dataset(train_dataset, self._columns, "train_dataset")
-        super().__init__(
-            model,
-            ref_model,
-            args,
-            data_collator,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            **others,
-        )
-        launch.check_whole(self)
-        if self.aux_loss_enabled:
+        needed = [args.needs_reference(training=training) for training in (True, False)]
+        self._runs_reference = needed[0] or (needed[1] and eval_dataset is not None)
+        if ref_model is not None and not any(needed):
             raise ValueError(
-                f"`router_aux_loss_coef` must be 0.0 for a mixture of experts, because its "
-                f"auxiliary loss belongs to no objective; got {self.router_aux_loss_coef}."
+                f"`ref_model` must be None with the loss {', '.join(args.loss_type)} and the "
+                f"method {args.method}, which need none; got {type(ref_model).__name__}."
             )
+        options, precompute = args.model_init_kwargs, args.precompute_ref_log_probs
+        if adapters.is_folder_of_adapters(model, (options or {}).get("revision")):
+            if others.get("peft_config") is not None:
+                raise ValueError(
+                    f"`peft_config` must be None where `model` is a folder of adapters, which are "
+                    f"trained further; got both, and {model!r}. Leave it out (--use_peft and its "
+                    f"options), or merge the adapters into their model first."
+                )
+            quantization = others.pop("quantization_config", None)
+            model, processing_class = adapters.load(model, args, quantization, processing_class)
+            args.model_init_kwargs = None
+        # So TRL loads no reference model where none is run: one that comes before training.
+        args.precompute_ref_log_probs = precompute or not self._runs_reference
+        paper = model_card.PAPERS.get(args.method)
+        if paper is not None:
+            self._name, self._paper = paper.name, paper.entry()
+        self._tag_names = [*DPOTrainer._tag_names, "raco-optim", args.method]
+        try:
+            super().__init__(
+                model,
+                ref_model,
+                args,
+                data_collator,
+                train_dataset,
+                eval_dataset,
+                processing_class,
+                **others,
+            )
+        finally:
+            args.model_init_kwargs, args.precompute_ref_log_probs = options, precompute
+        self.precompute_ref_logps = precompute
+        launch.check_whole(self)
+        self._check_metric()
         if self.optimizer is not None:  # that of the user
             self.create_optimizer()
-        # TRL has dropped prompts longer than `max_length`.
-        preference_data.check_dataset(self.train_dataset, self._columns, "train_dataset")
         # Wrapped, not replaced: padding, truncation and a user's own collator stay as they are.
         self.data_collator = preference_data.PreferenceCollator(
             self.data_collator, self._names, args.margin_objectives
         )
+        callbacks.add_to(self, step_log=args.method in GRADIENT_METHODS)
+        if args.process_index == 0:
+            for argument, counts in self.pair_counts.items():
+                sys.stderr.write(preference_data.count_table(counts, argument) + "\n")
+
+    def _check_metric(self) -> None:
+        metric = self.args.metric_for_best_model
+        if metric is None:
+            return
+        sets = list(self.eval_dataset) if isinstance(self.eval_dataset, Mapping) else []
+        known = evaluation_metrics(self._names, sets, auxiliary=self.aux_loss_enabled)
+        if metric.removeprefix("eval_") not in known:
+            raise ValueError(
+                f"`metric_for_best_model` must be one of {', '.join(known)}, with or without eval_ "
+                f"before it; got {metric!r}."
+            )
+
+    def _prepare_dataset(self, dataset: Any, tokenizer: Any, args: Any, name: str) -> Any:  # noqa: ANN401
+        prepared = super()._prepare_dataset(dataset, tokenizer, args, name)
+        argument = f"{name}_dataset" if name in ("train", "eval") else f"eval_dataset[{name!r}]"
+        if isinstance(dataset, Dataset):
+            counts = preference_data.count_pairs(dataset, prepared, self._names, args)
+            preference_data.check_counts(counts, argument, args)
+            self.pair_counts[argument] = counts
+        return prepared
+
+    def create_model_card(self, *args: Any, **others: Any) -> None:  # noqa: ANN401
+        """As TRL's, with the method, the objectives and their weights."""
+        super().create_model_card(*args, **others)
+        card = Path(self.args.output_dir, "README.md")
+        if self.is_world_process_zero():
+            text = card.read_text(encoding="utf-8")
+            start, heading, rest = text.partition("### Framework versions")
+            about = model_card.section(self.args, self.state.log_history)
+            card.write_text(f"{start}{about}{heading}{rest}", encoding="utf-8")
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        known = set(self._signature_columns)
-        self._signature_columns += [column for column in self._columns if column not in known]
+        ours = [*self._columns, *map(preference_data.weight_column, self._names)]
+        self._signature_columns += [c for c in ours if c not in self._signature_columns]
 
+    @callbacks.quiet()
     def train(self, resume_from_checkpoint: str | bool | None = None, **others: Any) -> Any:  # noqa: ANN401
         """As the Trainer's; raises ValueError rather than write over another run's checkpoints."""
         launch.check_start(self, self._group, resume_from_checkpoint)
@@ -189,7 +272,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         super().create_optimizer(model)
         if self.args.method in GRADIENT_METHODS and _found(self.optimizer) is None:
             model = self.model if model is None else model
-            self.optimizer = objectives.multi_objective(self.args, self.optimizer, model)
+            self.optimizer = methods.multi_objective(self.args, self.optimizer, model)
         return self.optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -212,7 +295,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
                 )
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Tensor]:  # noqa: ANN401
-        """As the Trainer's, but counts the labelled pairs per objective, ``[m]``."""
+        """As the Trainer's, but with the sums of the weights of labelled pairs, ``[m]``."""
         # What is left of a step that was stopped in the middle is dropped.
         self.model.zero_grad()
         optimizer = _found(self.optimizer)
@@ -223,23 +306,24 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         with raise_together(self._group, settings):
             batches, _ = super().get_batch_samples(*args)
             settings["the number of micro-batches"] = len(batches)
-            counts = torch.zeros(len(self._names), dtype=torch.int64, device="cpu")
+            counts = torch.zeros(len(self._names), dtype=torch.float64, device="cpu")
             for batch in batches:
-                counts += count_labels(batch[SIGNS].cpu())
+                counts += Preferences.of(batch).sums()
         if self._group is not None:
             [counts] = self._group.sum([counts], self.args.device)
             # The mean over R processes of sums divided by n / R is the mean over n pairs.
             counts = counts / self._group.world_size
         return batches, counts
 
-    def _precompute_ref_logps(self, dataset: Any, *others: Any) -> Any:  # noqa: ANN401
+    def _precompute_ref_logps(self, dataset: Any, name: str, *others: Any) -> Any:  # noqa: ANN401
+        if not self.args.needs_reference(training=name == "train") or not self._runs_reference:
+            return dataset
         launch.check_stored(dataset, self._group)
-        return super()._precompute_ref_logps(dataset, *others)
+        return super()._precompute_ref_logps(dataset, name, *others)
 
     def compute_ref_log_probs(self, model: Any, inputs: Mapping[str, Any]) -> Any:  # noqa: ANN401
         """As TRL's, which would pass the preferences on to the model."""
-        inputs = {key: value for key, value in inputs.items() if key not in (SIGNS, MARGINS)}
-        return super().compute_ref_log_probs(model, inputs)
+        return super().compute_ref_log_probs(model, for_the_model(inputs))
 
     def compute_loss(
         self,
@@ -250,12 +334,13 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
     ) -> Tensor:
         """The weighted loss: what is minimised in training, the yardstick in evaluation."""
         with raise_together(self._group):
-            policy = completion_log_probs(model, inputs)
-            losses = self._of_objectives(policy, inputs, num_items_in_batch, model.training)
-            weights = objectives.loss_weights(self.args, training=model.training)
-            loss = objectives.weighted(losses, weights)
+            scores, outputs = self._forward(model, inputs)
+            losses = self._of_objectives(scores, outputs, inputs, num_items_in_batch)
+            weights = methods.loss_weights(self.args, training=model.training)
+            loss = methods.weighted(losses, weights)
             if loss is None:  # no pair is labelled: nothing to learn, but a graph to go back
-                return 0 * policy.sum()
+                loss = 0 * scores.sum()
+            loss = loss + self._auxiliary(outputs)
             if model.training and not loss.isfinite():
                 raise FloatingPointError(
                     "the weighted loss is NaN or Inf; torch.autograd.set_detect_anomaly finds the "
@@ -290,24 +375,57 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
         last = self.accelerator.sync_gradients
+        # Where no process has a label in any micro-batch, nothing is to be learned.
+        learns = counts is None or bool(counts.any())
         # Each loss has a gradient of its own to be averaged over the processes.
         with self.accelerator.no_sync(model):
             with raise_together(self._group):
                 with self.compute_loss_context_manager():
-                    scores = completion_log_probs(model, inputs)
-                    losses = self._of_objectives(scores, inputs, counts, training=True)
+                    scores, outputs = self._forward(model, inputs)
+                    losses = self._of_objectives(scores, outputs, inputs, counts)
                 named = dict(zip(self._names, losses, strict=True))
-                scalars = scores if objectives.uses_scores(self.args) else None
+                scalars = scores if self.args.gradients == "per_example" else None
+                auxiliary = self._auxiliary(outputs)
+                if self.aux_loss_enabled and learns:
+                    self._add_unmixed(auxiliary)
                 if not last and any(loss is not None for loss in losses):
                     optimizer.backward(named, accumulate=True, scalars=scalars)
-            # Where no process has a label in any micro-batch, nothing is to be learned.
-            if last and (counts is None or counts.any()):
+            if last and learns:
+                if self.aux_loss_enabled and self._group is not None:
+                    launch.average_gradients(model, self._group)
                 optimizer.backward(named, scalars=scalars)
                 self._objective_log.add_step(optimizer.report)
         assert isinstance(optimizer.weights, Mapping)
-        loss = objectives.weighted(losses, optimizer.weights.values())
-        return torch.zeros((), device=self.args.device) if loss is None else loss.detach()
+        loss = methods.weighted(losses, optimizer.weights.values())
+        zero = torch.zeros((), device=self.args.device)
+        return (zero if loss is None else loss.detach()) + auxiliary.detach()
 
+    def _forward(self, model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Any]:  # noqa: ANN401
+        """Returns the log-probabilities of the completions, and all that the model returned."""
+        found: list[Any] = []
+        options = {"output_router_logits": True} if self.aux_loss_enabled else {}
+
+        def run(**arguments: Any) -> Any:  # noqa: ANN401
+            found.append(model(**arguments, **options))
+            return found[0]
+
+        return completion_log_probs(run, for_the_model(inputs)), found[0]
+
+    def _auxiliary(self, outputs: Any) -> Tensor:  # noqa: ANN401
+        """A mixture of experts' loss of its own, as TRL weighs it; 0 without one."""
+        if not self.aux_loss_enabled:
+            return torch.zeros((), device=self.args.device)
+        batches = self.current_gradient_accumulation_steps if self.model.training else 1
+        loss: Tensor = self.router_aux_loss_coef * outputs.aux_loss / batches
+        return loss
+
+    def _add_unmixed(self, auxiliary: Tensor) -> None:
+        """Adds the gradient of a loss that belongs to no objective to ``.grad``."""
+        if not auxiliary.isfinite():
+            raise FloatingPointError(f"the auxiliary loss is NaN or Inf; got {auxiliary.item()}")
+        auxiliary.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+
+    @callbacks.quiet()
     def evaluation_loop(self, *args: Any, **others: Any) -> Any:  # noqa: ANN401
         """As the Trainer's."""
         self._objective_log.begin(training=False)
@@ -317,38 +435,57 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what was gathered since the last call."""
-        self._objective_log.write(logs, training=self.model.training)
+        coefficient = self.router_aux_loss_coef if self.aux_loss_enabled else 0.0
+        self._objective_log.write(
+            logs,
+            self.state.log_history,
+            training=self.model.training,
+            auxiliary=coefficient,
+        )
         super().log(logs, start_time)
 
     def _of_objectives(
-        self, policy: Tensor, inputs: Mapping[str, Tensor], counts: Tensor | None, training: bool
+        self,
+        scores: Tensor,
+        outputs: Any,  # noqa: ANN401
+        inputs: Mapping[str, Tensor],
+        counts: Tensor | None,
     ) -> list[Tensor | None]:
         """One loss per objective, None where it labels no pair."""
-        signs = inputs[SIGNS].cpu()  # once: the losses ask which pairs are labelled
-        batches = self.accelerator.gradient_state
+        args, training = self.args, self.model.training
+        preferences = Preferences.of(inputs)  # once: the losses ask which pairs are labelled
+        signs, weights, _ = preferences
+        pairs, batches = len(signs), self.accelerator.gradient_state
         if not training and batches.end_of_dataloader and batches.remainder > 0:
-            signs = preference_data.without_repeats(
-                signs, self.args.process_index, batches.remainder
-            )
+            # Accelerate fills the last batch up from the beginning, so that all processes get as
+            # many pairs.
+            pairs = min(pairs, max(0, batches.remainder - args.process_index * pairs))
+            signs[pairs:] = 0
         reference: tuple[Tensor | None, Tensor | None] = (None, None)
-        if objectives.needs_reference(self.args, training=training):
+        if args.needs_reference(training=training):
             if self.precompute_ref_logps:
                 reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
             else:
-                model = self.model if self.ref_model is None else self.ref_model
+                model = self.ref_model
+                if model is None and (model := self.model) and not self._runs_reference:
+                    raise ValueError(
+                        f"an evaluation by the loss {', '.join(args.loss_type)} needs a reference "
+                        f"model, which the method {args.method} does not. Pass `eval_dataset` "
+                        f"when the trainer is made, or a `ref_model`."
+                    )
                 reference = self.compute_ref_log_probs(model, inputs)
-        chosen, rejected = policy.chunk(2)
+        chosen, rejected = scores.chunk(2)
         tokens = inputs["completion_mask"].sum(1).chunk(2)
         log_probs = PairLogProbs(chosen, rejected, *reference, *tokens)
-        losses = objectives.losses(
-            self.args, log_probs, signs, inputs.get(MARGINS), counts, training=training
-        )
-        self._objective_log.add(
+        losses = methods.losses(args, log_probs, preferences, counts, training=training)
+        sums = objective_sums(
             losses,
-            objectives.margins_of_labelled(self.args, log_probs, signs, training=training),
-            count_labels(signs) if counts is None else counts,
-            training=training,
+            methods.margins_of_labelled(args, log_probs, signs, training=training),
+            [weight[sign != 0] for sign, weight in zip(signs.T, weights.T, strict=True)],
+            preferences.sums() if counts is None else counts,
         )
+        common = common_sums(outputs, inputs, log_probs, beta=args.beta, pairs=pairs)
+        self._objective_log.add(sums, common, training=training)
         return losses
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from trl import DPOConfig
 
 from raco_optim._checks import checked_choice, checked_radius, checked_weights
 from raco_optim.alignment._checks import checked_number
+from raco_optim.alignment.losses import REFERENCE_FREE, SMOOTHED, LossForm, PreferenceLoss
 from raco_optim.integrations.launch import check_processes, sharded
+from raco_optim.integrations.metrics import lower_is_better
 from raco_optim.subproblem.solve import SOLVERS, Solver
 
 # Those that combine the gradients of the objectives, and those with one loss.
@@ -20,17 +23,22 @@ METHODS = (*GRADIENT_METHODS, "linear", "amopo", "modpo")
 Method = Literal["raco", "cagrad", "mgda", "linear", "amopo", "modpo"]
 
 # TRL's name of a loss -> the loss of `raco_optim.alignment` and whether it is normalised by length.
-LOSS_TYPES = {
+LOSS_TYPES: dict[str, tuple[PreferenceLoss, bool]] = {
     "sigmoid": ("dpo", False),
     "sigmoid_norm": ("dpo", True),
     "ipo": ("ipo", True),
     "simpo": ("simpo", True),
     "kto_pair": ("kto", False),
+    "hinge": ("hinge", False),
+    "robust": ("robust", False),
+    "apo_zero": ("apo_zero", False),
+    "apo_down": ("apo_down", False),
+    "bco_pair": ("bco", False),
+    "sft": ("sft", True),
 }
 
 # Settings of TRL that change the loss in a way that the losses per objective don't have.
 _NOT_HONOURED = {
-    "loss_weights": None,
     "ld_alpha": None,
     "f_divergence_type": "reverse_kl",
     "use_weighting": False,
@@ -39,6 +47,8 @@ _NOT_HONOURED = {
     "fp16": False,
     "torch_empty_cache_steps": None,
     "label_smoothing_factor": 0.0,  # the Trainer's, for other losses
+    "discopop_tau": 0.05,
+    "f_alpha_divergence_coef": 0.5,
 }
 
 
@@ -47,10 +57,11 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
     r"""TRL's `DPOConfig` with one weight per objective.
 
     All fields of `DPOConfig` keep their names, meanings and defaults, but for those that change
-    the loss in a way that losses per objective don't have (``loss_weights``, ``ld_alpha``,
-    ``f_divergence_type``, ``use_weighting``), and for ``activation_offloading``,
-    ``use_liger_kernel``, ``fp16``, ``deepspeed``, ``torch_empty_cache_steps`` and
-    ``label_smoothing_factor``: a value other than the default is an error.
+    the loss in a way that losses per objective don't have (``ld_alpha``, ``f_divergence_type``,
+    ``use_weighting``), and for ``activation_offloading``, ``use_liger_kernel``, ``fp16``,
+    ``deepspeed``, ``torch_empty_cache_steps`` and ``label_smoothing_factor``: a value other than
+    the default is an error. A field that another one leaves without effect, such as `c` with the
+    method ``"linear"``, is warned about.
 
     Args:
         weights: w, objective -> weight, numbers >= 0 that sum to 1, or a string such as
@@ -64,21 +75,29 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
             ``"modpo"``: that of MODPO (`raco_optim.alignment.modpo_loss`), with the reward margins
             of the columns ``margin_<objective>``.
         c: Radius of the correction relative to the weighted gradient; in [0, 1) for ``"raco"``,
-            >= 0 for ``"cagrad"``, not used otherwise. The default is the paper's; preferences that
+            >= 0 for ``"cagrad"``, for no other method. The default is the paper's; preferences that
             keep conflicting were served better by 0.1 to 0.2 (docs/beyond.md).
         solver: ``"exact"``, ``"pgd"`` or ``"slsqp"``; see `raco_optim.solve_subproblem`.
         nonfinite: What to do when a loss or a gradient of an objective is NaN or Inf. ``"raise"``:
             `FloatingPointError` that names it. ``"skip"``, for the first three methods: leave the
             update out, and log how many were.
+        gradients: How the first three methods compute the gradients of the objectives.
+            ``"per_example"``: by one backward pass for all of them, where the layers allow it (see
+            docs/cost.md); ``"dense"``: always by one for each. Both are exact.
         modpo_objective: The objective whose preferences MODPO learns from; the others enter with
             their margins. Default: the first of `weights`.
         simpo_gamma: Target margin of the loss type ``"simpo"``, >= 0.
-        loss_type: TRL's field, here with one entry: ``"sigmoid"`` (DPO), ``"sigmoid_norm"`` (DPO
-            with log-probabilities per token), ``"ipo"``, ``"simpo"`` (no reference model) or
-            ``"kto_pair"``. It is the loss of every objective, and the yardstick in evaluations,
-            whatever the method.
-        label_smoothing: TRL's field; here it smooths ``"sigmoid"`` and ``"sigmoid_norm"`` too
-            (conservative DPO; TRL passes over it there), and ``"simpo"``.
+        loss_type: TRL's field: the loss of every objective, and the yardstick in evaluations,
+            whatever the method. ``"sigmoid"`` (DPO), ``"sigmoid_norm"`` (DPO with log-probabilities
+            per token), ``"hinge"``, ``"robust"``, ``"ipo"``, ``"apo_zero"``, ``"apo_down"``,
+            ``"bco_pair"``, ``"kto_pair"``, or without a reference model ``"simpo"`` and ``"sft"``.
+            Several are added, such as ``["sigmoid", "sft"]`` (RPO). Margins and accuracies are
+            those of the first one.
+        loss_weights: TRL's field: one factor per entry of `loss_type`. Default: 1.
+        label_smoothing: TRL's field; besides ``"robust"`` it smooths ``"sigmoid"`` and
+            ``"sigmoid_norm"`` (conservative DPO; TRL passes over it there), and ``"simpo"``.
+        greater_is_better: The Trainer's field. The default is right for every metric of the
+            trainer: losses should be low, margins and accuracies high.
 
     Raises:
         ValueError: A field is out of its range, or can't be honoured; the message names it.
@@ -108,6 +127,10 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
         default="raise",
         metadata={"help": "Raise an error where a loss is NaN or Inf, or skip the update."},
     )
+    gradients: Literal["per_example", "dense"] = field(
+        default="per_example",
+        metadata={"help": "One backward pass for all objectives, or one for each."},
+    )
     modpo_objective: str | None = field(
         default=None,
         metadata={"help": "The objective whose preferences MODPO uses (default: the first)."},
@@ -122,6 +145,7 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
         checked_choice("method", self.method, METHODS)
         checked_choice("solver", self.solver, SOLVERS)
         checked_choice("nonfinite", self.nonfinite, ("raise", "skip"))
+        checked_choice("gradients", self.gradients, ("per_example", "dense"))
         if self.nonfinite != "raise" and self.method not in GRADIENT_METHODS:
             raise ValueError(
                 f"`nonfinite` must be 'raise' with the method {self.method!r}, which looks at one "
@@ -138,9 +162,17 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
                     f"`weights` must be positive for `modpo_objective`, {self.modpo_objective!r}; "
                     f"got 0. Choose an objective with a weight."
                 )
+        wished = self.greater_is_better
+        # TRL sets what transformers has given another name, which it would warn about.
+        for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            new = old.replace("gradient", "activation")
+            if getattr(self, new, True) is None:
+                setattr(self, new, getattr(self, old))
         super().__post_init__()
         self._check_loss()
+        self._check_effect()
         self._check_honoured()
+        self._direct_metric(wished)
 
     @property
     def objective_weights(self) -> dict[str, float]:
@@ -155,24 +187,111 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
             return []
         return [name for name in self.objective_weights if name != self.modpo_objective]
 
+    @property
+    def loss_forms(self) -> list[tuple[float, LossForm]]:
+        """The terms of `loss_type`: their factors, and arguments of `preference_losses`."""
+        forms = []
+        factors = self.loss_weights or [1.0] * len(self.loss_type)
+        for factor, name in zip(factors, self.loss_type, strict=True):
+            loss, per_token = LOSS_TYPES[name]
+            form = LossForm(loss=loss, beta=self.beta, length_normalized=per_token)
+            if loss in SMOOTHED:
+                form["label_smoothing"] = self.label_smoothing
+            if loss == "simpo":
+                form["gamma"] = self.simpo_gamma
+            forms.append((factor, form))
+        return forms
+
+    def needs_reference(self, *, training: bool) -> bool:
+        """Whether the losses need log-probabilities under the reference model."""
+        if training and self.method in ("amopo", "modpo"):
+            return self.method == "modpo"
+        return any(form["loss"] not in REFERENCE_FREE for _, form in self.loss_forms)
+
     def _check_loss(self) -> None:
         checked_number("beta", self.beta, positive=True)
         checked_number("label_smoothing", self.label_smoothing, below=0.5)
         checked_number("simpo_gamma", self.simpo_gamma)
-        if len(self.loss_type) != 1:
+        if not self.loss_type:
+            raise ValueError("`loss_type` must name at least one loss; got none.")
+        for name in self.loss_type:
+            checked_choice("loss_type", name, tuple(LOSS_TYPES))
+        for factor in self.loss_weights or []:
+            checked_number("loss_weights", factor)
+        if not any(self.loss_weights or [1.0]):
+            raise ValueError(f"`loss_weights` must not all be 0; got {self.loss_weights}.")
+        smoothed = self.method not in ("amopo", "modpo") and any(
+            form["loss"] in SMOOTHED for _, form in self.loss_forms
+        )
+        if self.label_smoothing and not smoothed:
+            one = self.method if self.method in ("amopo", "modpo") else self.loss_type
             raise ValueError(
-                f"`loss_type` must be one loss, which every objective gets; got {self.loss_type}."
+                f"`label_smoothing` must be 0 with {one!r}; got {self.label_smoothing}."
             )
-        checked_choice("loss_type", self.loss_type[0], tuple(LOSS_TYPES))
-        for unsmoothed in (self.loss_type[0], self.method):
-            if self.label_smoothing and unsmoothed in ("ipo", "kto_pair", "amopo", "modpo"):
-                raise ValueError(
-                    f"`label_smoothing` must be 0 with {unsmoothed!r}; got {self.label_smoothing}."
+        if "robust" in self.loss_type and not self.label_smoothing:
+            warnings.warn(
+                "the loss 'robust' with label_smoothing=0 is that of 'sigmoid'. Set "
+                "`label_smoothing` to the share of labels that may be wrong, such as 0.1.",
+                stacklevel=4,
+            )
+        if self.simpo_gamma and "simpo" not in self.loss_type:
+            raise ValueError(
+                f"`simpo_gamma` must be 0 with {self.loss_type!r}; got {self.simpo_gamma}."
+            )
+
+    def _check_effect(self) -> None:
+        """Warns of what another setting leaves without effect."""
+        trains, ever = (self.needs_reference(training=x) for x in (True, False))
+        if self.sync_ref_model and not trains:
+            raise ValueError(
+                f"`sync_ref_model` must be False with the method {self.method!r} and the loss "
+                f"{', '.join(self.loss_type)}, which need no reference model; got True."
+            )
+        rules = {
+            "c solver": ("the methods raco and cagrad", self.method in ("raco", "cagrad")),
+            "gradients": (f"a method of {GRADIENT_METHODS}", self.method in GRADIENT_METHODS),
+            "modpo_objective": ("the method modpo", self.method == "modpo"),
+            "precompute_ref_log_probs": ("losses with a reference model", trains or ever),
+            "precompute_ref_batch_size": (
+                "precompute_ref_log_probs=True",
+                self.precompute_ref_log_probs,
+            ),
+            "ref_model_mixup_alpha ref_model_sync_steps": (
+                "sync_ref_model=True",
+                self.sync_ref_model,
+            ),
+            "eval_steps": ("eval_strategy='steps'", self.eval_strategy == "steps"),
+            "save_steps": ("save_strategy='steps'", self.save_strategy == "steps"),
+            "num_train_epochs": ("max_steps=-1", self.max_steps <= 0),
+        }
+        defaults = {f.name: f.default for f in fields(self)}
+        for names, (needs, given) in rules.items():
+            for name in names.split():
+                value = vars(self)[name]
+                if not given and value != defaults[name]:
+                    warnings.warn(
+                        f"`{name}` has no effect without {needs}; got {value!r}. Leave it out.",
+                        stacklevel=4,
+                    )
+
+    def _direct_metric(self, wished: bool | None) -> None:
+        """Sets whether the best model is that of the highest or of the lowest metric."""
+        metric = self.metric_for_best_model
+        lower = None if metric is None else lower_is_better(metric, self.objective_weights)
+        if lower is not None:
+            self.greater_is_better = not lower
+        if wished is not None and wished != self.greater_is_better:
+            self.greater_is_better = wished
+            if lower is not None:
+                warnings.warn(
+                    f"`greater_is_better`={wished} takes the worst model for the best one, because "
+                    f"{metric!r} should be {'low' if lower else 'high'}. Leave it out.",
+                    stacklevel=4,
                 )
-        if self.simpo_gamma and self.loss_type[0] != "simpo":
-            raise ValueError(
-                f"`simpo_gamma` must be 0 with {self.loss_type[0]!r}; got {self.simpo_gamma}."
-            )
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            mode = "max" if self.greater_is_better else "min"
+            wanted = self.lr_scheduler_kwargs or {}  # type: ignore[has-type]
+            self.lr_scheduler_kwargs = {"mode": mode} | wanted
 
     def _check_honoured(self) -> None:
         for name, default in _NOT_HONOURED.items():

@@ -38,6 +38,8 @@ _OWN = {
 }
 SIZE = (5.2, 3.3)  # inches
 _LONGEST = 24  # name, in characters
+_NAME = "raco_optim name"  # marks names of points
+_NEAR = 0.06  # so close, in widths of the data, names would cover each other
 
 
 @contextlib.contextmanager
@@ -153,6 +155,29 @@ def size_of(ax: Axes) -> tuple[float, float]:
     box = ax.get_window_extent()
     points = 72 / ax.figure.dpi
     return box.width * points, box.height * points
+
+
+def name_point(ax: Axes, point: Sequence[float], text: str) -> None:
+    """Writes a name beside a point, below the names that stand there already."""
+    x, y = map(float, point)
+    width, height = ax.dataLim.width or 1.0, ax.dataLim.height or 1.0
+    there = {
+        (a.get_text(), *a.xy)  # type: ignore[attr-defined]
+        for a in ax.texts
+        if a.get_gid() == _NAME
+        and abs(a.xy[0] - x) < _NEAR * width  # type: ignore[attr-defined]
+        and abs(a.xy[1] - y) < _NEAR * height  # type: ignore[attr-defined]
+    }
+    if all(name != text for name, *_ in there):
+        ax.annotate(
+            text,
+            (x, y),
+            (7, 4 - 9 * len(there)),
+            textcoords="offset points",
+            color=INK,
+            fontsize=7.5,
+            gid=_NAME,
+        )
 
 
 def shortened(name: str) -> str:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from raco_optim.pareto import pareto_front
-from raco_optim.plot.canvas import GREY, INK, axes_or_new, finish, legend, look
+from raco_optim.plot.canvas import GREY, INK, axes_or_new, finish, legend, look, name_point
 from raco_optim.plot.series import Array, Log, Series, gather
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 _LAST = 10  # a tenth of the steps is the end of a run
 _TICK = 0.07  # half the length of a line of equal weighted loss, in widths of the data
-_NEAR = 0.06  # so close, names of points would cover each other
 _FRONT = "raco_optim front"  # marks what an earlier call drew
 
 
@@ -116,7 +115,7 @@ def _draw(
             along *= _TICK / np.hypot(*(along / span))
             ends = np.transpose([point - along, point + along])
             ax.plot(*ends, color=INK, lw=0.8, scalex=False, scaley=False, zorder=3)
-        _name_weights(ax, point, " / ".join(f"{x:.2g}" for x in w), span)
+        name_point(ax, point, " / ".join(f"{x:.2g}" for x in w))
     entries: list[tuple[str, Artist]] = [(label, Line2D([], [], **marker))]
     if not best.all():
         hollow = marker | {"color": GREY, "markerfacecolor": "white"}
@@ -124,25 +123,6 @@ def _draw(
     if two:
         entries.append(("equal weighted loss", Line2D([], [], color=INK, lw=0.8)))
     return entries
-
-
-def _name_weights(ax: Axes, point: Array, text: str, span: Array) -> None:
-    """Writes beside a point what its weights are, below what stands there already."""
-    there = [a for a in ax.texts if a.get_gid() == _FRONT and _near(a.xy, point, span)]  # type: ignore[attr-defined]
-    if all(a.get_text() != text for a in there):
-        ax.annotate(
-            text,
-            (float(point[0]), float(point[1])),
-            (7, 4 - 9 * len(there)),
-            textcoords="offset points",
-            color=INK,
-            fontsize=7.5,
-            gid=_FRONT,
-        )
-
-
-def _near(a: tuple[float, float], b: Array, span: Array) -> bool:
-    return bool((np.abs(np.array(a) - b) < _NEAR * span).all())
 
 
 def _gather(runs: Sequence[Log]) -> list[Series]:

@@ -1,0 +1,291 @@
+"""`raco-optim data`: records of a data set -> pairs with a label for each objective."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import io
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from raco_optim.cli.errors import OneLineErrors, UsageError
+from raco_optim.cli.files import check_writable
+from raco_optim.cli.layouts.conversations import as_text
+from raco_optim.cli.layouts.known import LAYOUTS, Layout, check_fields, layout_of, of_rules
+from raco_optim.cli.layouts.pairs import Label, Pair
+from raco_optim.cli.layouts.rules_file import SUFFIXES, load_rules
+from raco_optim.cli.layouts.values import Fields
+from raco_optim.cli.sources import FORMATS, Source, open_sources
+from raco_optim.cli.tables import Table
+
+
+@dataclass
+class Summary:
+    """What came of a conversion.
+
+    Attributes:
+        records: How many were read.
+        pairs: How many were written.
+        left_out: What was not, by reason.
+        labels: By objective, how many pairs prefer the first answer, the second, and neither.
+
+    Example:
+        >>> from raco_optim.cli.convert import Summary
+        >>> print(Summary(records=2, left_out=Counter({"pairs of equal answers": 2})).text())
+        records: 2, pairs: 0
+        left out: pairs of equal answers: 2
+    """
+
+    records: int = 0
+    pairs: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    labels: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def count(self, labels: dict[str, Label]) -> None:
+        """Adds a pair.
+
+        Args:
+            labels: Its labels.
+        """
+        self.pairs += 1
+        for name, label in labels.items():
+            strength = label.strength
+            side = "first" if strength and strength > 0 else "second" if strength else "tie"
+            self.labels.setdefault(name, Counter())["" if strength is None else side] += 1
+
+    def text(self) -> str:
+        """The summary for a terminal."""
+        lines = [f"records: {self.records}, pairs: {self.pairs}"]
+        if self.labels:
+            rows = []
+            for name, found in self.labels.items():
+                known = [found["first"], found["second"], found["tie"]]
+                rows.append([name, *map(str, (*known, self.pairs - sum(known)))])
+            header = ["objective", "first better", "second better", "tie", "no label"]
+            lines = [Table(lines[0], header, rows).text()]
+        lines += [f"left out: {what}: {number}" for what, number in self.left_out.items()]
+        return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs `raco-optim data`.
+
+    Args:
+        arguments: What follows ``raco-optim data`` on the command line.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UsageError: The records are not of a layout that is known, one of them is not as it should
+            be, no pair comes of them, or the output cannot be written.
+
+    Example:
+        >>> from raco_optim.cli.convert import main
+        >>> main(["missing.jsonl", "--output", "pairs.jsonl"])
+        Traceback (most recent call last):
+        raco_optim.cli.errors.UsageError: `data` must be a file; got missing.jsonl, which is no ...
+    """
+    options = _parser().parse_args(arguments)
+    output = options.output
+    if not output.name.endswith((".jsonl", ".jsonl.gz")):
+        raise UsageError(f"`--output` must be a .jsonl or .jsonl.gz file; got {output}.")
+    if output.exists() and not options.overwrite:
+        raise UsageError(f"`--output` {output} is there already. Add --overwrite to replace it.")
+    layout = None if options.layout is None else _layout(options.layout)
+    if options.strength and layout and not layout[1].scaled:
+        raise UsageError(f"`--strength` needs `largest` for every score in {layout[0]}.")
+    sources = open_sources(options.data, "data")
+    if any(source.share is not None for source in sources):
+        raise UsageError("`data` must be without shares; `raco-optim align --data` mixes files.")
+    check_writable(output, "--output")
+    summary = Summary()
+    with _written(output) as file:
+        for source in sources:
+            for pair in pairs_of(source, layout, options.objective, summary):
+                labels = _labels(pair, options.strength)
+                if not any(label.strength for label in pair.labels.values()):
+                    summary.left_out["pairs that no objective tells apart"] += 1
+                    continue
+                row = {**_texts(pair, source, as_messages=options.format == "messages"), **labels}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                summary.count(pair.labels)
+        if not summary.pairs:
+            raise UsageError(f"`data` must make at least one pair: {'; '.join(_lines(summary))}.")
+    sys.stdout.write(f"{output}\n{summary.text()}\n")
+    return 0
+
+
+def pairs_of(
+    source: Source, layout: tuple[str, Layout] | None, objective: str | None, summary: Summary
+) -> Iterator[Pair]:
+    """Reads the pairs of one source.
+
+    Args:
+        source: Where the records are.
+        layout: The layout and its name, or None to recognise it by the first record.
+        objective: The name of the objective where the layout has one without a name.
+        summary: Counts records and what is left out.
+
+    Raises:
+        UsageError: A record is not as it should be, or the layout is not recognised.
+
+    Example:
+        >>> from raco_optim.cli.convert import Summary, pairs_of
+        >>> from raco_optim.cli.readers import Record
+        >>> from raco_optim.cli.sources import Source
+        >>> fields = {"context": "Hi", "response1": "Hello", "response2": "Hey"}
+        >>> records = [Record("line 1", {**fields, "overall_preference": -1})]
+        >>> source = Source("a.jsonl", "data", lambda: iter(records), lambda: "")
+        >>> [pair.labels["overall"].strength for pair in pairs_of(source, None, None, Summary())]
+        [0.3333333333333333]
+    """
+    place = ""
+
+    def checked() -> Iterator[Fields]:
+        nonlocal place
+        for record in source.records():
+            place = record.place
+            check_fields(name, known, record.fields)
+            summary.records += 1
+            yield record.fields
+        place = ""  # what comes now is of several records
+
+    try:
+        first = next(source.records(), None)
+        if first is None:
+            raise ValueError("it has no record")
+        place = first.place
+        if layout is None:
+            found = layout_of(first.fields)
+            name, known = found, LAYOUTS[found]
+            sys.stderr.write(f"{source.name}: read as {name}\n")
+        else:
+            name, known = layout
+        for pair in known.read(checked(), summary.left_out):
+            if "" in pair.labels:
+                label = pair.labels.pop("")
+                pair.labels[objective or _objective(source.name)] = label
+            elif objective:
+                raise ValueError(f"{name} names its objectives itself: leave out `--objective`")
+            yield pair
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise source.refusal(error, place) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineErrors(
+        prog="raco-optim data",
+        description="Makes pairs with a label for each objective of the records of a data set.",
+    )
+    add = parser.add_argument
+    add("data", nargs="+", help=f"{FORMATS} files (the first three also .gz), folders, hub names")
+    add("--output", type=Path, required=True, help="the .jsonl or .jsonl.gz file to write")
+    add(
+        "--layout",
+        help=f"{', '.join(LAYOUTS)}, or a .yaml or .json file with rules; by default it is "
+        "recognised by the fields of the first record",
+    )
+    add("--objective", help="the objective of data with one label, such as hh-rlhf's")
+    add(
+        "--strength",
+        choices=("soft", "weight"),
+        help="keep how much better an answer is, in the label or as the weight of the pair",
+    )
+    add(
+        "--format",
+        choices=("messages", "text"),
+        default="messages",
+        help="messages for a chat template (default), or text with Human: and Assistant:",
+    )
+    add("--overwrite", action="store_true", help="replace the output if it is there")
+    return parser
+
+
+def _layout(name: str) -> tuple[str, Layout]:
+    if name in LAYOUTS:
+        return name, LAYOUTS[name]
+    if name.endswith(SUFFIXES):
+        return name, of_rules(load_rules(Path(name), "--layout"))
+    raise UsageError(
+        f"`--layout` must be one of {', '.join(LAYOUTS)}, or a {' or '.join(SUFFIXES)} file with "
+        f"rules; got {name}."
+    )
+
+
+def _objective(source: str) -> str:
+    """That of a file of HH-RLHF, whose folders are called helpful-base, harmless-base, ..."""
+    for part in reversed(Path(source.lower()).parts):
+        found = [name for name in ("helpful", "harmless") if name in part]
+        if len(found) == 1:
+            return found[0]
+    raise ValueError(
+        "nothing says what `chosen` is better at: name it by `--objective` (the folders of hh-rlhf "
+        "say it, as harmless-base/train.jsonl.gz)"
+    )
+
+
+def _labels(pair: Pair, strength: str | None) -> dict[str, float | None]:
+    """Columns of labels and, where a pair has one, of weights."""
+    columns: dict[str, float | None] = {}
+    for name, (value, given, weight) in pair.labels.items():
+        keeps = not value or given or strength == "soft"
+        columns[f"pref_{name}"] = value or (None if value is None else 0)
+        if value and not keeps:
+            columns[f"pref_{name}"] = 1 if value > 0 else -1
+            if strength == "weight":
+                weight = abs(value) * (1.0 if weight is None else weight)
+        if weight is not None:
+            columns[f"weight_{name}"] = weight
+    return columns
+
+
+def _texts(pair: Pair, source: Source, *, as_messages: bool) -> dict[str, Any]:
+    if as_messages:
+        return {"prompt": pair.prompt, "chosen": pair.first, "rejected": pair.second}
+    try:
+        prompt, first, second = (as_text(part) for part in pair[:3])
+    except ValueError as error:
+        raise source.refusal(error) from error
+    start = "\n\nAssistant:"
+    return {
+        "prompt": prompt + start,
+        "chosen": first.removeprefix(start),
+        "rejected": second.removeprefix(start),
+    }
+
+
+def _lines(summary: Summary) -> list[str]:
+    return [line.strip() for line in summary.text().splitlines()]
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[IO[str]]:
+    """A file that is there in the end, or not at all."""
+    path = path.resolve()
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with open(temporary, "wb") as raw:
+            packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.suffix == ".gz" else raw
+            file = io.TextIOWrapper(packed, encoding="utf-8", newline="\n")
+            yield file
+            file.flush()
+            if packed is not raw:
+                packed.close()
+            raw.flush()
+            os.fsync(raw.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(f"`--output` {path} cannot be written ({error.strerror}).") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
