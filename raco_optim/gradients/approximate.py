@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from raco_optim.gradients.dense import iterate_gradients
-from raco_optim.gradients.gram import gram_matrix
+from raco_optim.gradients.functions import gram_matrix
 from raco_optim.objectives import Batch, Gradient
 
 # Argument that holds the inputs -> what a loss must depend on, and the remedy.
@@ -57,28 +57,23 @@ class ApproximateGradients:
 
     def combine(self, alpha: Tensor, weights: Tensor) -> Gradient:
         """Computes the gradient of the combined losses, by one backward pass for each part."""
-        parameters, group = self._batch.parameters, self._batch.group
-        if group is None:
-            return self._combined(alpha, weights)
         from raco_optim.distributed import agreement, replicated
 
-        with agreement.raise_together(group):
+        with agreement.raise_together(self._batch.group):
             row = self._combined(alpha, weights)
-        one = torch.ones(1, device="cpu")
-        mean = replicated.gather_rows(("sum",), [(one, row)], parameters, group)
-        return mean.combine(one, one)
+        if self._batch.group is None:
+            return row
+        one, batch = torch.ones(1, device="cpu"), replace(self._batch, names=("sum",))
+        return replicated.gather(batch, [(one, row)]).combine(one, one)
 
     def _combined(self, alpha: Tensor, weights: Tensor) -> Gradient:
         tensors, shared = self._batch.parameters.tensors, self._batch.parameters.shared
         row: Gradient = [None] * len(tensors)
-        parts = []
-        for is_shared, coefficients in ((False, weights), (True, alpha)):
-            chosen = [
-                j for j, p in enumerate(tensors) if shared[j] == is_shared and p.requires_grad
-            ]
-            if chosen:
-                parts.append((chosen, coefficients))
-        for k, (chosen, coefficients) in enumerate(parts, start=1):
+        trained = [j for j, p in enumerate(tensors) if p.requires_grad]
+        heads, trunk = ([j for j in trained if shared[j] == part] for part in (False, True))
+        for chosen, coefficients in ((heads, weights), (trunk, alpha)):
+            if not chosen:
+                continue
             with torch.enable_grad():
                 terms = [
                     a * loss.reshape(())
@@ -87,7 +82,7 @@ class ApproximateGradients:
                 ]
                 total = torch.stack(terms).sum()
             # The last pass, that of the shared part, frees the graph behind the heads too.
-            keep = self._batch.retain_graph or k < len(parts)
+            keep = self._batch.retain_graph or (chosen is heads and bool(trunk))
             name = " + ".join(self._batch.names)
             part = [tensors[j] for j in chosen]
             passes = iterate_gradients([total], part, [name], keep_graph=keep, needed=None)
@@ -103,11 +98,7 @@ class ApproximateGradients:
 
 
 class ApproximateMode:
-    """The Gram matrix of the gradients with respect to a representation or to some parameters.
-
-    Args:
-        name: ``"representation"``, or ``"subset"`` for some of the parameters.
-    """
+    """The Gram matrix with respect to a "representation", or to a "subset" of the parameters."""
 
     def __init__(self, name: str) -> None:
         self.name = self.ran = name
@@ -130,26 +121,23 @@ class ApproximateMode:
 
     def collect(self, batch: Batch) -> ApproximateGradients:
         """Computes the Gram matrix of the surrogates."""
-        argument, group, z = self._argument, batch.group, batch.through
-        inputs = batch.parameters.subset if z is None else [z]
-        if group is None:
-            return ApproximateGradients(batch, gram_matrix(self._rows(batch, inputs)))
         from raco_optim.distributed import agreement, replicated
 
+        group, z = batch.group, batch.through
+        inputs = batch.parameters.subset if z is None else [z]
         with agreement.raise_together(group):
             rows = self._rows(batch, inputs)
-        if argument == "representation":
+        if group is None:
+            gram = gram_matrix(rows)
+        elif z is not None:
             # The representation of the joint batch is made of those of the processes.
             gram = gram_matrix(rows) / group.world_size**2
             gram = group.sum([gram], inputs[0].device)[0].view_as(gram)
-            # Symmetric, although an all-reduce adds each number in another order.
-            return ApproximateGradients(batch, (gram + gram.T) / 2)
-        found = [
-            (None if loss is None else loss.detach(), row)
-            for loss, row in zip(batch.tensors or (), rows, strict=True)
-        ]
-        mean = replicated.gather_rows(batch.names, found, batch.parameters.only_subset(), group)
-        return ApproximateGradients(batch, mean.gram())
+            gram = (gram + gram.T) / 2  # an all-reduce adds each number in another order
+        else:
+            subset = replace(batch, parameters=batch.parameters.only_subset())
+            gram = replicated.gather(subset, [(None, row) for row in rows]).gram()
+        return ApproximateGradients(batch, gram)
 
     def _rows(self, batch: Batch, inputs: Sequence[Tensor]) -> list[Gradient]:
         losses = batch.tensors
@@ -196,24 +184,18 @@ def _check_inputs(losses: Sequence[Tensor | None], inputs: Sequence[Tensor], arg
 
 @dataclass(frozen=True)
 class KeptGram:
-    """A Gram matrix that serves several steps (``gram_every``).
+    """A Gram matrix that serves several steps (``gram_every``), and its age in steps.
 
     It is due again after so many steps, and whenever the losses are others, or others are absent.
     """
 
     gram: Tensor | None = None
-    losses: list[str | None] = field(default_factory=list)
-    """Names of the losses, None for an absent one."""
+    losses: list[str | None] = field(default_factory=list)  # their names, None for an absent one
     age: int = 0
-    """Steps since the Gram matrix was computed."""
 
     def serves(self, losses: Sequence[str | None], every: int) -> bool:
         """Whether the Gram matrix serves one step more."""
         return self.gram is not None and self.losses == losses and self.age + 1 < every
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns what a resumed run needs."""
-        return {"gram": self.gram, "losses": self.losses, "age": self.age}
 
     @classmethod
     def loaded(
@@ -222,7 +204,7 @@ class KeptGram:
         names: Sequence[str] | None,
         places: Sequence[int] | None,
     ) -> KeptGram:
-        """Makes one of a state of these losses, in the order that `places` gives, or raises."""
+        """Makes one of its `vars`, for losses in the order that `places` gives, or raises."""
         with suppress(AttributeError, IndexError, KeyError, TypeError, ValueError):
             gram, losses, age = state["gram"], state["losses"], state["age"]
             known = [str(x) for x in losses] if names is None else names

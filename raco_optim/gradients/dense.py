@@ -6,8 +6,8 @@ r"""Mode "dense", the default: the gradients of all losses are in memory at once
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,38 +22,38 @@ from raco_optim.gradients.explain import (
     check_no_reentrant_checkpoint,
     evaluate,
     explain,
+    refused_loss,
+    refused_parameters,
     sparse_gradient,
 )
-from raco_optim.gradients.gram import gram_matrix
+from raco_optim.gradients.gram import Workspace
 from raco_optim.objectives import Batch, Found, Gradient, Loss, Pending
-
-# Bytes from which on fresh memory costs more, in page faults, than a copy into memory at hand.
-_LARGE = 2**20
 
 
 class Memory:
-    """Holds large gradients in memory that is kept from step to step; copies of it are empty.
+    """Keeps, from step to step, scratch memory and as much as m - 1 gradients took on a CPU.
 
-    On a CPU the allocator returns large blocks to the system, and to fault m gradients in anew
-    costs more than the Gram matrix and the combination together. Accelerators keep them.
+    There, the allocator returns large blocks to the system, and to fault m gradients in anew costs
+    as much as their Gram matrix. So blanks, which are empty tensors, take the place of what was
+    consumed: never the gradients themselves, which user code may hold. Those of a row are freed
+    just before its backward pass, so that the peak stays at m gradients.
     """
 
     def __init__(self) -> None:
-        self._tensors: dict[tuple[int, int], Tensor] = {}
+        self.workspace = Workspace()
+        self.blanks: list[list[Tensor]] = []
 
-    def hold(self, i: int, row: Gradient) -> Gradient:
-        """Moves the large tensors of the i-th gradient into this memory; the row is consumed."""
-        for j, g in enumerate(row):
-            if g is None or g.device.type != "cpu" or g.nbytes < _LARGE:
-                continue
-            held = self._tensors.get((i, j))
-            if held is None or (held.shape, held.dtype) != (g.shape, g.dtype):
-                held = self._tensors[i, j] = torch.empty_like(g)
-            row[j] = held.copy_(g)
-        return row
-
-    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
-        return Memory, ()
+    def passes(self, found: Iterable[Found], m: int) -> Iterator[Found]:
+        """Yields m values and gradients, and frees memory before each is computed."""
+        old, self.blanks = self.blanks[:m], [[] for _ in range(m)]
+        # What is free above the last block in use goes back to the system: that one stays for now.
+        last = max((x for row in old for x in row), key=Tensor.data_ptr, default=None)
+        source = iter(found)
+        for i in range(m):
+            if i < len(old):
+                old[i].clear()
+            yield next(source)
+        del last
 
 
 @dataclass
@@ -65,6 +65,7 @@ class DenseGradients:
     shared: Sequence[bool]
     nonfinite_ranks: str = ""
     exact: bool = True
+    memory: Memory = field(default_factory=Memory)
 
     @property
     def _device(self) -> torch.device | str:
@@ -75,7 +76,7 @@ class DenseGradients:
         rows = self.rows
         if not all(self.shared):
             rows = [[g for g, s in zip(row, self.shared, strict=True) if s] for row in rows]
-        return gram_matrix(rows).to(self._device)
+        return self.memory.workspace.gram(rows).to(self._device)
 
     def head_norms(self) -> Tensor:
         """See `PerLossGradients`."""
@@ -88,7 +89,7 @@ class DenseGradients:
 
     def combine(self, alpha: Tensor, weights: Tensor) -> Gradient:
         """See `PerLossGradients`."""
-        return combine_rows(self.rows, alpha, weights, self.shared)
+        return combine_rows(self.rows, alpha, weights, self.shared, self.memory.blanks)
 
 
 class DenseMode:
@@ -116,16 +117,16 @@ class DenseMode:
             found = add_pending(found, batch.pending)
         if self._gather is not None:
             return self._gather(batch, found)
-        gradients = DenseGradients([], [], batch.parameters.shared)
-        last = len(batch.names) - 1
-        for i, (value, row) in enumerate(found):
+        gradients = DenseGradients([], [], batch.parameters.shared, memory=self._memory)
+        for value, row in self._memory.passes(found, len(batch.names)):
             gradients.values.append(value)
-            gradients.rows.append(row if i == last else self._memory.hold(i, row))
+            gradients.rows.append(row)
         return gradients
 
     def accumulate(self, batch: Batch, *, named: bool) -> Pending:
         """Adds the gradients of a micro-batch to those of earlier ones."""
-        return accumulate(self.rows(batch), batch, named=named)
+        found = self._memory.passes(self.rows(batch), len(batch.names))
+        return accumulate(found, batch, named=named)
 
 
 def iterate_gradients(
@@ -142,7 +143,8 @@ def iterate_gradients(
     The gradients of `edges` of the graph follow those of the parameters. `needed` says what a loss
     must depend on, and the remedy; None allows a loss that reaches nothing.
     """
-    inputs: Any = (*(p for p in parameters if p.requires_grad), *edges)
+    trained = [p.requires_grad for p in parameters]
+    inputs: Any = (*(p for p, t in zip(parameters, trained, strict=True) if t), *edges)
     tensors = [i for i, loss in enumerate(losses) if isinstance(loss, Tensor)]
     calls = [i for i, loss in enumerate(losses) if loss is not None and i not in tensors]
     walked: set[Any] = set()
@@ -155,28 +157,28 @@ def iterate_gradients(
             check_loss(name, value, parameters)
         retain = keep_graph or i in tensors[:-1]
         try:
-            found: Gradient = list(
+            row: Gradient = list(
                 torch.autograd.grad(value, inputs, retain_graph=retain, allow_unused=True)
             )
         except Exception as error:
             explain(name, error, again=i in tensors[1:])
             raise
-        if any(g is None for g in found):
+        there = [g for g in row if g is not None]
+        if len(there) < len(row):
             check_no_reentrant_checkpoint(name, value, walked)
-        if needed is not None and all(g is None for g in found):
+        if needed is not None and not there:
             raise ValueError(f"loss {name!r} must depend on {needed}")
+        if any(g.layout != torch.strided for g in there):
+            raise sparse_gradient(name, row)
         value = value.detach().clone()
-        del loss  # its graph
+        del loss, there  # its graph, and what the caller frees of the row before the next pass
         if calls and i < calls[-1]:
             # The next callable may refill a buffer that a custom function returned as gradient.
-            found = [None if g is None else g.clone() for g in found]
-        if any(g is not None and g.layout != torch.strided for g in found):
-            raise sparse_gradient(name, found)
-        reached = iter(found)
-        row = [next(reached) if p.requires_grad else None for p in parameters]
-        row.extend(reached)
-        # What the caller frees of the row is to be free during the next backward pass.
-        del found, reached
+            row = [None if g is None else g.clone() for g in row]
+        if not all(trained):
+            found = iter(row)
+            row = [next(found) if t else None for t in (*trained, *(True for _ in edges))]
+            del found
         yield value, row
 
 
@@ -185,57 +187,21 @@ def check_losses(
 ) -> None:
     """Raises where the losses are not what they must be, before the first backward pass."""
     for name, loss in zip(names, losses, strict=True):
-        if isinstance(loss, Tensor):
-            check_loss(name, loss, parameters)
-        elif loss is not None and not callable(loss):
-            raise TypeError(
-                f"loss {name!r} must be a scalar tensor, a callable that returns one, or None; "
-                f"got {type(loss).__name__}."
-            )
+        if isinstance(loss, Tensor) or not (loss is None or callable(loss)):
+            check_loss(name, loss, parameters, called=False)
+
+
+def check_loss(name: str, loss: Any, parameters: Sequence[Tensor], *, called: bool = True) -> None:  # noqa: ANN401  # that is what it checks
+    """Raises unless a loss, or what its callable returned, is what it must be."""
+    fits = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
+    if fits and not loss.is_complex() and (not parameters or loss.device == parameters[0].device):
+        return
+    raise refused_loss(name, loss, parameters, called=called)
 
 
 def check_parameters(parameters: Sequence[Tensor]) -> None:
     """Raises unless parameters are real, on one device, and one at least is trainable."""
-    for p in parameters:
-        if p.is_complex():
-            raise ValueError(
-                f"parameters must be real; got one of dtype {p.dtype} and shape {list(p.shape)}. "
-                f"Hold its real and imaginary parts in two parameters (torch.view_as_real)."
-            )
-    if not any(p.requires_grad for p in parameters):
-        raise ValueError(
-            f"parameters must hold one at least that requires gradients; got {len(parameters)} "
-            f"that do not. Call requires_grad_() on those to train."
-        )
-    devices = sorted({str(p.device) for p in parameters})
-    if len(devices) > 1:
-        raise ValueError(
-            f"parameters must be on one device; got {', '.join(devices)}. Move the model to one of "
-            f"them."
-        )
-
-
-def check_loss(name: str, loss: object, parameters: Sequence[Tensor]) -> None:
-    """Raises unless a loss, or what its callable returned, is what it must be."""
-    if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"loss {name!r} must be a scalar tensor; its callable returned {type(loss).__name__}."
-        )
-    if loss.numel() != 1:
-        raise ValueError(
-            f"loss {name!r} must be a scalar; got shape {list(loss.shape)}. Reduce it, for example "
-            f"with .mean()."
-        )
-    if loss.is_complex():
-        raise ValueError(f"loss {name!r} must be real; got dtype {loss.dtype}. Pass its .real.")
-    if not loss.requires_grad:
-        raise ValueError(
-            f"loss {name!r} must have a graph; it was computed without gradients (under "
-            f"torch.no_grad(), detached, or from frozen parameters only). Pass None for a loss "
-            f"that is absent from this batch."
-        )
-    if parameters and loss.device != parameters[0].device:
-        raise ValueError(
-            f"loss {name!r} must be on the device of the parameters, {parameters[0].device}; got "
-            f"{loss.device}. Move it there with .to()."
-        )
+    some_complex = any(p.is_complex() for p in parameters)
+    trained = any(p.requires_grad for p in parameters)
+    if some_complex or not trained or len({p.device for p in parameters}) > 1:
+        raise refused_parameters(parameters)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,10 +45,7 @@ _REMEDIES = (
 
 
 def explain(name: str, error: Exception, *, again: bool = False) -> None:
-    """Adds a note to what a backward pass raised: the loss and the remedy.
-
-    `again` says that the pass of another loss went through the same graph before.
-    """
+    """Adds a note with the loss and the remedy; `again`: another loss's pass went through."""
     remedies = [remedy for symptom, remedy in _REMEDIES if symptom in str(error)]
     if again and not remedies:
         remedies = [
@@ -69,12 +66,9 @@ def evaluate(name: str, loss: Callable[[], Tensor]) -> Tensor:
 
 
 def check_no_reentrant_checkpoint(name: str, loss: Tensor, walked: set[Any]) -> None:
-    """Raises if the loss passes through a reentrant checkpoint.
-
-    Such a checkpoint is one opaque node of the graph: `autograd.grad` finds no path to the
-    parameters inside and returns None for them. The walk takes about a microsecond a node; nodes
-    in `walked` are left out and new ones are added to it.
-    """
+    """Raises if the loss passes, behind nodes that were not `walked`, a reentrant checkpoint."""
+    # It is one opaque node: `autograd.grad` finds no path to the parameters inside and returns
+    # None for them. The walk takes about a microsecond a node.
     for node in walk_graph(loss.grad_fn, walked):
         if node.name() == "CheckpointFunctionBackward":
             raise RuntimeError(
@@ -90,4 +84,52 @@ def sparse_gradient(name: str, gradients: Gradient) -> ValueError:
     return ValueError(
         f"gradients must be dense; loss {name!r} has a {found.layout} gradient for the parameter "
         f"of shape {list(found.shape)}. Build the embedding with sparse=False."
+    )
+
+
+def refused_loss(
+    name: str, loss: object, parameters: Sequence[Tensor], *, called: bool
+) -> Exception:
+    """Returns the error for a loss that is not what it must be, or for what a callable returned."""
+    if not isinstance(loss, Tensor):
+        kind, scalar = type(loss).__name__, f"loss {name!r} must be a scalar tensor"
+        if called:
+            return TypeError(f"{scalar}; its callable returned {kind}.")
+        return TypeError(f"{scalar}, a callable that returns one, or None; got {kind}.")
+    if loss.numel() != 1:
+        return ValueError(
+            f"loss {name!r} must be a scalar; got shape {list(loss.shape)}. Reduce it, for example "
+            f"with .mean()."
+        )
+    if loss.is_complex():
+        return ValueError(f"loss {name!r} must be real; got dtype {loss.dtype}. Pass its .real.")
+    if not loss.requires_grad:
+        return ValueError(
+            f"loss {name!r} must have a graph; it was computed without gradients (under "
+            f"torch.no_grad(), detached, or from frozen parameters only). Pass None for a loss "
+            f"that is absent from this batch."
+        )
+    return ValueError(
+        f"loss {name!r} must be on the device of the parameters, {parameters[0].device}; got "
+        f"{loss.device}. Move it there with .to()."
+    )
+
+
+def refused_parameters(parameters: Sequence[Tensor]) -> ValueError:
+    """Returns the error for parameters that can't be trained together."""
+    for p in parameters:
+        if p.is_complex():
+            return ValueError(
+                f"parameters must be real; got one of dtype {p.dtype} and shape {list(p.shape)}. "
+                f"Hold its real and imaginary parts in two parameters (torch.view_as_real)."
+            )
+    if not any(p.requires_grad for p in parameters):
+        return ValueError(
+            f"parameters must hold one at least that requires gradients; got {len(parameters)} "
+            f"that do not. Call requires_grad_() on those to train."
+        )
+    devices = sorted({str(p.device) for p in parameters})
+    return ValueError(
+        f"parameters must be on one device; got {', '.join(devices)}. Move the model to one of "
+        f"them."
     )

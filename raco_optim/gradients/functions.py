@@ -1,14 +1,16 @@
-"""Stages 1 and 5 of a step as functions."""
+"""Stages 1, 2 and 5 of a step as functions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from raco_optim.gradients.combine import combine_rows, write_gradients
 from raco_optim.gradients.dense import check_losses, check_parameters, iterate_gradients
+from raco_optim.gradients.gram import Workspace
 from raco_optim.objectives import Gradient, Loss, as_list, check_any_present
 
 
@@ -61,6 +63,55 @@ def per_loss_gradients(
     return [gradient for _, gradient in iterate_gradients(ordered, chosen, names)]
 
 
+def gram_matrix(gradients: Sequence[Sequence[Tensor | None] | Tensor] | Tensor) -> Tensor:
+    r"""Computes the Gram matrix of m gradients.
+
+    .. math:: H_{ij} = \langle g_i, g_j \rangle
+
+    In float64, chunk by chunk: the products of float32, bfloat16 and float16 numbers are exact
+    there, nothing overflows, and the sum does not drift with the number of elements (a float32
+    product over 50 M elements is off by up to 14 %). Nothing is waited for on an accelerator.
+
+    On a CPU, large parameters (65,536 elements and more) with gradients of float32 or shorter are
+    multiplied in float32, in half to two thirds of the time, and summed so over at most 128
+    elements (64 where more than 8 losses reach the parameter; a tree of sums for up to 3). That is
+    off, relative to :math:`|g_i| |g_j|`, by 1e-8 for random elements and by less than 1e-6 if all
+    elements have one magnitude. Where more is needed, all is computed in float64: if an entry is
+    not finite, a gradient is zero or has a root mean square below 1e-15, or the matrix of cosines
+    has an eigenvalue below 1e-3 (nearly dependent gradients, duplicates). On a CPU, gradients that
+    are equal have entries that are equal to the last bit.
+
+    Args:
+        gradients: m rows, each one gradient as tensors per parameter, in the same order in all
+            rows, on one device, of any real dtype and shape; None stands for zeros. A row may
+            also be one tensor, as those of a Jacobian ``[m, n]`` are.
+
+    Returns:
+        H, ``[m, m]``, float64, symmetric, on the gradients' device.
+
+    Raises:
+        TypeError: A row holds something other than tensors and None.
+        ValueError: There is no row, the rows differ in their number or shapes of tensors, or a
+            tensor is complex.
+
+    Example:
+        >>> import torch
+        >>> from raco_optim import gram_matrix
+        >>> rows = [[torch.tensor([1.0, 2.0]), None], [torch.tensor([3.0, 0.0]), torch.ones(4)]]
+        >>> gram_matrix(rows)
+        tensor([[ 5.,  3.],
+                [ 3., 13.]], dtype=torch.float64)
+    """
+    rows: list[list[Tensor | None]] = [
+        [row] if isinstance(row, Tensor) or not isinstance(row, Iterable) else list(row)
+        for row in gradients
+    ]
+    if not rows:
+        raise ValueError("`gradients` must hold at least one gradient; got none.")
+    _check(rows)
+    return Workspace().gram(rows)
+
+
 @torch.no_grad()
 def add_combined_gradient(
     parameters: Sequence[Tensor], gradients: Sequence[list[Tensor | None]], coefficients: Tensor
@@ -90,3 +141,28 @@ def add_combined_gradient(
     """
     shared = [True] * len(parameters)
     write_gradients(parameters, combine_rows(gradients, coefficients, coefficients, shared))
+
+
+def _check(rows: Sequence[Sequence[Any]]) -> None:
+    lengths = [len(row) for row in rows]
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"`gradients` must have one tensor (or None) per parameter in every row; got rows of "
+            f"{lengths} entries."
+        )
+    for j, column in enumerate(zip(*rows, strict=True)):
+        present = [g for g in column if g is not None]
+        for g in present:
+            if not isinstance(g, Tensor):
+                raise TypeError(
+                    f"`gradients` must be rows of tensors (or None), one row per loss; got a row "
+                    f"with {type(g).__name__} in it."
+                )
+        if any(g.is_complex() for g in present):
+            raise ValueError(f"`gradients` must be real; got complex ones for parameter {j}.")
+        if len({g.shape for g in present}) > 1:
+            shapes = sorted({tuple(g.shape) for g in present})
+            raise ValueError(
+                f"`gradients` must agree in shape for every parameter; got {shapes} for parameter "
+                f"{j}."
+            )

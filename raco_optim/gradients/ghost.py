@@ -20,7 +20,8 @@ all other parameters are dense, from the same backward passes. The result is exa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,52 +32,47 @@ from torch.autograd.graph import GradientEdge
 
 from raco_optim.gradients import PerLossGradients
 from raco_optim.gradients.combine import LOW_PRECISION, as_scales, combination, grad_dtype
-from raco_optim.gradients.dense import (
-    DenseGradients,
-    DenseMode,
-    Memory,
-    iterate_gradients,
-)
-from raco_optim.gradients.gram import gram_matrix
+from raco_optim.gradients.dense import DenseGradients, DenseMode, Memory, iterate_gradients
+from raco_optim.gradients.functions import gram_matrix
 from raco_optim.gradients.graph import Lookup, Product, Uses, find_uses
 from raco_optim.objectives import Batch, Gradient
 
 _SLICE = 2**17
 
 
-@dataclass
 class Layer:
-    """A weight's inputs and output gradients, which stand for its m gradients."""
+    """A weight's inputs and output gradients, which stand for its m gradients.
 
-    shape: torch.Size
-    dtype: torch.dtype
-    """That of ``.grad``."""
-    transposed: bool
-    x: Callable[[], Tensor]
-    """Inputs of the products, ``[N, a]``; N is 0 where there are none."""
-    ids: Tensor
-    """Indices of the lookups, ``[T]``; T is 0 where there are none."""
-    product_deltas: list[Tensor]
-    """delta of the products, m times ``[N, b]``."""
-    lookup_deltas: list[Tensor]
-    """delta of the lookups, m times ``[T, a]``."""
+    Its products have inputs x, ``[N, a]``, and deltas, m times ``[N, b]``; its lookups have
+    indices, ``[T]``, and deltas, m times ``[T, a]``. N or T is 0 where there are none.
+    """
+
+    def __init__(self, uses: Uses, deltas: Sequence[Gradient], weight: Tensor) -> None:
+        dtype = next((d.dtype for row in deltas for d in row if d is not None), weight.dtype)
+        self._empty = weight.new_empty(0, dtype=torch.float32 if dtype in LOW_PRECISION else dtype)
+        self._uses, self._grad_dtype = uses, grad_dtype(weight)
+        no_ids = weight.new_empty(0, dtype=torch.int64)
+        self._ids = torch.cat([no_ids, *(use.ids for use in uses.lookups)])
+        (b, a), k = _sizes(uses), len(uses.products)
+        self._product_deltas = [self._deltas(uses.products, b, row[:k]) for row in deltas]
+        self._lookup_deltas = [self._deltas(uses.lookups, a, row[k:]) for row in deltas]
 
     def gram(self) -> Tensor:
         """Computes the Gram matrix of the gradients, ``[m, m]``, float64."""
         # The terms of a gradient may cancel, and those of its square do so twice: hence float64.
-        x, looked_up = self.x().double(), torch.stack(self.lookup_deltas).double()
-        m, n = len(self.product_deltas), len(x)
+        x, looked_up = self._x().double(), torch.stack(self._lookup_deltas).double()
+        m, n = len(self._product_deltas), len(x)
         kernel = (x @ x.T).expand(m, n, n)
-        total = gram_matrix(list(_rows_once(self.ids, looked_up)))
+        total = gram_matrix(list(_rows_once(self._ids, looked_up)))
         # In slices, so that what is computed on the way stays in the cache.
         width = max(1, _SLICE // max(1, m * n))
-        for start in range(0, self.product_deltas[0].shape[1], width):
-            part = torch.stack([d[:, start : start + width] for d in self.product_deltas]).double()
+        for parts in zip(*(torch.split(d, width, 1) for d in self._product_deltas), strict=True):
+            part = torch.stack(parts).double()
             # Not `kernel @ part`, whose rows may differ for equal losses.
             total += _inner(torch.bmm(kernel, part), part)
-        if len(self.ids):
+        if len(self._ids):
             # Of the products' gradients, the rows that were looked up too.
-            rows = torch.stack([d[:, self.ids].double().T @ x for d in self.product_deltas])
+            rows = torch.stack([d[:, self._ids].double().T @ x for d in self._product_deltas])
             mixed = _inner(rows, looked_up)
             total += mixed + mixed.T
         return (total + total.T) / 2
@@ -85,14 +81,31 @@ class Layer:
     def combine(self, coefficients: Tensor) -> Tensor:
         """Computes the combination of the gradients with coefficients ``[m]``."""
         scales = as_scales(coefficients)
-        x, delta = self.x(), combination(self.product_deltas, scales)
-        left, right = (delta.T, x) if self.transposed else (x.T, delta)
+        x, delta = self._x(), combination(self._product_deltas, scales)
+        left, right = (delta.T, x) if self._uses.transposed else (x.T, delta)
         # `out`, because autocast would shorten the factors of a product that makes its own result.
         combined = torch.mm(left, right, out=x.new_empty(len(left), right.shape[1]))
-        combined = combined.view(self.shape)
-        if len(self.ids):
-            combined.index_add_(0, self.ids, combination(self.lookup_deltas, scales))
-        return combined.to(self.dtype)
+        combined = combined.view(self._uses.shape)
+        if len(self._ids):
+            combined.index_add_(0, self._ids, combination(self._lookup_deltas, scales))
+        return combined.to(self._grad_dtype)
+
+    def _x(self) -> Tensor:
+        return self._joined(_sizes(self._uses)[1], [use.x() for use in self._uses.products])
+
+    def _deltas(self, uses: Sequence[Product | Lookup], width: int, row: Gradient) -> Tensor:
+        return self._joined(
+            width,
+            [
+                self._empty.new_zeros(use.number, width) if delta is None else use.rows(delta)
+                for use, delta in zip(uses, row, strict=True)
+            ],
+        )
+
+    def _joined(self, width: int, parts: Sequence[Tensor]) -> Tensor:
+        """Lays the rows of all uses end to end, in the dtype of the computation."""
+        parts = [part.to(self._empty.dtype) for part in parts]
+        return parts[0] if len(parts) == 1 else torch.cat([self._empty.view(0, width), *parts])
 
 
 @dataclass
@@ -131,17 +144,14 @@ class GhostMode(DenseMode):
 
     def collect(self, batch: Batch) -> PerLossGradients:
         """Gathers the gradients of this call; dense where layers can't be found."""
-        why = (
-            "several processes"
-            if batch.group is not None
-            else "micro-batches"
-            if batch.pending is not None
-            else "callables"
-            if batch.tensors is None
-            else ""
-        )
-        self.ran = f"dense: {why}" if why else self.name
-        return super().collect(batch) if why else collect(batch, self._memory)
+        reasons = {
+            "several processes": batch.group is not None,
+            "micro-batches": batch.pending is not None,
+            "callables": batch.tensors is None,
+        }
+        why = next((reason for reason, holds in reasons.items() if holds), None)
+        self.ran = self.name if why is None else f"dense: {why}"
+        return collect(batch, self._memory) if why is None else super().collect(batch)
 
 
 def collect(batch: Batch, memory: Memory) -> GhostGradients:
@@ -161,79 +171,41 @@ def collect(batch: Batch, memory: Memory) -> GhostGradients:
     values: list[Tensor | None] = []
     rows: list[Gradient] = []
     deltas: list[Gradient] = []
-    with _Inputs([edge.node for edge in edges]) as inputs:
+    with _given_to([edge.node for edge in edges]) as given:
         passes = iterate_gradients(losses, plain, batch.names, edges, keep_graph=batch.retain_graph)
-        for i, (value, row) in enumerate(passes):
+        for value, row in memory.passes(passes, len(losses)):
             values.append(value)
-            if i < len(losses) - 1:
-                row[: len(plain)] = memory.hold(i, row[: len(plain)])
             gradients = iter(row)
             rows.append([None if j in found else next(gradients) for j in range(len(parameters))])
-            deltas.append(inputs.in_place_of([*gradients]))
+            deltas.append([given.get(k, g) for k, g in enumerate(gradients)])
+            given.clear()
     layers, start = {}, 0
     for j, used in found.items():
         stop = start + len(used.nodes)
         parts = [row[start:stop] for row in deltas]
         if any(delta is not None for part in parts for delta in part):
-            layers[j] = _layer(used, parts, parameters[j])
+            layers[j] = Layer(used, parts, parameters[j])
         start = stop
-    return GhostGradients(values, rows, shared, layers=layers)
+    return GhostGradients(values, rows, shared, memory=memory, layers=layers)
 
 
-class _Inputs:
-    """What nodes of the graph are given in a backward pass, after hooks on tensors changed it.
+@contextmanager
+def _given_to(nodes: Sequence[Any]) -> Iterator[dict[int, Tensor | None]]:
+    """Collects what nodes are given in a backward pass, after hooks on tensors changed it.
 
     The gradient of an edge is what it was before them, where its node is run too.
     """
+    given: dict[int, Tensor | None] = {}
 
-    def __init__(self, nodes: Sequence[Any]) -> None:
-        self._nodes = nodes
-        self._given: dict[int, Tensor | None] = {}
-        self._handles: list[Any] = []
+    def keep(k: int, gradients: tuple[Tensor | None, ...]) -> None:
+        given[k] = gradients[0]
 
-    def __enter__(self) -> _Inputs:
-        for k, node in enumerate(self._nodes):
-            self._handles.append(node.register_prehook(partial(self._take, k)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
+    handles = [node.register_prehook(partial(keep, k)) for k, node in enumerate(nodes)]
+    try:
+        yield given
+    finally:
+        for handle in handles:
             handle.remove()
-
-    def _take(self, k: int, gradients: tuple[Tensor | None, ...]) -> None:
-        self._given[k] = gradients[0]
-
-    def in_place_of(self, gradients: Gradient) -> Gradient:
-        """Returns the edges' gradients, those of nodes that were run replaced; forgets these."""
-        given, self._given = self._given, {}
-        return [given.get(k, g) for k, g in enumerate(gradients)]
-
-
-def _layer(uses: Uses, deltas: Sequence[Gradient], weight: Tensor) -> Layer:
-    dtype = next((d.dtype for row in deltas for d in row if d is not None), weight.dtype)
-    dtype = torch.float32 if dtype in LOW_PRECISION else dtype
-    like, (b, a), k = weight.new_empty(0, dtype=dtype), _sizes(uses), len(uses.products)
-    products, lookups = uses.products, uses.lookups
-
-    def x() -> Tensor:
-        return torch.cat([like.new_empty(0, a), *(product.x().to(dtype) for product in products)])
-
-    def end_to_end(size: int, uses: Sequence[Product | Lookup], row: Gradient) -> Tensor:
-        parts = [
-            like.new_zeros(use.number, size) if delta is None else use.rows(delta).to(dtype)
-            for use, delta in zip(uses, row, strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat([like.new_empty(0, size), *parts])
-
-    return Layer(
-        shape=uses.shape,
-        dtype=grad_dtype(weight),
-        transposed=uses.transposed,
-        x=x,
-        ids=torch.cat([weight.new_empty(0, dtype=torch.int64), *(use.ids for use in lookups)]),
-        product_deltas=[end_to_end(b, products, row[:k]) for row in deltas],
-        lookup_deltas=[end_to_end(a, lookups, row[k:]) for row in deltas],
-    )
 
 
 def _is_cheaper(uses: Uses) -> bool:

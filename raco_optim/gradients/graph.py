@@ -29,6 +29,7 @@ _Consumers = dict[Any, list[tuple[Any, int]]]
 class Product:
     """A use of a weight as :math:`y = x W^T`, with x ``[N, a]`` or what it is unfolded from."""
 
+    node: Any
     saved: Tensor
     number: int
     unfold: dict[str, Any] | None = None
@@ -47,54 +48,44 @@ class Product:
 
 @dataclass(frozen=True)
 class Lookup:
-    """A use of a weight as a table of embeddings."""
+    """A use of a weight as a table of embeddings; `padding` is the index without a gradient."""
 
+    node: Any
     ids: Tensor
-    padding: int
-    """The index whose row has no gradient; -1 for none."""
-
-    @property
-    def number(self) -> int:
-        """N, the number of rows looked up."""
-        return self.ids.numel()
+    number: int
+    padding: int | None
 
     def rows(self, delta: Tensor) -> Tensor:
         """Returns the gradient of the output as ``[N, b]``."""
         rows = delta.reshape(self.number, -1)
-        if self.padding < 0:
+        if self.padding is None:
             return rows
         return rows.masked_fill((self.ids == self.padding)[:, None], 0)
 
 
 @dataclass
 class Uses:
-    """All uses of one weight, and the nodes of the graph that they are."""
+    """All uses of one weight, and the number of losses that reach it."""
 
     shape: torch.Size
     losses: int
-    """The number of losses that reach the weight."""
     transposed: bool = False
     """Whether the weight is kept as ``[b, a]``, as `torch.nn.Linear` does, or as ``[a, b]``."""
     products: list[Product] = field(default_factory=list)
-    product_nodes: list[Any] = field(default_factory=list)
     lookups: list[Lookup] = field(default_factory=list)
-    lookup_nodes: list[Any] = field(default_factory=list)
 
     @property
     def nodes(self) -> list[Any]:
         """The nodes of the products, and those of the lookups behind them."""
-        return [*self.product_nodes, *self.lookup_nodes]
+        return [*(use.node for use in self.products), *(use.node for use in self.lookups)]
 
 
 def find_uses(losses: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> dict[int, Uses]:
-    """Finds the parameters every use of which is a product or a lookup.
+    """Finds the parameters every use of which is a product or a lookup, by their positions.
 
     Linear layers, convolutions in one and two dimensions without groups, and embeddings are these,
     also under autocast. What is behind an opaque node (a compiled region, a custom function) is
     not, nor is a parameter with a hook, which only an ordinary gradient runs.
-
-    Returns:
-        Their positions among `parameters`, and their uses. They hold the graph.
     """
     consumers, reached = _walk(
         [None if loss is None else get_gradient_edge(loss).node for loss in losses]
@@ -113,14 +104,15 @@ def find_uses(losses: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> 
 
 def walk_graph(root: Any, walked: set[Any]) -> Iterator[Any]:  # noqa: ANN401  # a node of autograd
     """Yields the nodes behind a node, but for those in `walked`, to which it adds them."""
-    stack = [root]
+    stack = [] if root is None or root in walked else [root]
+    walked.update(stack)
     while stack:
         node = stack.pop()
-        if node is None or node in walked:
-            continue
-        walked.add(node)
         yield node
-        stack.extend(child for child, _ in node.next_functions)
+        for child, _ in node.next_functions:
+            if child is not None and child not in walked:
+                walked.add(child)
+                stack.append(child)
 
 
 def _walk(roots: Sequence[Any]) -> tuple[_Consumers, dict[Any, int]]:
@@ -176,41 +168,41 @@ def _has_hooks(node: Any) -> bool:  # noqa: ANN401
 
 
 def _add_use(uses: Uses, node: Any, name: str, transposed: bool) -> bool:  # noqa: ANN401
-    product = lookup = None
-    if name == "EmbeddingBackward0":
-        if not (transposed or node._saved_sparse or node._saved_scale_grad_by_freq):
-            padding = node._saved_padding_idx
-            known = padding < uses.shape[0]  # none is 2^64 - 1
-            lookup = Lookup(node._saved_indices.flatten(), padding if known else -1)
-    elif name == "ConvolutionBackward0":
-        if not (transposed or node._saved_transposed or node._saved_groups != 1):
-            product = _convolution(node, uses.shape)
-    elif name == "AddmmBackward0":
-        if node._saved_alpha == 1:
-            product = _matrix(node._saved_mat1)
-    else:
-        product = _matrix(node._saved_self)
     # A kernel, flat, and a table are kept as [b, a].
-    transposed = transposed or name in ("EmbeddingBackward0", "ConvolutionBackward0")
-    if (uses.products or uses.lookups) and uses.transposed != transposed:
+    is_kept = name in ("EmbeddingBackward0", "ConvolutionBackward0")
+    use = None if is_kept and transposed else _use(node, name, uses.shape)
+    transposed |= is_kept
+    if use is None or (uses.nodes and uses.transposed != transposed):
         return False
     uses.transposed = transposed
-    if product is not None:
-        uses.products.append(product)
-        uses.product_nodes.append(node)
-    elif lookup is not None:
-        uses.lookups.append(lookup)
-        uses.lookup_nodes.append(node)
-    return lookup is not None or (product is not None and not product.saved.is_complex())
+    if isinstance(use, Lookup):
+        uses.lookups.append(use)
+    else:
+        uses.products.append(use)
+    return True
 
 
-def _matrix(x: Tensor) -> Product | None:
-    return Product(x.detach(), len(x)) if x.layout == torch.strided else None
+def _use(node: Any, name: str, shape: torch.Size) -> Product | Lookup | None:  # noqa: ANN401
+    if name == "EmbeddingBackward0":
+        if node._saved_sparse or node._saved_scale_grad_by_freq:
+            return None
+        padding = node._saved_padding_idx  # 2^64 - 1 for none
+        ids = node._saved_indices.flatten()
+        return Lookup(node, ids, len(ids), padding if padding < shape[0] else None)
+    if name == "ConvolutionBackward0":
+        return _convolution(node, shape)
+    if name == "AddmmBackward0" and node._saved_alpha != 1:
+        return None
+    x = (node._saved_mat1 if name == "AddmmBackward0" else node._saved_self).detach()
+    plain = x.layout == torch.strided and not x.is_complex()
+    return Product(node, x, len(x)) if plain else None
 
 
 def _convolution(node: Any, shape: torch.Size) -> Product | None:  # noqa: ANN401
+    if node._saved_transposed or node._saved_groups != 1:
+        return None
     image = node._saved_input.detach()
-    if image.dim() not in (3, 4) or image.dim() != len(shape):
+    if image.dim() not in (3, 4) or image.dim() != len(shape) or image.is_complex():
         return None
     missing = 4 - image.dim()  # one dimension is two, the first of length 1
     stride = [1] * missing + [*node._saved_stride]
@@ -223,4 +215,4 @@ def _convolution(node: Any, shape: torch.Size) -> Product | None:  # noqa: ANN40
         for n, p, d, k, s in zip(size, padding, dilation, kernel, stride, strict=True)
     )
     unfold = {"kernel_size": kernel, "dilation": dilation, "padding": padding, "stride": stride}
-    return Product(image, len(image) * positions, unfold)
+    return Product(node, image, len(image) * positions, unfold)

@@ -6,6 +6,7 @@ import reprlib
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -24,7 +25,7 @@ from raco_optim.report import StepReport
 from raco_optim.rules.cagrad import CAGradRule
 from raco_optim.rules.function import FunctionRule
 from raco_optim.rules.rule import MixingCoefficients, Rule
-from raco_optim.wrapper.optimizer import OptimizerWrapper
+from raco_optim.wrapper.optimizer import STATE_KEY, OptimizerWrapper
 from raco_optim.wrapper.parameters import Parameters, Roles
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 NonFinite = Literal["raise", "skip", "propagate"]
 Mode = Literal["dense", "ghost", "per_example", "representation"]
 MODES = ("dense", "ghost", "per_example", "representation")
+_STATE_VERSION = 1
+_DEFAULTS = {"gradients": "dense", "gram_every": 1, "nonfinite": "raise"}
 _FIXED = ("shared_parameters", "gradients", "gram_every", "model", "process_group")
 
 
@@ -70,7 +73,7 @@ class Core:
     model: nn.Module | None
     mode: Any = None
     mode_of: tuple[int, bool] | None = None
-    unheld: dict[int, Tensor] | None = field(default_factory=dict)
+    unheld: set[Tensor] | None = field(default_factory=set)
     progress: Progress = field(default_factory=Progress)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,95 +95,100 @@ class Core:
 
     def settings(self) -> dict[str, Any]:
         """Returns what must be the same in all processes."""
-        own = self.rule.settings() | {
-            "weights": self.objectives.given,
-            "gradients": self.asked,
-            "gram_every": self.gram_every,
-            "nonfinite": self.nonfinite,
-        }
+        own = self.rule.settings() | {"weights": self.objectives.given} | self._chosen()
         return {f"`{name}`": value for name, value in own.items()}
 
-    def described(self) -> Iterator[tuple[str, str]]:
-        """Yields what `repr` shows of the optimizer itself."""
+    def described(self) -> dict[str, str]:
+        """Returns what `repr` shows of the optimizer itself."""
+        shown = {}
         if isinstance(self.rule, FunctionRule):
-            yield "rule", repr(self.rule.function)
+            shown["rule"] = repr(self.rule.function)
         if self.objectives.weights is not None:
-            yield "weights", str(self.objectives)
-        for name, value in self.rule.settings().items():
-            yield name, repr(value)
-        if self.asked != "dense":
-            yield "gradients", repr(self.asked)
-        if self.gram_every > 1:
-            yield "gram_every", repr(self.gram_every)
-        if self.nonfinite != "raise":
-            yield "nonfinite", repr(self.nonfinite)
+            shown["weights"] = str(self.objectives)
+        others = {name: x for name, x in self._chosen().items() if x != _DEFAULTS[name]}
+        return shown | {name: repr(x) for name, x in (self.rule.settings() | others).items()}
+
+    def _chosen(self) -> dict[str, Any]:
+        own = (self.asked, self.gram_every, self.nonfinite)
+        return dict(zip(_DEFAULTS, own, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of the optimizer itself."""
-        state, rule = self.objectives.state_dict(), self.rule.state_dict()
+        state = {"version": _STATE_VERSION} | self.objectives.state_dict()
+        rule = self.rule.state_dict()
         state |= rule if isinstance(self.rule, CAGradRule) else {"rule": rule}  # c, or any names
-        progress = self.progress
-        return state | {"skipped": progress.skipped, "kept_gram": progress.kept.state_dict()}
+        kept_gram = dict(vars(self.progress.kept))
+        return state | {"skipped": self.progress.skipped, "kept_gram": kept_gram}
 
-    def loader(self, own: Mapping[str, Any]) -> Callable[[], None]:
+    def loader(self, own: Any, cls: str) -> Callable[[], None]:  # noqa: ANN401
         """Checks a state, changing nothing, and returns what loads it."""
-        weights, places = self.objectives.loaded(own)
-        rule_state: Any = own.get("rule")
-        if isinstance(self.rule, CAGradRule):
-            rule_state = {"c": own["c"]}
-        self.rule.check_state(rule_state)
-        names: Any = own["names"] or (weights and [str(i) for i in range(len(weights))])
-        skipped, kept = own["skipped"], KeptGram.loaded(own["kept_gram"], names, places)
-        if not isinstance(skipped, int) or isinstance(skipped, bool) or skipped < 0:
+        has_radius = isinstance(self.rule, CAGradRule)
+        needed = {"version", "weights", "names", "skipped", "kept_gram"}
+        needed.add("c" if has_radius else "rule")
+        if not isinstance(own, Mapping) or needed - own.keys():
+            got = sorted(needed - own.keys()) if isinstance(own, Mapping) else type(own).__name__
+            raise ValueError(
+                f"`state_dict` must be of a {cls}; what is under {STATE_KEY!r} "
+                f"{'lacks' if isinstance(got, list) else 'is a'} {got}. Without that key it is "
+                f"loaded as the state of the inner optimizer."
+            )
+        version, skipped = own["version"], own["skipped"]
+        if type(version) is not int or version > _STATE_VERSION:
+            raise ValueError(
+                f"`state_dict` must be of version {_STATE_VERSION} or older; got version "
+                f"{version!r}. Update raco_optim."
+            )
+        if type(skipped) is not int or skipped < 0:
             raise ValueError(
                 f"`state_dict` must hold, as 'skipped', a number of updates >= 0; got {skipped!r}."
             )
+        weights, places = self.objectives.loaded(own)
+        rule_state = {"c": own["c"]} if has_radius else own["rule"]
+        self.rule.check_state(rule_state)
+        names: Any = own["names"] or (weights and [str(i) for i in range(len(weights))])
+        kept = KeptGram.loaded(own["kept_gram"], names, places)
 
         def load() -> None:
             self.objectives.weights = weights
             self.rule.load_state_dict(rule_state)
-            kept_or_none = kept if self.gram_every > 1 else KeptGram()
-            self.progress = replace(self.progress, skipped=skipped, kept=kept_or_none)
+            used = kept if self.gram_every > 1 else KeptGram()
+            self.progress = replace(self.progress, skipped=skipped, kept=used)
 
         return load
 
     def watching(self, batch: Batch) -> Batch:
         """Looks, before the first step, for parameters that nobody holds."""
-        tensors = batch.parameters.tensors
-        held, walked = {id(p) for p in tensors}, set[Any]()
-        if batch.parameters.is_sharded:  # FSDP2's leaves are gathered copies
-            held = set()
+        # FSDP2's leaves are gathered copies.
+        held = set() if batch.parameters.is_sharded else set(batch.parameters.tensors)
+        walked, unheld = set[Any](), self.unheld
 
         def watched(loss: Any) -> Any:  # noqa: ANN401  # a tensor or what else a callable returned
             for node in walk_graph(getattr(loss, "grad_fn", None), walked):
                 leaf = getattr(node, "variable", None)
-                if isinstance(leaf, nn.Parameter) and id(leaf) not in held:
-                    self.unheld = {**(self.unheld or {}), id(leaf): leaf}
+                if unheld is not None and isinstance(leaf, nn.Parameter) and leaf not in held:
+                    unheld.add(leaf)
             return loss
 
         losses = [
-            watched(loss)
-            if loss is None or isinstance(loss, Tensor)
-            else (lambda loss=loss: watched(loss()))
+            (lambda loss=loss: watched(loss())) if callable(loss) else watched(loss)
             for loss in batch.losses
         ]
         return replace(batch, losses=losses)
 
     def warn_of_unheld(self, parameters: Parameters, cls: str) -> None:
         """Warns of them, once."""
-        held = {id(p) for p in parameters.tensors}  # some joined between micro-batches, perhaps
-        found = {key: p for key, p in (self.unheld or {}).items() if key not in held}
+        found = (self.unheld or set()).difference(parameters.tensors)  # some joined, perhaps
         self.unheld = None
         if found and parameters.is_sharded:  # gathered copies are known by their shapes alone
             shapes = [p.shape for p in parameters.tensors]
-            for key, p in list(found.items()):
+            for p in list(found):
                 if p.shape in shapes:
                     shapes.remove(p.shape)
-                    del found[key]
+                    found.remove(p)
         if found:
             warnings.warn(
                 f"the losses depend on {len(found)} parameters, with "
-                f"{sum(p.numel() for p in found.values())} numbers, that no inner optimizer holds: "
+                f"{sum(p.numel() for p in found)} numbers, that no inner optimizer holds: "
                 f"`backward` gives them no gradient, and they do not move. Pass all optimizers "
                 f"together, {cls}([trunk_optimizer, head_optimizer], ...), or "
                 f"freeze these parameters with requires_grad_(False).",
@@ -274,7 +282,7 @@ class BetweenSteps(OptimizerWrapper):
 
     @reprlib.recursive_repr()  # a rule may be a method of the optimizer
     def __repr__(self) -> str:
-        own = "".join(f"{name}={value}, " for name, value in self._core.described())
+        own = "".join(f"{name}={value}, " for name, value in self._core.described().items())
         lines = textwrap.wrap(own, 96, break_long_words=False, break_on_hyphens=False)
         inside = textwrap.indent("\n".join([*lines, repr(self.optimizer)]), "  ")
         return f"{type(self).__name__}(\n{inside}\n)"
@@ -286,18 +294,16 @@ class BetweenSteps(OptimizerWrapper):
     def _own_state(self) -> dict[str, Any]:
         return self._core.state_dict()
 
-    def _loader(self, own: Mapping[str, Any]) -> Callable[[], None]:
-        load = self._core.loader(own)
-
-        def load_and_follow() -> None:
-            load()
-            self._core.roles.follow(self.param_groups)
-
-        return load_and_follow
+    def _loader(self, own: Any) -> Callable[[], None]:  # noqa: ANN401
+        return self._core.loader(own, type(self).__name__)
 
     def _reset(self) -> None:
         self._core.progress = replace(self._core.progress, kept=KeptGram())
-        self._core.roles.follow(self.param_groups)
+
+    def _follow(self) -> None:
+        """Sees the groups that a state brought; the next `backward` says if they are not right."""
+        with suppress(ValueError):
+            self._core.roles.current(self.param_groups)
 
 
 def check_options(cls: str, options: Mapping[str, Any]) -> None:

@@ -33,8 +33,8 @@ from raco_optim.objectives import (
     Weights,
     check_any_present,
     is_mapping,
-    is_single,
 )
+from raco_optim.optimizer.closure import step_with
 from raco_optim.optimizer.core import (
     BetweenSteps,
     Core,
@@ -55,11 +55,6 @@ if TYPE_CHECKING:
 
 # Mode -> the argument of `backward` that it needs.
 _THROUGH = {"representation": "representation", "per_example": "scalars"}
-_CLOSURE = (
-    "`closure` must return the losses, one per weight, as a list or mapping, and leave `backward` "
-    "to `step` (or call `backward` itself and return None); it {got}. In a LightningModule, set "
-    "`self.automatic_optimization = False` and call `backward` and `step` in `training_step`."
-)
 
 
 class MultiObjectiveOptimizer(BetweenSteps):
@@ -67,20 +62,18 @@ class MultiObjectiveOptimizer(BetweenSteps):
 
     ``backward(losses)`` computes one gradient per loss and their Gram matrix H, asks `rule` for
     coefficients :math:`\alpha(H)` and adds :math:`\sum_i \alpha_i g_i` to ``.grad``; ``step()`` is
-    the step of the inner optimizer. What comes between the two (gradient clipping, unscaling)
-    sees the combined gradient. ``param_groups``, ``state`` and ``defaults`` are those of the inner
-    optimizer, so schedulers, checkpoints and gradient scalers work on the wrapper as on any
-    optimizer; pass the wrapper to all of them. Attributes that the wrapper lacks are read from and
-    set on the inner optimizer.
+    the step of the inner optimizer. Gradient clipping between the two sees the combined gradient.
+    ``param_groups``, ``state``, ``defaults`` and attributes that the wrapper lacks are those of the
+    inner optimizer: pass the wrapper to schedulers, checkpoints and gradient scalers.
 
     A loss that is absent from a step (None) takes no part: H and the weights run over the losses
     that are there, and `CAGradClip` divides these weights by their sum W and multiplies the
     coefficients by W, so that :math:`g_0` stays :math:`\sum_i w_i g_i`.
 
     Args:
-        inner: The optimizer to drive, or a list of optimizers of different parameters that step
-            together. LBFGS needs a closure; it sees the combined gradient and the weighted loss,
-            which is not its antiderivative: leave ``line_search_fn`` at None.
+        inner: An optimizer, or a list of optimizers of different parameters that step together.
+            LBFGS needs a closure, and sees the combined gradient and the weighted loss, which is
+            not its antiderivative: leave ``line_search_fn`` at None.
         rule: A `raco_optim.rules.Rule`, or any callable from the Gram matrix, ``[m, m]``, float64,
             to the coefficients, ``[m]``, as a tensor or as `MixingCoefficients`. The ``Weighting``
             classes of TorchJD that work on a Gram matrix are such callables.
@@ -94,12 +87,11 @@ class MultiObjectiveOptimizer(BetweenSteps):
             (True or False). Default: all parameters.
         gradients: How the gradients and H are computed. Exact: ``"dense"``, all m gradients at
             once; ``"ghost"``, without those of layers for which inputs and output gradients are
-            cheaper; ``"per_example"``, by one backward pass for losses that depend on one scalar
-            per example (`model`, and `scalars` in `backward`). Where "ghost" and "per_example"
-            can't be had the gradients are dense, and the report says why. Approximate, with one
-            backward pass for the combined gradient: ``"representation"``, H of the gradients with
-            respect to a tensor that is passed to `backward`, or an iterable of parameters, H of
-            their part of the gradients.
+            cheaper; ``"per_example"``, by one backward pass for losses of one scalar per example
+            (`model`, and `scalars` in `backward`). Where the last two can't be had, the gradients
+            are dense and the report says why. Approximate, with one more backward pass:
+            ``"representation"``, H of the gradients with respect to a tensor that is passed to
+            `backward`, or an iterable of parameters, H of their part of the gradients.
         nonfinite: What to do when a loss, its gradient or a coefficient of `rule` is NaN or Inf.
             ``"raise"`` (default): `FloatingPointError` that names it. ``"skip"``: no update,
             counted in the report (with LBFGS: none from the first evaluation that was not finite).
@@ -214,11 +206,8 @@ class MultiObjectiveOptimizer(BetweenSteps):
         )
         if group is not None and batch.pending is None:  # absent here, it may be there
             check_any_present(gradients.values)
-        report = replace(
-            self._solve(batch, gradients),
-            gradients="earlier step" if reused else mode.ran,
-            gram_age=progress.kept.age + 1 if reused else 0,
-        )
+        age = progress.kept.age + 1 if reused else 0
+        report = self._solve(batch, gradients, "earlier step" if reused else mode.ran, age)
         combined = [] if report.skip else gradients.combine(report.coefficients, report.weights)
         if not report.skip and core.nonfinite != "propagate" and not gradients.exact:
             report = self._checked_combination(report, combined)
@@ -251,36 +240,9 @@ class MultiObjectiveOptimizer(BetweenSteps):
             RuntimeError: Gradients were accumulated but not combined.
             TypeError: `closure` returned one loss, or losses of which it ran `backward` itself.
         """
-        if closure is None:
-            return None if self._skipping() else self.optimizer.step()
-        core = self._core
-
-        def weighted_loss() -> Tensor | None:
-            before = core.progress.report
-            with torch.enable_grad():
-                losses = closure()
-            ran, got = core.progress.report is not before, ""
-            if losses is None:
-                if core.progress.report is None:
-                    got = "returned None, and there was no `backward`"
-            elif ran:
-                got = "called `backward` and returned losses"
-            elif is_single(losses):
-                got = f"returned a single {type(losses).__name__}"
-            if got:
-                raise TypeError(_CLOSURE.format(got=got))
-            if losses is not None:
-                self.backward(losses)
-            if self._skipping():
-                raise _SkippedError
-            report = core.progress.report
-            if report is None or (losses is None and not ran):
-                return None
-            return report.losses @ report.weights.to(report.losses)
-
-        with contextlib.suppress(_SkippedError):
-            return self.optimizer.step(weighted_loss)
-        return None
+        if closure is not None:
+            return step_with(self, closure)
+        return None if self._skipping() else self.optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets the gradients of all parameters, and drops accumulated ones."""
@@ -346,7 +308,7 @@ class MultiObjectiveOptimizer(BetweenSteps):
             # Whether all are absent from micro-batches and processes, the gradients tell.
             if not accumulate and pending is None and (group is None or approximate):
                 check_any_present(ordered)
-            if core.gram_every > 1:
+            if core.gram_every > 1 and not isinstance(core.mode, ApproximateMode):
                 check_approximation(batch, accumulate=accumulate)
             core.mode.check(batch, accumulate=accumulate)
             check_losses(ordered, parameters.tensors, names)
@@ -359,7 +321,7 @@ class MultiObjectiveOptimizer(BetweenSteps):
                 )
         return batch if core.unheld is None else core.watching(batch)
 
-    def _solve(self, batch: Batch, gradients: PerLossGradients) -> StepReport:
+    def _solve(self, batch: Batch, gradients: PerLossGradients, mode: str, age: int) -> StepReport:
         """Computes the Gram matrix and asks the rule for coefficients.
 
         Raises:
@@ -367,57 +329,45 @@ class MultiObjectiveOptimizer(BetweenSteps):
             ValueError: The rule returned something other than one coefficient per loss.
         """
         core, names, m = self._core, batch.names, len(batch.names)
-        gram = gradients.gram()
-        present = [i for i, value in enumerate(gradients.values) if value is not None]
-        zero = gram.new_zeros(())
+        gram, values = gradients.gram(), gradients.values
+        present = [i for i, value in enumerate(values) if value is not None]
         losses = torch.stack(
-            [zero if v is None else v.to(gram).reshape(()) for v in gradients.values]
+            [gram.new_zeros(()) if v is None else v.to(gram).reshape(()) for v in values]
         )
-        w = torch.tensor(batch.weights, dtype=torch.float64, device="cpu")
-        report = StepReport(
-            names=names,
-            weights=w,
-            gram=gram,
-            coefficients=torch.zeros_like(w),
-            losses=losses,
-            absent=tuple(n for n, v in zip(names, gradients.values, strict=True) if v is None),
-            skipped=core.progress.skipped,
-        )
+        made: dict[str, Any] = {
+            "names": names,
+            "weights": torch.tensor(batch.weights, dtype=torch.float64, device="cpu"),
+            "absent": tuple(n for n, v in zip(names, values, strict=True) if v is None),
+            "skipped": core.progress.skipped,
+            "gram_age": age,
+            "gradients": mode,
+        }
         if core.nonfinite == "propagate":
             finite = gram.isfinite().all() & losses.isfinite().all()
             unit = torch.eye(m, dtype=gram.dtype, device=gram.device)
-            mixing = self._mix(batch, torch.where(finite, gram, unit), present)
-            alpha = mixing.coefficients
-            p, p_clipped, gap = (
-                None if x is None else torch.where(finite.to(x.device), x, torch.nan)
-                for x in (mixing.p, mixing.p_clipped, mixing.gap)
-            )
-            there = [
-                0.0 if v is None else x
-                for x, v in zip(batch.weights, gradients.values, strict=True)
-            ]
-            alpha = torch.where(finite.to(alpha.device), alpha, alpha.new_tensor(there))
-            return replace(report, coefficients=alpha, p=p, p_clipped=p_clipped, gap=gap)
+            mixing = vars(self._mix(batch, torch.where(finite, gram, unit), present))
+            there = [0.0 if v is None else x for x, v in zip(batch.weights, values, strict=True)]
+            for name, x in mixing.items():
+                if x is not None:
+                    other = x.new_tensor(there) if name == "coefficients" else torch.nan
+                    made[name] = torch.where(finite.to(x.device), x, other)
+            return StepReport(gram=gram, losses=losses, **made)
         # The one copy to the host; what follows is of size m and done there.
-        norms = gradients.head_norms()
-        host = torch.cat([gram, norms[:, None], losses[:, None]], dim=1).cpu()
-        gram, losses = host[:, :m], host[:, m + 1]
-        report = replace(report, gram=gram, losses=losses)
-        rows, problem = host.tolist(), None
-        if not all(math.isfinite(x) for row in rows for x in row):
+        host = torch.cat([gram.flatten(), gradients.head_norms(), losses]).cpu()
+        gram, norms, losses = torch.split(host, [m * m, m, m])
+        gram, problem = gram.view(m, m), None
+        if not math.isfinite(sum(host.tolist())):  # the sum may overflow
+            rows = torch.cat([gram, norms[:, None], losses[:, None]], dim=1).tolist()
             problem = first_nonfinite(names, rows, gradients.nonfinite_ranks)
         if problem is None:
-            mixing = self._mix(batch, gram, present)
-            values = mixing.coefficients.tolist()
-            if all(map(math.isfinite, values)):
-                return replace(
-                    report,
-                    coefficients=mixing.coefficients,
-                    p=mixing.p,
-                    p_clipped=mixing.p_clipped,
-                    gap=mixing.gap,
-                )
-            problem = f"`rule` must return finite coefficients; got {values}. Mend it."
+            mixing = vars(self._mix(batch, gram, present))
+            alpha = mixing["coefficients"].tolist()
+            if all(map(math.isfinite, alpha)):
+                return StepReport(gram=gram, losses=losses, **made, **mixing)
+            problem = f"`rule` must return finite coefficients; got {alpha}. Mend it."
+        report = StepReport(
+            gram=gram, losses=losses, coefficients=torch.zeros_like(made["weights"]), **made
+        )
         return self._not_finite(report, problem)
 
     def _mix(self, batch: Batch, gram: Tensor, present: Sequence[int]) -> MixingCoefficients:
@@ -498,7 +448,3 @@ class MultiObjectiveOptimizer(BetweenSteps):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._parameters(self._group)
-
-
-class _SkippedError(Exception):
-    """Leaves the inner step when the losses of its closure are not finite."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import mul
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from raco_optim._checks import ZERO, checked_choice, checked_radius
 from raco_optim.rules.rule import MixingCoefficients, Rule
-from raco_optim.subproblem.solve import SOLVERS, Solver, solve
+from raco_optim.subproblem.few_losses import FEW
+from raco_optim.subproblem.solve import SOLVERS, Solver, solve, solve_on_host
 
 Clip = Literal["hard", "soft", "none"]
 CLIPS = ("hard", "soft", "none")
@@ -20,6 +22,7 @@ CLIPS = ("hard", "soft", "none")
 # they leave is rounding in part, and coefficients that scale it to |g_0| scale its rounding too:
 # float32 gradients would then give <g_i, d> = -0.4 |g_i| |g_0| (cancelled to 1e-7), -0.004 (1e-5).
 _CRITICAL = 1e-8
+_SMALLEST = torch.finfo(torch.float64).tiny
 
 
 class CAGradRule(Rule):
@@ -116,6 +119,11 @@ def mix(
     if abs(total - 1) <= 1e-15:
         total = 1.0
     shares = [x / total for x in weights]
+    if solver != "pgd" and len(shares) <= FEW:
+        # Twenty operations of torch take longer than the solver does.
+        numbers = H.new_tensor(_mix_few(H.tolist(), (weights, shares), c, clip, solver))
+        alpha, p, p_clipped = numbers[:-1].view(3, -1).unbind()
+        return MixingCoefficients(alpha, p, p_clipped, numbers[-1])
     solution = solve(H, shares, c, solver)
     w, p = H.new_tensor(shares), solution.p
     if clip == "hard":
@@ -125,7 +133,7 @@ def mix(
     else:
         p_clipped = p
     # Scaled first, so that no square leaves the range of float64.
-    unit = H / H.diagonal().amax().clamp(min=torch.finfo(H.dtype).tiny)
+    unit = H / H.diagonal().amax().clamp(min=_SMALLEST)
     squared_g0 = w @ (unit @ w)
     squared_norm = p_clipped @ (unit @ p_clipped)
     ratio = torch.where(_vanishes(unit, p_clipped, ZERO), 0.0, squared_g0 / squared_norm)
@@ -139,3 +147,40 @@ def mix(
 def _vanishes(H: Tensor, q: Tensor, limit: float) -> Tensor:
     """Returns whether |sum_i q_i g_i|^2 is at most `limit` times (sum_i q_i |g_i|)^2."""
     return q @ (H @ q) <= limit * (q @ H.diagonal().sqrt()).square()
+
+
+def _mix_few(
+    rows: list[list[float]],
+    weights: tuple[Sequence[float], list[float]],
+    c: float,
+    clip: Clip,
+    solver: Solver,
+) -> list[float]:
+    """Computes alpha, p, the clipped p and the gap, in one list, as `mix` does, without tensors.
+
+    `weights` are those of the user, and those that sum to 1.
+    """
+    own, w = weights
+    p, _, gap = solve_on_host(rows, w, c, solver)
+    if clip == "hard":
+        clipped = list(map(min, p, w))
+    elif clip == "soft":
+        clipped = [x * y / (x + y) if x + y else 0.0 for x, y in zip(p, w, strict=True)]
+    else:
+        clipped = p
+    largest = max(max(row[i] for i, row in enumerate(rows)), _SMALLEST)
+    unit = [[x / largest for x in row] for row in rows]
+    norms = [math.sqrt(row[i]) for i, row in enumerate(unit)]
+
+    def squares(q: list[float]) -> tuple[float, float]:
+        """Returns |sum_i q_i g_i|^2 and (sum_i q_i |g_i|)^2."""
+        image = [sum(map(mul, row, q)) for row in unit]
+        return sum(map(mul, q, image)), sum(map(mul, q, norms)) ** 2
+
+    squared, size = squares(clipped)
+    ratio = 0.0 if squared <= ZERO * size else max(squares(w)[0], 0.0) / squared
+    length = c * math.fsum(own) * math.sqrt(ratio)
+    alpha = [x + length * y for x, y in zip(own, clipped, strict=True)]
+    if c >= 1 and any(squared <= _CRITICAL * size for squared, size in map(squares, (p, alpha))):
+        alpha = [0.0] * len(alpha)
+    return [*alpha, *p, *clipped, gap]

@@ -1,10 +1,10 @@
 """The subproblem of CAGrad and the min-norm point: Gram matrix -> p on the simplex.
 
-`solve.py` is the entrance. Two losses have a closed form, `two_losses.py`; more are prepared by
-`several_losses.py` and solved by `active_set.py` or `slsqp.py`, on the host. On the device of the
-Gram matrix works `projected_gradient.py`. `certificate.py` turns what a solver on the host found
-into the minimiser closest to the weights, and proves how good it is. `min_norm.py` is the
-subproblem of MGDA.
+`solve.py` is the entrance. Two losses have a closed form, `two_losses.py`. `few_losses.py` solves
+ordinary problems of up to ten. `several_losses.py` prepares the others for `active_set.py` or
+`slsqp.py`. All of these run on the host; `projected_gradient.py` runs on the device of the Gram
+matrix. `certificate.py` turns what a solver on the host found into the minimiser closest to the
+weights, and proves how good it is. `min_norm.py` is the subproblem of MGDA.
 """
 
 from raco_optim.subproblem.min_norm import MinNormPoint as MinNormPoint

@@ -1,0 +1,103 @@
+r"""Mode "per_example": one backward pass for any number of losses of one scalar per example.
+
+Where loss i is a function of the scalars :math:`z_1, \dots, z_N` of N examples that do not interact
+(the log-probability of a completion, say), with :math:`u_{in} = \partial L_i / \partial z_n`,
+
+.. math:: g_i = \sum_n u_{in} \nabla_\theta z_n.
+
+One backward pass of :math:`\sum_n z_n` meets every layer's input and the gradient of its output.
+For a linear layer with inputs :math:`x_{nt}` and output gradients :math:`\delta_{nt}` they give
+:math:`D_n = \sum_t \delta_{nt} x_{nt}^\top`, the gradient of :math:`z_n`, and
+:math:`\sum_n u_{in} D_n` is the part of loss i: the losses differ in that last sum alone.
+
+- `layers`: what a layer adds, from its input and output gradient, and which layers are known;
+- `watch`: marks in the graph where a layer's output is;
+- `one_pass`: the pass, and the checks that it is what autograd would have computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from raco_optim.gradients import Gather, PerLossGradients
+from raco_optim.gradients.accumulation import accumulate, add_pending
+from raco_optim.gradients.dense import DenseGradients, DenseMode, Memory
+from raco_optim.gradients.per_example.layers import Sensitivities, Vectors, blocks, norm
+from raco_optim.gradients.per_example.one_pass import LayerGradients
+from raco_optim.gradients.per_example.watch import HIDDEN
+from raco_optim.objectives import Batch, Found, Pending
+
+__all__ = [
+    "HIDDEN",
+    "LayerGradients",
+    "PerExampleMode",
+    "Sensitivities",
+    "Vectors",
+    "blocks",
+    "norm",
+]
+
+
+class PerExampleMode(DenseMode):
+    """Runs one backward pass for all losses where that is exact, else one for each."""
+
+    name = "per_example"
+
+    def __init__(
+        self, model: nn.Module, parameters: Sequence[Tensor], gather: Gather | None = None
+    ) -> None:
+        super().__init__(gather)
+        self._layers = LayerGradients(model, parameters)
+
+    def check(self, batch: Batch, *, accumulate: bool) -> None:
+        """Raises unless there are scalars, wherever the losses are tensors."""
+        z: Any = batch.through
+        if z is None and (batch.tensors is None or not any(x is not None for x in batch.losses)):
+            return
+        if not isinstance(z, Tensor) or z.dim() != 1 or not z.requires_grad:
+            got = f"shape {list(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+            raise TypeError(
+                f"`scalars` must be the tensor, of shape [N] and with a graph, that all losses are "
+                f'computed from, which gradients="per_example" needs; got {got}'
+                f"{' without a graph' if isinstance(z, Tensor) and not z.requires_grad else ''}."
+            )
+
+    def collect(self, batch: Batch) -> PerLossGradients:
+        """Gathers the gradients of this call and of earlier micro-batches."""
+        found = self._one_pass(batch)
+        if found is None:
+            return super().collect(batch)
+        if batch.pending is not None:
+            found = list(add_pending(found, batch.pending))
+        if self._gather is not None:
+            return self._gather(batch, found)
+        values, rows = map(list, zip(*found, strict=True))
+        memory = Memory()  # without blanks: all rows of a parameter are one tensor, freed at once
+        memory.workspace = self._memory.workspace
+        return DenseGradients(values, rows, batch.parameters.shared, memory=memory)
+
+    def accumulate(self, batch: Batch, *, named: bool) -> Pending:
+        """Adds the gradients of a micro-batch to those of earlier ones."""
+        found = self._one_pass(batch)
+        if found is None:
+            return super().accumulate(batch, named=named)
+        return accumulate(found, batch, named=named)
+
+    def _one_pass(self, batch: Batch) -> list[Found] | None:
+        """Values and gradients by one pass; None where it can't be had, which `ran` explains."""
+        losses, scalars = batch.tensors, batch.through
+        rows, why = None, "callables" if losses is None else "all losses are absent"
+        losses = losses or []
+        if scalars is not None and any(x is not None for x in losses):
+            rows, why = self._layers.gradients(
+                scalars, losses, batch.names, keep_graph=batch.retain_graph
+            )
+        if rows is None:
+            self.ran = f"dense: {why}"
+            return None
+        self.ran = f"{self.name}; one pass for each loss where {why}" if why else self.name
+        values = [None if x is None else x.detach().clone() for x in losses]
+        return list(zip(values, rows, strict=True))

@@ -1,0 +1,260 @@
+r"""What a layer adds to the gradients, from its input x and the gradient delta of its output.
+
+With :math:`D_n` the gradient of :math:`z_n`, the part of loss i is :math:`\sum_n u_{in} D_n`. The
+sensitivities u come in last, so that one product gives D for any number of losses.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+# Numbers of D at a time: they stay in the cache of a CPU, and fill an accelerator.
+_BLOCK, _BLOCK_OF_ACCELERATOR = 2**20, 2**26
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """u, ``[m, N]``: the derivatives of the losses with respect to the scalars."""
+
+    u: Tensor
+
+    @cached_property
+    def paired(self) -> bool:
+        """Whether the examples of the second half have -u of those of the first, as in pairs."""
+        chosen, rejected = self.u.tensor_split(2, 1)
+        return chosen.shape == rejected.shape and torch.equal(chosen, -rejected)
+
+    def add_weighted(self, total: Tensor, d: Tensor, *, fresh: bool, folded: bool = False) -> None:
+        """Adds ``u @ d`` to `total`, ``[m, k]``, or puts it there; d: ``[N, k]``, or N / 2."""
+        u = self.u[:, : len(d)] if folded else self.u
+        u = u.to(torch.promote_types(d.dtype, torch.float32))
+        if total.dtype == d.dtype == u.dtype:
+            total.addmm_(u, d, beta=0 if fresh else 1)
+        else:
+            add(total, u @ d.to(u.dtype), fresh=fresh)
+
+
+class Part(Protocol):
+    """A part of the gradients of one parameter."""
+
+    def add_to(self, total: Tensor, s: Sensitivities, *, fresh: bool) -> None:
+        """Adds it to `total`, ``[m, *shape]``, or puts it there."""
+
+    def size(self) -> tuple[Tensor, torch.dtype]:
+        """Returns the norm of the terms of the sums, which rounds by it, and their precision."""
+
+
+Kind = Callable[[str, nn.Module, Tensor, Tensor], Part]
+"""Name of a parameter, layer, x and delta -> its part."""
+
+
+@dataclass(frozen=True)
+class Outer:
+    """The weight of a product, ``[b, a]``: the sum over tokens of left times right."""
+
+    left: Tensor  # [N, T, b]
+    right: Tensor  # [N, T, a]
+
+    def add_to(self, total: Tensor, s: Sensitivities, *, fresh: bool) -> None:
+        """See `Part`."""
+        m, tokens = len(s.u), self.left.shape[1]
+        # m products against one, and m N products of numbers of D, which memory slows down.
+        if (m - 1) * tokens > 2 * m + 4:
+            self._by_example(total, s, fresh)
+        else:
+            self._by_loss(total, s, fresh)
+
+    def size(self) -> tuple[Tensor, torch.dtype]:
+        """See `Part`."""
+        return norm(norm(self.left, -1) * norm(self.right, -1)), self.left.dtype
+
+    def _by_example(self, total: Tensor, s: Sensitivities, fresh: bool) -> None:
+        left, right = self.left, self.right
+        if s.paired:  # both texts of a pair in one product
+            left, right = (torch.cat(x.tensor_split(2), 1) for x in (left, right))
+            left[:, left.shape[1] // 2 :].neg_()
+        (n, _, b), a = left.shape, right.shape[2]
+        flat, left = total.view(len(total), -1), left.mT
+        for start, end in blocks(b, n * a, left.device):
+            d = (left[:, start:end] @ right).view(n, -1)
+            s.add_weighted(flat[:, start * a : end * a], d, fresh=fresh, folded=s.paired)
+
+    def _by_loss(self, total: Tensor, s: Sensitivities, fresh: bool) -> None:
+        right, dtype = self.right.flatten(0, 1), self.left.dtype
+        u = s.u.to(torch.promote_types(dtype, torch.float32))
+        scales = torch.ones_like(u[:, 0])
+        if dtype != u.dtype:  # at most 1, so that float16 holds them whatever the losses' scale
+            exponents = torch.frexp(u.abs().amax(1)).exponent.clamp(-126, 126)
+            scales = torch.ldexp(scales, exponents)
+        for of_loss, row, scale in zip(total, (u / scales[:, None]).to(dtype), scales, strict=True):
+            left = (row[:, None, None] * self.left).flatten(0, 1).T
+            if dtype == u.dtype == total.dtype:
+                of_loss.addmm_(left, right, beta=0 if fresh else 1)
+            else:
+                add(of_loss, (left @ right).to(u.dtype) * scale, fresh=fresh)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """A vector: the sum over tokens."""
+
+    delta: Tensor  # [N, T, features]
+
+    def add_to(self, total: Tensor, s: Sensitivities, *, fresh: bool) -> None:
+        """See `Part`."""
+        single = torch.promote_types(self.delta.dtype, torch.float32)
+        s.add_weighted(total, self.delta.sum(1, dtype=single), fresh=fresh)
+
+    def size(self) -> tuple[Tensor, torch.dtype]:
+        """See `Part`."""
+        return norm(self.delta), self.delta.dtype
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A table, of which few rows have a gradient."""
+
+    ids: Tensor  # [N, T]
+    delta: Tensor  # [N, T, features]
+
+    def add_to(self, total: Tensor, s: Sensitivities, *, fresh: bool) -> None:
+        """See `Part`."""
+        if fresh:
+            total.zero_()
+        found, index = torch.unique(self.ids, return_inverse=True)
+        u = s.u.to(torch.promote_types(self.delta.dtype, torch.float32))
+        for of_loss, row in zip(total, u, strict=True):
+            delta = (row[:, None, None] * self.delta).flatten(0, 1)
+            sums = delta.new_zeros(len(found), delta.shape[1]).index_add_(0, index.flatten(), delta)
+            of_loss[found] += sums.to(total.dtype)
+
+    def size(self) -> tuple[Tensor, torch.dtype]:
+        """See `Part`."""
+        return norm(self.delta), self.delta.dtype
+
+
+def norm(x: Tensor, dim: int | None = None) -> Tensor:
+    """The norm, in float32 at least."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    found: Tensor = torch.linalg.vector_norm(x, dim=dim, dtype=dtype)
+    return found
+
+
+def add(total: Tensor, part: Tensor, *, fresh: bool) -> None:
+    """Adds a part to a total of any dtype, or puts it there."""
+    if fresh:
+        total.copy_(part)
+    else:
+        total.add_(part)
+
+
+def blocks(rows: int, width: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Yields ranges of rows, of `width` numbers each, that are worked on at a time."""
+    size = _BLOCK if device.type == "cpu" else _BLOCK_OF_ACCELERATOR
+    step = max(1, size // width, 16)
+    yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def kind_of(layer: nn.Module) -> Kind | None:
+    """Returns how a layer's gradients follow from x and delta; None where that is not known."""
+    names = {name for name, _ in layer.named_parameters(recurse=False)}
+    weight: Any = getattr(layer, "weight", None)
+    # A forward pass of its own, as other libraries give a layer, may do anything.
+    own = "forward" in vars(layer) or any(True for _ in layer.children())
+    if (
+        own
+        or "weight" not in names
+        or names - {"weight", "bias"}
+        or type(weight) is not nn.Parameter
+    ):
+        return None
+    forward = type(layer).forward
+    if isinstance(layer, nn.Linear):
+        is_torchs = forward is nn.Linear.forward and forward.__module__ == nn.Linear.__module__
+        return _linear if is_torchs else None
+    if forward.__module__ == "transformers.pytorch_utils" and type(layer).__name__ == "Conv1D":
+        return _transposed
+    try:
+        if isinstance(layer, nn.Embedding):
+            return _embedding if _is_table(layer) else None
+        # A layer with running statistics would change them.
+        tried = weight.dim() == 1 and not any(True for _ in layer.buffers())
+        return _norm_of(layer) if tried else None
+    except Exception:  # a layer that is tried may raise anything
+        return None
+
+
+def _linear(name: str, _: nn.Module, x: Tensor, delta: Tensor) -> Part:
+    delta = delta.flatten(1, -2) if delta.dim() > 2 else delta[:, None]
+    x = x.to(delta.dtype).reshape(*delta.shape[:2], -1)
+    return Outer(delta, x) if name == "weight" else _sums(delta)
+
+
+def _transposed(name: str, layer: nn.Module, x: Tensor, delta: Tensor) -> Part:
+    part = _linear(name, layer, x, delta)
+    return Outer(part.right, part.left) if isinstance(part, Outer) else part
+
+
+def _sums(delta: Tensor) -> Part:
+    return Vectors(delta.reshape(len(delta), -1, delta.shape[-1]))
+
+
+def _embedding(_: str, layer: Any, ids: Tensor, delta: Tensor) -> Part:  # noqa: ANN401
+    delta = delta * _run(layer, ids, weight=layer.weight.new_ones(len(layer.weight), 1))
+    if layer.padding_idx is not None:
+        delta = delta.masked_fill((ids == layer.padding_idx)[..., None], 0)
+    return Lookup(ids.reshape(len(ids), -1), delta.reshape(len(ids), -1, delta.shape[-1]))
+
+
+def _norm(at: float, name: str, layer: nn.Module, x: Tensor, delta: Tensor) -> Part:
+    """Of x-hat w, or of x-hat (1 + w): the layer gives x-hat for w = 1, or 0 (`at`)."""
+    if name == "weight":
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        delta = delta * _scaled(layer, x, x.new_full(x.shape[-1:], at))
+    return _sums(delta)
+
+
+def _is_table(layer: Any) -> bool:  # noqa: ANN401
+    """Whether the output is the row of each index, times what the weight does not change."""
+    if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
+        return False
+    ids = torch.arange(min(8, len(layer.weight)), device=layer.weight.device)
+    scale = _run(layer, ids, weight=layer.weight.new_ones(len(layer.weight), 1))
+    row = _run(layer, ids)
+    return scale.shape == (len(ids), 1) and torch.allclose(
+        row, layer.weight[ids] * scale, rtol=0.01
+    )
+
+
+def _norm_of(layer: nn.Module) -> Kind | None:
+    """Tries w = 0, 1 and others: whether the output is x-hat w or x-hat (1 + w)."""
+    n = len(layer.get_parameter("weight"))
+    x = torch.arange(6 * n).sin().view(2, 3, n).to(layer.get_parameter("weight"))
+    w = torch.arange(n).cos().to(x)
+    zero, one, some = (_scaled(layer, x, v) for v in (torch.zeros_like(w), torch.ones_like(w), w))
+    for at, base, x_hat in ((1.0, 0 * one, one), (0.0, zero, zero)):
+        found = (zero, base), (one, base + x_hat), (some, base + x_hat * w)
+        if all(torch.allclose(a, b, rtol=0.02, atol=0.01) for a, b in found) and one.any():
+            return partial(_norm, at)
+    return None
+
+
+def _scaled(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    bias: Any = layer._parameters.get("bias")
+    return _run(layer, x, weight=weight, bias=None if bias is None else torch.zeros_like(weight))
+
+
+@torch.no_grad()
+def _run(layer: nn.Module, x: Tensor, **parameters: Tensor | None) -> Tensor:
+    """Runs a layer with other parameters and without its hooks."""
+    twin = copy.copy(layer)
+    twin.__dict__["_parameters"] = {**layer._parameters, **parameters}
+    found: Tensor = twin.forward(x)
+    return found

@@ -1,0 +1,211 @@
+"""Marks the outputs of layers in the graph, and finds the marks there."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from raco_optim.gradients.graph import walk_graph
+from raco_optim.gradients.per_example.layers import Kind, kind_of
+
+# The marks lead to it, so that autograd runs all of them, and computes nothing else, when it is
+# asked for the gradient of this one number.
+ANCHOR = torch.zeros((), device="cpu", requires_grad=True)
+# Nodes that pass a weight on to the one that uses it.
+_PASSES_ON = {"TBackward0", "ToCopyBackward0", "ViewBackward0", "TransposeBackward0"}
+
+
+class Watch:
+    """Marks the outputs of a model's layers while it lives, by forward hooks.
+
+    They stay between steps: with non-reentrant checkpointing the layers run again in the backward
+    pass, and save their inputs there.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
+        trained = {id(p) for p in parameters}
+        self.layers: dict[nn.Module, tuple[Kind, dict[str, Tensor]]] = {}
+        for layer in model.modules():
+            own: dict[str, Tensor] = dict(layer.named_parameters(recurse=False))
+            kind = kind_of(layer) if any(id(p) in trained for p in own.values()) else None
+            if kind is not None:
+                self.layers[layer] = kind, own
+        hook = _Hook(self)
+        # Before other hooks, which may change the output.
+        handles = [
+            layer.register_forward_hook(hook, prepend=True, with_kwargs=True)
+            for layer in self.layers
+        ]
+        weakref.finalize(self, _remove, handles)
+
+    def mark(
+        self,
+        layer: nn.Module,
+        given: tuple[Any, ...],
+        output: Any,  # noqa: ANN401
+    ) -> Tensor | None:
+        """Marks the output of a layer, unless its gradients are not those of its kind."""
+        kind, own = self.layers.get(layer, (None, {}))
+        if kind is None or len(given) != 1 or torch.compiler.is_compiling():
+            return None
+        if any(layer._parameters.get(name) is not p for name, p in own.items()):
+            return None  # functional_call
+        [x] = given
+        if not all(type(y) in (Tensor, nn.Parameter) for y in (x, output)):
+            return None
+        if not output.requires_grad or not any(p.requires_grad for p in own.values()):
+            return None
+        if not _is_first(layer) or getattr(output.grad_fn, "layer", None) is layer:
+            return None
+        marked: Tensor = Mark.apply(output, x.detach(), ANCHOR, layer, (kind, own))  # type: ignore[no-untyped-call]
+        return marked
+
+
+class _Hook:
+    """Calls `Watch.mark` while that lives; copies of the model get an inert one."""
+
+    def __init__(self, watch: Watch | None = None) -> None:
+        self._watch = None if watch is None else weakref.ref(watch)
+
+    def __call__(
+        self,
+        layer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,  # noqa: ANN401
+    ) -> Tensor | None:
+        watch = None if self._watch is None else self._watch()
+        return None if watch is None else watch.mark(layer, (*args, *kwargs.values()), output)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
+def _is_first(layer: nn.Module) -> bool:
+    """Whether no hook of others, which may change the output, comes before those of this module."""
+    return isinstance(next(iter(layer._forward_hooks.values()), None), _Hook)
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+class Mark(torch.autograd.Function):
+    """The identity; its backward pass hands x and delta to the pass that runs, if one does.
+
+    The input is saved by autograd, as the layer's own is, so that checkpointing drops and restores
+    it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401  # here and below: of autograd
+        output: Tensor,
+        x: Tensor,
+        anchor: Tensor,
+        layer: nn.Module,
+        rule: tuple[Kind, dict[str, Tensor]],
+    ) -> Tensor:
+        """Returns the output itself."""
+        ctx.save_for_backward(x)
+        ctx.layer, (ctx.kind, ctx.parameters) = layer, rule
+        ctx.shape = output.shape
+        if output._is_view():
+            # Marking a view costs copies of it. Layers with such outputs don't save them.
+            return output.data
+        ctx.mark_dirty(output)  # the same tensor, which the model may change in place
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None, None, None]:  # noqa: ANN401
+        """Returns delta itself."""
+        run = getattr(ctx, "run", None)  # None in an ordinary backward pass
+        if run is not None:
+            (x,) = ctx.saved_tensors
+            for name, p in ctx.parameters.items():
+                run.add(p, lambda name=name: ctx.kind(name, ctx.layer, x, delta))
+        return delta, None, None, None, None
+
+
+class Hidden(Protocol):
+    """Stands in, during a pass, for a function that computes its weights' gradients itself."""
+
+    positions: ClassVar[dict[str, int]]
+    """Name of a parameter -> its position among the inputs."""
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor, *_: object) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        """As the function's, but hands parts to ``ctx.run``; ``ctx.owners`` says whose a row is."""
+
+
+HIDDEN: dict[type, type[Hidden]] = {}
+"""Functions of other libraries that hide a layer -> what stands in for them."""
+
+
+@dataclass
+class Uses:
+    """Marks and parameters in a graph."""
+
+    marks: list[Any] = field(default_factory=list)
+    of: Counter[int] = field(default_factory=Counter)
+    """How many operations use a parameter."""
+    nodes: Counter[str] = field(default_factory=Counter)
+    """How many nodes of each kind there are."""
+
+
+def find_uses(root: Any) -> Uses:  # noqa: ANN401  # a node of autograd
+    """Walks the graph once, in about 2 us a node."""
+    uses = Uses()
+    for node in walk_graph(root, set()):
+        name = node.name()
+        uses.nodes[name] += 1
+        kind = getattr(node, "_forward_cls", None)
+        if kind is Mark:
+            uses.marks.append(node)
+        elif kind in HIDDEN:
+            inputs = node.next_functions
+            leaves = {n: leaf_of(inputs[k][0]) for n, k in HIDDEN[kind].positions.items()}
+            node.parameters = {n: p for n, p in leaves.items() if p is not None}
+            if "weight" in node.parameters:
+                uses.marks.append(node)
+        if name not in _PASSES_ON:
+            found = [leaf_of(child) for child, _ in node.next_functions]
+            uses.of.update(id(leaf) for leaf in found if leaf is not None)
+    return uses
+
+
+def leaf_of(node: Any) -> Tensor | None:  # noqa: ANN401
+    """Returns the leaf that a node is, or passes on."""
+    while node is not None and node.name() in _PASSES_ON:
+        [(node, _)] = node.next_functions
+    leaf: Tensor | None = getattr(node, "variable", None)
+    return leaf
+
+
+def fits(mark: Any, scalars: Tensor) -> bool:  # noqa: ANN401
+    """Whether the layer's rows are those of one example each."""
+    if mark._forward_cls is Mark:
+        return len(mark.shape) > 1 and mark.shape[0] == len(scalars)
+    if mark.next_functions[0][0] is None:  # nothing before it is trained, and no anchor
+        return False
+    # Whose a row is: the gradient of sum_n n z_n, over that of sum_n z_n.
+    edge = GradientEdge(mark, 0)
+    numbers = torch.arange(1, len(scalars) + 1, device=scalars.device, dtype=scalars.dtype)
+    of_sum, of_numbers = (
+        torch.autograd.grad(scalars, [edge], v, retain_graph=True)[0]
+        for v in (torch.ones_like(numbers), numbers)
+    )
+    quotients = of_numbers / of_sum
+    owners = torch.where(of_sum == 0, 0, quotients.round())
+    mark.owners, mark.number = owners.long() - 1, len(scalars)
+    return bool((of_sum != 0).logical_or(of_numbers == 0).all()) and torch.allclose(
+        owners * of_sum, of_numbers, rtol=1e-4
+    )
