@@ -149,6 +149,8 @@ def _are_plain(tensors: Sequence[Tensor | None], scales: Sequence[Any]) -> bool:
     """Whether products of these need no other precision than that of the tensors, one for all."""
     dtypes = {g.dtype for g in tensors if g is not None}
     alike = len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
+    # Torch's functions for lists take no DTensors beside tensors.
+    alike = alike and all(g is None or type(g) in (Tensor, torch.nn.Parameter) for g in tensors)
     return alike and all(isinstance(x, float) and abs(x) <= LARGEST for x in scales)
 
 

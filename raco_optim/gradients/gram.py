@@ -15,6 +15,8 @@ Column = Sequence[Tensor | None]
 # 64k numbers a row stay in the cache, and the rounding error of a float64 sum over so few is below
 # that of one float32 number.
 _CHUNK = 65536
+# Of an accelerator, where each chunk costs launches: 1 B parameters would be 16,000 chunks.
+_CHUNK_OF_ACCELERATOR = 2**20
 # What float32 holds, at twice the speed of float64.
 _SHORT = {torch.float32, torch.bfloat16, torch.float16}
 # Numbers of small columns that are multiplied at once: 2 MB of float64.
@@ -169,10 +171,11 @@ def _exactly(columns: Sequence[Column], m: int) -> Tensor:
     there = [g for column in columns for g in column if g is not None]
     device = there[0].device if there else torch.device("cpu")
     gram = torch.zeros(m, m, dtype=torch.float64, device=device)
-    longest = min(max((g.numel() for g in there), default=0), _CHUNK)
+    chunk = _CHUNK if device.type == "cpu" else _CHUNK_OF_ACCELERATOR
+    longest = min(max((g.numel() for g in there), default=0), chunk)
     scratch = torch.empty(m, longest, dtype=torch.float64, device=device)
     for column in columns:
-        pieces = [None if g is None else torch.split(g.reshape(-1), _CHUNK) for g in column]
+        pieces = [None if g is None else torch.split(g.reshape(-1), chunk) for g in column]
         for k, piece in enumerate(next(x for x in pieces if x is not None)):
             block = scratch[:, : len(piece)]
             for row, of_row in zip(block, pieces, strict=True):
@@ -206,10 +209,11 @@ def _mend(H: Any, rows: Sequence[Sequence[Tensor | None]]) -> None:  # noqa: ANN
     Otherwise the subproblem has one solution, a random one, instead of many. The tensors are
     compared only where the entries say that two gradients are equal but for rounding.
     """
-    squares = H.diagonal()
+    squares = H.diagonal().copy()
     bad = ~np.isfinite(squares)
     if bad.any():  # NaN times None is NaN, too
         H[bad] = H[:, bad] = np.nan
+        np.fill_diagonal(H, squares)
     close = np.maximum.outer(squares, squares) * (1 - 1e-9) < H
     if np.count_nonzero(close) > len(H):
         for j, i in zip(*np.nonzero(np.tril(close, -1)), strict=True):

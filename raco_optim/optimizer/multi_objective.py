@@ -101,8 +101,9 @@ class MultiObjectiveOptimizer(BetweenSteps):
             `GradScaler` sees it and skips; under a `GradScaler` use no other.
         gram_every: H serves this many steps (default 1); above 1 an approximation, with one
             backward pass in each step between.
-        model: With ``gradients="per_example"``, the module with the linear layers; its first
-            dimension is that of the examples. It gets forward hooks.
+        model: With ``gradients="per_example"``, the model; its first dimension is that of the
+            examples, and it gets forward hooks. Layers that are not known have one backward pass
+            for each loss.
         process_group: The processes of torch.distributed that train the model together. Default:
             all of them. Every gradient is the mean over them, an absent loss counting as zero;
             what `DTensor` parameters (FSDP2) have averaged themselves is taken as it is.
@@ -260,7 +261,7 @@ class MultiObjectiveOptimizer(BetweenSteps):
     def _parameters(self, group: Group | None) -> Parameters:
         """Returns the parameters with their roles; chooses the mode anew where they changed."""
         core = self._core
-        parameters = core.roles.current(self.param_groups)
+        parameters = core.roles.current(self.optimizer.param_groups)
         mode_of = id(parameters), group is not None
         if core.mode_of != mode_of:
             core.mode, core.mode_of = core.chosen_mode(parameters, group), mode_of
@@ -331,9 +332,11 @@ class MultiObjectiveOptimizer(BetweenSteps):
         core, names, m = self._core, batch.names, len(batch.names)
         gram, values = gradients.gram(), gradients.values
         present = [i for i, value in enumerate(values) if value is not None]
-        losses = torch.stack(
-            [gram.new_zeros(()) if v is None else v.to(gram).reshape(()) for v in values]
-        )
+        there = [v.reshape(()).double() for v in values if v is not None]
+        # Stacked before they are moved: an accelerator waits for each copy to the host.
+        found = iter(torch.stack(there).to(gram.device) if there else ())
+        zero = gram.new_zeros(())
+        losses = torch.stack([zero if v is None else next(found) for v in values])
         made: dict[str, Any] = {
             "names": names,
             "weights": torch.tensor(batch.weights, dtype=torch.float64, device="cpu"),
@@ -346,10 +349,13 @@ class MultiObjectiveOptimizer(BetweenSteps):
             finite = gram.isfinite().all() & losses.isfinite().all()
             unit = torch.eye(m, dtype=gram.dtype, device=gram.device)
             mixing = vars(self._mix(batch, torch.where(finite, gram, unit), present))
-            there = [0.0 if v is None else x for x, v in zip(batch.weights, values, strict=True)]
+            w = [0.0 if v is None else x for x, v in zip(batch.weights, values, strict=True)]
             for name, x in mixing.items():
                 if x is not None:
-                    other = x.new_tensor(there) if name == "coefficients" else torch.nan
+                    other: Any = torch.nan
+                    if name == "coefficients":
+                        other = torch.tensor(w, dtype=x.dtype, device="cpu")
+                        other = other.to(x.device, non_blocking=True)
                     made[name] = torch.where(finite.to(x.device), x, other)
             return StepReport(gram=gram, losses=losses, **made)
         # The one copy to the host; what follows is of size m and done there.
