@@ -1,10 +1,13 @@
-"""One backward pass for all objectives: time and peak memory of the gradient stage.
+"""One backward pass for all objectives: time and memory of the gradient stage, and whole steps.
 
-    python -m benchmarks.one_pass [--quick] [--out one_pass.json]
+    python -m benchmarks.one_pass [--quick] [--device cuda] [--out one_pass.json]
 
-Against the weighted loss's one pass, and one pass for each objective, in turn in one process, by
-CPU time of one thread. Random weights: the models have the shapes of SmolLM2-135M and of a small
-Llama, all weights trained; and a net of wide layers. Peaks are those of processes of their own.
+The stage is measured against the weighted loss's one pass, and one pass for each objective; the
+trainer's step, with clipping and AdamW, against that of TRL's `DPOTrainer` with one preference,
+which is what weighted DPO costs there. All are run in turn in one process; the time is the CPU's,
+of one thread, or the accelerator's. Random weights: the models have the shapes of SmolLM2-135M and
+of a small Llama, all weights trained; and a net of wide layers. Peaks are those of processes of
+their own.
 """
 
 from __future__ import annotations
@@ -12,10 +15,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,29 +55,47 @@ CASES = [
     ("SmolLM2-135M", 4, 2, 128, False, 1),
 ]
 WAYS = ("weighted", "passes", "one")
+STEPS = 3  # of a trainer in its turn; the first is not counted
 
 
-def build(name: str, pairs: int, tokens: int, checkpointing: bool) -> tuple[nn.Module, Any]:
+def seconds(device: str) -> float:
+    """CPU time of this process; with an accelerator the time at which its work is done."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def llama(name: str) -> Any:  # noqa: ANN401  # transformers is not type-checked
+    """A Llama with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(SEED)
+    shape = dict(zip(FIELDS, LLAMAS[name], strict=True))
+    return LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
+
+
+def build(
+    name: str, pairs: int, tokens: int, checkpointing: bool, device: str
+) -> tuple[nn.Module, Any]:
     """Returns a model and a function that gives the scalars of a batch."""
     torch.manual_seed(SEED)
     if name == "wide layers":
         layers = [layer for _ in range(6) for layer in (nn.Linear(1024, 1024), nn.ReLU())]
-        net, x = nn.Sequential(*layers, nn.Linear(1024, 1)), torch.randn(2 * pairs, 1024)
+        net = nn.Sequential(*layers, nn.Linear(1024, 1)).to(device)
+        x = torch.randn(2 * pairs, 1024).to(device)
         return net, lambda: net(x)[:, 0]
-    from transformers import LlamaConfig, LlamaForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
     from raco_optim.integrations.forward import completion_log_probs
 
-    model = LlamaForCausalLM(
-        LlamaConfig(**dict(zip(FIELDS, LLAMAS[name], strict=True)), tie_word_embeddings=True)
-    ).train()
+    model = llama(name).train().to(device)
     add_fused_lm_head(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    ids = torch.randint(3, model.config.vocab_size, (2 * pairs, tokens))
+    ids = torch.randint(3, model.config.vocab_size, (2 * pairs, tokens)).to(device)
     mask = torch.ones_like(ids)
-    completions = (torch.arange(tokens) >= 8).expand_as(ids).long()
+    completions = (torch.arange(tokens, device=device) >= 8).expand_as(ids).long()
     inputs = {"input_ids": ids, "attention_mask": mask, "completion_mask": completions}
     return model, lambda: completion_log_probs(model, inputs)
 
@@ -80,7 +104,7 @@ def losses_of(z: Tensor, m: int) -> list[Tensor]:
     """DPO's losses for objectives that disagree."""
     chosen, rejected = z.chunk(2)
     generator = torch.Generator().manual_seed(SEED)
-    signs = torch.randint(0, 2, (m, len(chosen)), generator=generator) * 2.0 - 1
+    signs = (torch.randint(0, 2, (m, len(chosen)), generator=generator) * 2.0 - 1).to(z.device)
     return list(nn.functional.softplus(-0.1 * signs * (chosen - rejected)).mean(1))
 
 
@@ -104,25 +128,25 @@ def stage(model: nn.Module, m: int) -> Callable[[str, Tensor], object]:
     return run
 
 
-def timed(case: Sequence[Any]) -> dict[str, Any]:
-    """CPU seconds of the three ways, in turn, and ratios of each repetition."""
+def timed(case: Sequence[Any], device: str) -> dict[str, Any]:
+    """Seconds of the three ways, in turn, and ratios of each repetition."""
     name, m, pairs, tokens, checkpointing, repetitions = case
-    model, scores = build(name, pairs, tokens, checkpointing)
+    model, scores = build(name, pairs, tokens, checkpointing, device)
     run = stage(model, m)
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
     for repetition in range(repetitions + 1):  # the first is not counted: it checks all layers
         for way in WAYS if repetition else ("one",):
             z = scores()
-            start = time.process_time()
+            start = seconds(device)
             found = run(way, z)
             if repetition:
-                seconds[way].append(time.process_time() - start)
+                times[way].append(seconds(device) - start)
             del found, z
             gc.collect()
     result = dict(zip(("model", "m", "pairs", "tokens", "checkpointing"), case, strict=False))
-    result["seconds"] = {way: spread(x) for way, x in seconds.items()}
+    result["seconds"] = {way: spread(x) for way, x in times.items()}
     for other in ("weighted", "passes"):
-        ratios = [a / b for a, b in zip(seconds["one"], seconds[other], strict=True)]
+        ratios = [a / b for a, b in zip(times["one"], times[other], strict=True)]
         result[f"one / {other}"] = spread(ratios)
     return result
 
@@ -132,46 +156,146 @@ def spread(x: list[float]) -> dict[str, float]:
     return {"median": statistics.median(x), "low": min(x), "high": max(x)}
 
 
-def peak(way: str, m: int) -> float:
+def preferences(m: int, pairs: int) -> tuple[Any, Any]:
+    """A data set of random words, 128 in a text, with m preferences; and its tokenizer."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(LLAMAS["small Llama"][0] - 2))]
+    bare = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, words[2]))
+    bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bare, pad_token=words[0], eos_token=words[1]
+    )
+    draw = random.Random(SEED)
+    lengths = {"prompt": 32, "chosen": 95, "rejected": 95}
+    rows: list[dict[str, Any]] = [
+        {name: " " + " ".join(draw.choices(words[2:], k=n)) for name, n in lengths.items()}
+        | {f"pref_{i}": draw.choice((-1, 1)) for i in range(m)}
+        for _ in range(pairs * STEPS)
+    ]
+    return Dataset.from_list(rows), tokenizer
+
+
+def trainer(m: int, pairs: int, device: str, folder: str) -> tuple[Any, list[float]]:
+    """A trainer of all weights, TRL's own for m = 0, and the seconds of its steps."""
+    from transformers import PrinterCallback, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    from raco_optim.integrations.trl import MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer
+
+    found: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]  # transformers is not type-checked
+        def on_step_begin(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
+            self.start = seconds(device)
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
+            found.append(seconds(device) - self.start)
+
+    options: dict[str, Any] = {
+        "output_dir": folder,
+        "per_device_train_batch_size": pairs,
+        "max_steps": STEPS,
+        "precompute_ref_log_probs": True,
+        "bf16": device != "cpu",
+        "use_cpu": device == "cpu",
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+    }
+    if m:
+        weights = {str(i): 1 / m for i in range(m)}
+        options |= {"weights": weights, "method": "raco"}
+    kind, config = (
+        (MultiObjectiveDPOTrainer, MultiObjectiveDPOConfig) if m else (DPOTrainer, DPOConfig)
+    )
+    rows, tokenizer = preferences(m, pairs)
+    made = kind(
+        llama("small Llama"),
+        args=config(**options),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        callbacks=[Clock()],
+    )
+    made.remove_callback(PrinterCallback)
+    return made, found
+
+
+def steps(m: int, pairs: int, rounds: int, device: str) -> dict[str, Any]:
+    """Seconds of whole steps, and ratios, of our trainer and TRL's, which take turns."""
+    times: dict[str, list[float]] = {"TRL": [], "one": []}
+    with tempfile.TemporaryDirectory() as folder:
+        made = {
+            name: trainer(number, pairs, device, f"{folder}/{name}")
+            for name, number in (("TRL", 0), ("one", m))
+        }
+        for _ in range(rounds):
+            for name, (candidate, found) in made.items():
+                found.clear()
+                candidate.train()
+                times[name] += found[1:]
+    ratios = [a / b for a, b in zip(times["one"], times["TRL"], strict=True)]
+    result: dict[str, Any] = {"model": "small Llama, whole step", "m": m, "pairs": pairs}
+    result["seconds"] = {name: spread(x) for name, x in times.items()}
+    return result | {"one / TRL": spread(ratios)}
+
+
+def peak(way: str, m: int, device: str) -> float:
     """Peak of a second gradient stage over the model's memory, in MB, in a process of its own."""
-    model, scores = build("small Llama", 4, 128, checkpointing=False)
+    model, scores = build("small Llama", 4, 128, checkpointing=False, device=device)
     run = stage(model, m)
 
     def megabytes(field: str) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(x.split()[1]) / 1024 for x in lines if x.startswith(field))
 
-    model_alone = megabytes("VmRSS")
+    on_cpu = device == "cpu"
+    model_alone = megabytes("VmRSS") if on_cpu else torch.cuda.memory_allocated() / 2**20
     for _ in range(2):
         run(way, scores())
-    return megabytes("VmHWM") - model_alone
+    most = megabytes("VmHWM") if on_cpu else torch.cuda.max_memory_allocated() / 2**20
+    return most - model_alone
 
 
 def main() -> None:
     """Runs the cases and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two cases, and no memory")
+    parser.add_argument("--quick", action="store_true", help="three cases, and no memory")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--peak", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     if given.peak:
         way, m = given.peak.split(",")
-        print(peak(way, int(m)))
+        print(peak(way, int(m), given.device))
         return
-    cases = [CASES[0], CASES[4]] if given.quick else CASES
+    cases = [(*CASES[0][:-1], 1), CASES[4]] if given.quick else CASES
     results = []
     for case in cases:
-        results.append(timed(case))
+        results.append(timed(case, given.device))
+        print(json.dumps(results[-1]), flush=True)
+    # Pairs of a batch, turns: a quick one counts from the second step on, without a warm turn.
+    pairs, rounds = (1, 1) if given.quick else (4, 3)
+    for m in (2,) if given.quick else (2, 4):
+        results.append(steps(m, pairs, rounds, given.device))
         print(json.dumps(results[-1]), flush=True)
     memory = {}
     for m in () if given.quick else (2, 4):
         for way in WAYS:
             command = [sys.executable, "-m", "benchmarks.one_pass", "--peak", f"{way},{m}"]
+            command += ["--device", given.device]
             found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            memory[f"{way}, m = {m}"] = round(float(found))
+            memory[f"{way}, m = {m}"] = round(float(found.splitlines()[-1]))
     print(json.dumps(memory))
     about = environment(seed=SEED, packages=("transformers", "trl"))
+    if given.device != "cpu":
+        about["accelerator"] = torch.cuda.get_device_name()
     if given.out is not None:
         everything = {"about": about, "cases": results, "peak over the model, MB": memory}
         given.out.write_text(json.dumps(everything, indent=1) + "\n")

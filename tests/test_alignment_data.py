@@ -12,7 +12,8 @@ pytest.importorskip("aclsum", reason="aclsum needs Python 3.11")
 
 from aclsum.aclsum import Document
 
-from benchmarks.alignment import data, sampling
+from benchmarks.alignment import answers, data, sampling
+from raco_optim.cli.layouts.known import layout_of
 
 
 def _paper():
@@ -271,3 +272,14 @@ def test_held_out_material_is_of_held_out_papers():
     sentences = {text for paper in papers.values() for text in paper.sentences["abstract"]}
     for before, options in sampling.questions(sizes, sampling.FINAL):
         assert {before, *options} <= sentences
+
+
+def test_answers_have_the_layout_of_helpsteer2_and_are_paired(tmp_path, capsys):
+    answers.main([str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
+    assert layout_of(rows[0]) == "helpsteer2"
+    for a, b, c in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        assert a["prompt"] == b["prompt"] == c["prompt"]
+        assert {a["helpfulness"], b["helpfulness"], c["helpfulness"]} == {0, 4}
+    assert all(0 <= row["verbosity"] <= 4 for row in rows)
+    assert "train.jsonl: 267 records" in capsys.readouterr().out

@@ -117,6 +117,15 @@ def test_preferences_are_numbers_from_minus_one_to_one(tmp_path, value):
     assert repr(value) in message
 
 
+@pytest.mark.parametrize("column", ["pref_x", "weight_x", "margin_x"])
+def test_a_number_too_large_for_a_float_is_refused_by_name(tmp_path, column):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({**ROWS[0], column: 10**400}) + "\n")
+    message = refusal(path, ["x"], ["x"] if column == "margin_x" else [])
+    assert f"line 1: column `{column}` must hold" in message
+    assert len(message) < 300
+
+
 def test_objective_that_labels_no_pair_is_named(tmp_path):
     rows = [{**row, "pref_y": sign} for row, sign in zip(ROWS, (0, None), strict=True)]
     message = refusal(written(tmp_path / "pairs.jsonl", rows))
@@ -260,6 +269,7 @@ WHOLE = {name: [*PAIR["prompt"], *PAIR[name]] for name in ("chosen", "rejected")
         ({"prompt": None, "chosen": {"a": 1}, "rejected": "b"}, ["a text or a list", "{'a': 1}"]),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, ["a text or a list", "3"]),
         ({"chosen": "a\ud800", "rejected": "b"}, ["half a character"]),
+        ({**PAIR, "tools": "search"}, ["line 1", "column `tools`", "JSON", "'search'", "null"]),
     ],
 )
 def test_texts_and_conversations_that_cannot_be_right_are_refused(tmp_path, row, parts):

@@ -325,3 +325,28 @@ def test_bad_arguments_are_named(argument, clip):
     gram, weights, c, solver = BAD[argument]
     with pytest.raises(ValueError, match=f"`{argument}` must"):
         mixing_coefficients(gram, weights, c, clip=clip, solver=solver)
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("c", [0.4, 1.0, 1.5])
+def test_few_losses_are_solved_as_many_are(c, clip, monkeypatch):
+    """Up to ten losses have a solver of their own; the coefficients are the same without it."""
+    kinds = ("random", "conflicting", "aligned", "vertex", "interior", "duplicate", "kink", "zero")
+    cases = [problem(kind, m, seed) for kind in kinds for m in (2, 3, 6, 10) for seed in range(2)]
+    few = [mixing_coefficients(x.gram, x.weights, c, clip=clip) for x in cases]
+    monkeypatch.setattr("raco_optim.subproblem.solve.FEW", 2)
+    for case, found in zip(cases, few, strict=True):
+        many = mixing_coefficients(case.gram, case.weights, c, clip=clip)
+        np.testing.assert_allclose(found.p, many.p, atol=1e-9)
+        np.testing.assert_allclose(found.coefficients, many.coefficients, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("m", [2, 3, 5, 8, 10, 11, 20, 40])
+def test_duplicates_of_equal_weight_have_equal_shares(m):
+    """The minimiser closest to w is unique, so it is symmetric."""
+    rng = np.random.default_rng(m)
+    distinct = rng.standard_normal(((m + 1) // 2, 2 * m))
+    which = np.arange(m) // 2
+    gram = (distinct @ distinct.T)[np.ix_(which, which)]
+    p = mixing_coefficients(gram, [1 / m] * m, 0.5).p.numpy()
+    np.testing.assert_allclose(p[0 : m - 1 : 2], p[1:m:2], rtol=0, atol=1e-12)

@@ -294,8 +294,12 @@ def test_clip_and_solver_may_change_between_steps(monkeypatch):
     model, x = network(DOUBLE), batch(0, dtype=DOUBLE)
     opt = CAGradClip(sgd(model), [0.1, 0.1, 0.8], c=0.5)
     J = jacobian(model, lambda: three_losses(model, x))
-    asked, solve = [], cagrad.solve
-    monkeypatch.setattr(cagrad, "solve", lambda *args: (asked.append(args[-1]), solve(*args))[1])
+    asked = []
+    for name in ("solve", "solve_on_host"):
+        solve = getattr(cagrad, name)
+        monkeypatch.setattr(
+            cagrad, name, lambda *args, solve=solve: (asked.append(args[-1]), solve(*args))[1]
+        )
     found = []
     for clip, solver in (("hard", "exact"), ("none", "slsqp"), ("soft", "pgd")):
         opt.clip, opt.solver = clip, solver

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 from trl.trainer.utils import add_fused_lm_head
 
-from raco_optim import gram_matrix
+from raco_optim import CAGradClip, gram_matrix
 from raco_optim.gradients.per_example import LayerGradients
 from raco_optim.integrations.forward import completion_log_probs
 
@@ -95,6 +95,29 @@ def test_one_pass_is_one_for_each(family: str, kind: str) -> None:
     for row, true_row in zip(rows, true, strict=True):
         for g, of_autograd in zip(row, true_row, strict=True):
             assert (g - of_autograd).norm() <= 1e-4 * of_autograd.norm() + 1e-9
+
+
+def test_mixtures_of_experts_have_a_pass_for_each_loss() -> None:
+    """The experts are no layers, and the tokens of all examples meet in one dimension."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**GROUPED, num_local_experts=4)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    add_fused_lm_head(model.train())
+    parameters = list(model.parameters())
+    opt = CAGradClip(
+        torch.optim.SGD(parameters, 0.1), [1 / 4] * 4, gradients="per_example", model=model
+    )
+    z = completion_log_probs(model, batch())
+    opt.backward(losses(z, "pairs"), scalars=z)
+    assert opt.report.gradients.startswith("dense: a parameter is in no layer that is known")
+    assert "(6 of 21 parameters: model.layers.0.mlp.gate.weight" in opt.report.gradients
+    found = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    z = completion_log_probs(model, batch())
+    CAGradClip(torch.optim.SGD(parameters, 0.1), [1 / 4] * 4).backward(losses(z, "pairs"))
+    for g, p in zip(found, parameters, strict=True):
+        torch.testing.assert_close(g, p.grad)
 
 
 def differences(a: Any, b: Any) -> list[list[Tensor]]:

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.step_cost_memory import measure_memory
 from raco_optim import CAGradClip, per_loss_gradients
 from raco_optim.gradients.per_example import LayerGradients
 from tests.tiny_language_models import FAMILIES, tiny_model
@@ -668,6 +669,44 @@ def test_micro_batches_of_the_mode() -> None:
     assert_same(*models, 1e-12)
 
 
+@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_peak_is_that_of_a_pass_for_each_loss(m: int, parts: int) -> None:
+    """And of blocks, which take 4 MB for layers of any size; micro-batches add nothing."""
+    peaks = []
+    for mode in (RAN, "dense"):
+        layers = [layer for _ in range(6) for layer in (nn.Linear(512, 512), nn.Tanh())]
+        model = nn.Sequential(*layers)
+        options = {"model": model} if mode == RAN else {}
+        inner = torch.optim.SGD(model.parameters(), 0.01)
+        opt = CAGradClip(inner, [1 / m] * m, gradients=mode, **options)
+
+        def step(model: nn.Module = model, opt: CAGradClip = opt) -> None:
+            for k in range(parts):
+                z = model(torch.ones(4, 16, 512)).sum((1, 2))
+                losses = [(z * i).sin().sum() for i in range(1, m + 1)]
+                backward(opt, losses, z, accumulate=k < parts - 1)
+
+        found = measure_memory(step, opt.zero_grad)
+        peaks.append(found.held + found.peak)
+        assert opt.report.gradients == mode
+    assert peaks[0] <= 1.1 * peaks[1] + 2**22
+
+
+def test_the_sum_over_micro_batches_leaves_the_earlier_ones_alone() -> None:
+    model = mlp()
+    opt = optimizer(model, RAN)
+    backward(opt, three(z := flat(model, rows(0))), z, accumulate=True)
+    pending = opt._core.progress.pending
+    before = copy.deepcopy(pending.rows)
+    backward(opt, three(z := flat(model, rows(1))), z, accumulate=True)
+    z = flat(model, rows(2))
+    with pytest.raises(FloatingPointError):
+        backward(opt, [z.sum() * torch.inf] * 3, z)
+    for row, row_before in zip(pending.rows, before, strict=True):
+        assert all(torch.equal(g, h) for g, h in zip(row, row_before, strict=True))
+
+
 def test_a_micro_batch_without_losses_needs_no_scalars() -> None:
     model = mlp()
     opt = optimizer(model, RAN)
@@ -973,6 +1012,24 @@ def test_backward_in_no_grad_and_nan() -> None:
     z = flat(model, rows(1))
     backward(opt, [three(z)[0] * torch.nan, *three(z)[1:]], z)
     assert opt.report.skipped == 1
+
+
+def test_a_graph_that_differs_from_step_to_step() -> None:
+    """Some graphs are checked at once, others when they come again; few are remembered."""
+    models = [mlp(), mlp()]
+    opts = [optimizer(model, mode) for model, mode in zip(models, (RAN, "dense"), strict=True)]
+    ran = []
+    for length in [*range(12), *range(12)]:
+        for model, opt in zip(models, opts, strict=True):
+            opt.zero_grad()
+            z = flat(model, rows(0))
+            for _ in range(length):
+                z = z.sin() + 1
+            backward(opt, three(z), z)
+        assert_same(*models, 1e-12)
+        ran.append(opts[0].report.gradients)
+    assert ran[:8] + ran[12:] == [RAN] * 20
+    assert all(x.startswith("dense: the graph is a new one") for x in ran[8:12])
 
 
 def test_one_backward_pass_of_the_layers() -> None:

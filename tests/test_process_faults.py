@@ -95,6 +95,18 @@ def all_absent(opt, model, losses, rank):
     opt.backward(dict.fromkeys(losses))
 
 
+def raises_in_the_one_pass(opt, model, losses, rank):
+    """It serves all losses, and the first of them is sent after it."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 1)
+    z = net(torch.ones(4, 3))[:, 0]
+    if rank == BAD:
+        z.register_hook(lambda _: 1 / 0)
+    inner = torch.optim.SGD(net.parameters(), 0.1)
+    theirs = CAGradClip(inner, [0.5, 0.5], gradients="per_example", model=net)
+    theirs.backward([z.sum(), z.square().sum()], scalars=z)
+
+
 def other_weights(opt, model, losses, rank):
     before = opt.weights
     if rank == BAD:
@@ -226,6 +238,7 @@ FAULTS = {
     two_losses: (FloatingPointError, "loss 'b' is NaN or Inf on rank 1. "),
     infinite_gradient: (FloatingPointError, "the gradient of loss 'b' is NaN or Inf"),
     raises_in_a_callable: (ZeroDivisionError, "rank 1: ZeroDivisionError: division by zero"),
+    raises_in_the_one_pass: (ZeroDivisionError, "rank 1: ZeroDivisionError: division by zero"),
     raises_in_the_pass: (RuntimeError, "It was raised by the backward pass of loss 'b'."),
     reaches_nothing: (ValueError, "loss 'c' must depend on a parameter of the optimizer"),
     too_few: (ValueError, "got the names ['a', 'b']"),

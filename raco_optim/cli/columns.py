@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ def row_of(record: Record, source: Source, columns: Sequence[str]) -> dict[str, 
         columns: Those that are read.
 
     Raises:
-        ValueError: A text is neither a text nor messages.
+        ValueError: A text is neither a text nor messages, or tools are not JSON.
 
     Example:
         >>> from raco_optim.cli.columns import row_of
@@ -45,10 +46,25 @@ def row_of(record: Record, source: Source, columns: Sequence[str]) -> dict[str, 
         value = record.fields.get(column)
         if column in _TEXTS:
             value = None if value is None else decoded(value)
+        elif column == "tools" and isinstance(value, str):
+            value = _tools(value)
         elif source.texts_only and column not in _FOR_TEMPLATES:
             value = _number(value)
         row[column] = value
     return row
+
+
+def _tools(text: str) -> str | None:
+    """The text, which TRL parses when it prepares the data; an empty cell is null."""
+    try:
+        if text:
+            json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"column `tools` must hold a list of tools, as JSON where it is a text; got "
+            f"{text!r:.60} ({error}). Put null where there are none, or leave the column out"
+        ) from error
+    return text or None
 
 
 def _number(cell: str | None) -> float | str | None:

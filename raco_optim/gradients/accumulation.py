@@ -19,18 +19,23 @@ def accumulate(found: Iterable[Found], batch: Batch, *, named: bool) -> Pending:
     return pending
 
 
-def add_pending(found: Iterable[Found], pending: Pending | None) -> Iterator[Found]:
-    """Adds the pending values and gradients, which stay as they are, to those found."""
+def add_pending(
+    found: Iterable[Found], pending: Pending | None, *, in_place: bool = False
+) -> Iterator[Found]:
+    """Adds the pending values and gradients, which stay as they are, to those found.
+
+    `in_place` writes sums into the gradients found, which nobody else may hold then.
+    """
     if pending is None:
         yield from found
         return
     for (value, row), before, earlier in zip(found, pending.values, pending.rows, strict=True):
         for j, g in enumerate(earlier):  # one at a time, so that each is freed at once
-            row[j] = _sum(g, row[j])
+            row[j] = _sum(g, row[j], in_place)
         yield _sum(before, value), row
 
 
-def _sum(earlier: Tensor | None, later: Tensor | None) -> Tensor | None:
+def _sum(earlier: Tensor | None, later: Tensor | None, in_place: bool = False) -> Tensor | None:
     if earlier is None or later is None:
         return later if earlier is None else earlier
-    return earlier + later
+    return later.add_(earlier) if in_place else earlier + later

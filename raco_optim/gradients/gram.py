@@ -209,11 +209,10 @@ def _mend(H: Any, rows: Sequence[Sequence[Tensor | None]]) -> None:  # noqa: ANN
     Otherwise the subproblem has one solution, a random one, instead of many. The tensors are
     compared only where the entries say that two gradients are equal but for rounding.
     """
-    squares = H.diagonal().copy()
-    bad = ~np.isfinite(squares)
+    squares = H.diagonal()
+    bad = np.isnan(squares)
     if bad.any():  # NaN times None is NaN, too
         H[bad] = H[:, bad] = np.nan
-        np.fill_diagonal(H, squares)
     close = np.maximum.outer(squares, squares) * (1 - 1e-9) < H
     if np.count_nonzero(close) > len(H):
         for j, i in zip(*np.nonzero(np.tril(close, -1)), strict=True):

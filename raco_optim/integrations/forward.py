@@ -51,11 +51,11 @@ class _FusedHead(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, *_: object) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Hands the parts of weight and bias over; returns the gradient of the hidden states."""
         rows = _Rows(ctx, g)
-        ctx.run.add(ctx.parameters["weight"], lambda: rows)
+        ctx.run(ctx.parameters["weight"], lambda: rows)
         if not rows.swept:  # nobody wants the gradient of the weight
             deque(rows.tiles(), 0)
         if "bias" in ctx.parameters:
-            ctx.run.add(ctx.parameters["bias"], lambda: Vectors(rows.sums[:, None]))
+            ctx.run(ctx.parameters["bias"], lambda: Vectors(rows.sums[:, None]))
         return rows.grad_of_all(), *[None] * 8
 
 
@@ -127,6 +127,7 @@ class _Rows:
             s.add_weighted(
                 flat[:, start * a : end * a], d.view(n, -1), fresh=fresh, folded=s.paired
             )
+            del d  # the next block takes its place, in the cache too
 
     def size(self) -> tuple[Tensor, torch.dtype]:
         """See `Part`."""

@@ -1,4 +1,4 @@
-"""How a training may be launched: one process, or several that hold the whole model each."""
+"""How a training may be launched: in one process or in several."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from raco_optim.distributed.agreement import parameter_settings, raise_together
 from raco_optim.distributed.group import Group, launched_world_size
+from raco_optim.integrations.sharding import refused
 from raco_optim.wrapper.parameters import Parameters
 
 if TYPE_CHECKING:
@@ -82,26 +83,9 @@ def check_stored(dataset: object, group: Group | None) -> None:
 
 
 def check_whole(trainer: Trainer) -> None:
-    """Raises `ValueError` if a process is to hold a part of the model only."""
-    found = {
-        "FSDP": trainer.is_fsdp_enabled,
-        "DeepSpeed": trainer.is_deepspeed_enabled,
-        "tensor or context parallelism": trainer.accelerator.parallelism_config is not None,
-        "sharding of the model": _all_shared(trainer.model.parameters()).is_sharded,
-    }
-    for name, on in found.items():
-        if on:
-            raise ValueError(sharded(name))
-
-
-def sharded(what: str) -> str:
-    """Says that the trainer does not work with something, and what does."""
-    return (
-        f"{what} must be off, because MultiObjectiveDPOTrainer trains models that every process "
-        f"holds as a whole. Launch it with `torchrun` or `accelerate launch --multi_gpu`, with "
-        f"adapters (`peft_config`) if memory is short. For a model that FSDP2 shards, use "
-        f"raco_optim.CAGradClip in a loop of your own."
-    )
+    """Raises `ValueError` if the model is sharded before the Trainer shards it."""
+    if _all_shared(trainer.model.parameters()).is_sharded:
+        raise ValueError(refused("sharding of the model before the training"))
 
 
 def average_gradients(model: nn.Module, group: Group) -> None:

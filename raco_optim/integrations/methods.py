@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,18 +24,51 @@ from raco_optim.optimizers import MGDA, AllOptions, CAGrad, CAGradClip
 
 
 def multi_objective(
-    args: MultiObjectiveDPOConfig, inner: Optimizer, model: nn.Module
+    args: MultiObjectiveDPOConfig,
+    inner: Optimizer,
+    model: nn.Module,
+    *,
+    one_pass: bool,
+    scaled: bool,
 ) -> MultiObjectiveOptimizer:
-    """Wraps an optimizer for a method that combines the gradients of the objectives."""
+    """Wraps an optimizer for a method that combines the gradients of the objectives.
+
+    Args:
+        args: Says which method.
+        inner: The optimizer.
+        model: The model.
+        one_pass: Whether one backward pass serves all objectives, where it can.
+        scaled: Whether a `GradScaler` scales the losses, and skips steps.
+    """
     weights = args.objective_weights
-    options: AllOptions = {"nonfinite": args.nonfinite}
-    if args.gradients == "per_example":
+    options: AllOptions = {"nonfinite": "propagate" if scaled else args.nonfinite}
+    if one_pass:
         options |= {"gradients": "per_example", "model": model}
     if args.method == "mgda":
         return MGDA(inner, weights, **options)
     if args.method == "cagrad":
         return CAGrad(inner, weights, args.c, solver=args.solver, **options)
     return CAGradClip(inner, weights, args.c, solver=args.solver, **options)
+
+
+def unscale_report(optimizer: MultiObjectiveOptimizer, scale: float, nonfinite: str) -> None:
+    """Divides what the last step reports by the scale of its losses; counts an overflow.
+
+    Raises:
+        FloatingPointError: A loss is NaN or Inf, which no scale mends, with ``nonfinite="raise"``.
+    """
+    report, progress = optimizer.report, optimizer._core.progress
+    losses, gram = report.losses / scale, report.gram / scale**2
+    for name, loss in zip(report.names, losses.tolist(), strict=True):
+        if nonfinite == "raise" and name not in report.absent and not math.isfinite(loss):
+            raise FloatingPointError(
+                f"loss {name!r} is NaN or Inf; got {loss}. Choose nonfinite='skip' to leave out "
+                f"such updates, or train with bf16=True."
+            )
+    skip = not bool(gram.isfinite().all() & report.coefficients.isfinite().all())
+    skipped = progress.skipped + skip
+    report = replace(report, losses=losses, gram=gram, skip=skip, skipped=skipped)
+    optimizer._core.progress = replace(progress, report=report, skipped=skipped)
 
 
 def losses(

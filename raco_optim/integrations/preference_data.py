@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
@@ -123,14 +124,14 @@ def as_label(value: object, column: str) -> float:
     Raises:
         ValueError: The value is something else.
     """
-    if value is None or (isinstance(value, Real) and math.isnan(value)):
+    if _is_missing(value):
         return 0.0
-    if isinstance(value, bool) or not isinstance(value, Real) or not -1 <= float(value) <= 1:
-        raise ValueError(
-            f"column `{column}` must hold +1 (prefers chosen), -1 (prefers rejected), a number "
-            f"between them, 0 (tie) or null (no label); got {value!r}."
-        )
-    return float(value)
+    return _number(
+        value,
+        (-1, 1),
+        f"column `{column}` must hold +1 (prefers chosen), -1 (prefers rejected), a number between "
+        f"them, 0 (tie) or null (no label)",
+    )
 
 
 def as_weight(value: object, column: str) -> float:
@@ -139,14 +140,13 @@ def as_weight(value: object, column: str) -> float:
     Raises:
         ValueError: The value is something else.
     """
-    if value is None or (isinstance(value, Real) and math.isnan(value)):
+    if _is_missing(value):
         return 1.0
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
-        raise ValueError(
-            f"column `{column}` must hold weights, finite numbers of 0 or more, or null for 1; got "
-            f"{value!r}."
-        )
-    return float(value)
+    return _number(
+        value,
+        (0, sys.float_info.max),
+        f"column `{column}` must hold weights, finite numbers of 0 or more, or null for 1",
+    )
 
 
 def as_margin(value: object, column: str) -> float:
@@ -155,11 +155,25 @@ def as_margin(value: object, column: str) -> float:
     Raises:
         ValueError: The value is something else.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(
-            f"column `{column}` must hold the reward of chosen minus that of rejected, a finite "
-            f"number; got {value!r}."
-        )
+    return _number(
+        value,
+        (-sys.float_info.max, sys.float_info.max),
+        f"column `{column}` must hold the reward of chosen minus that of rejected, a finite number",
+    )
+
+
+def _is_missing(value: object) -> bool:
+    return value is None or (isinstance(value, Real) and value != value)
+
+
+def _within(value: Any, ends: tuple[float, float]) -> bool:  # noqa: ANN401
+    """Compares a number as it is: an integer of JSON may be too large for a float."""
+    return bool(ends[0] <= value <= ends[1])
+
+
+def _number(value: object, ends: tuple[float, float], expected: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not _within(value, ends):
+        raise ValueError(f"{expected}; got {value!r:.60}.")
     return float(value)
 
 

@@ -15,9 +15,10 @@ The trainer wraps its optimizer into a `MultiObjectiveOptimizer`, and calls ``ba
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from trl import DPOTrainer
 
 from raco_optim.alignment import PairLogProbs
 from raco_optim.distributed.agreement import raise_together
+from raco_optim.distributed.group import Group
 from raco_optim.integrations import (
     adapters,
     callbacks,
@@ -44,6 +46,7 @@ from raco_optim.integrations import (
     methods,
     model_card,
     preference_data,
+    sharding,
 )
 from raco_optim.integrations.forward import completion_log_probs
 from raco_optim.integrations.metrics import Log, common_sums, evaluation_metrics, objective_sums
@@ -66,7 +69,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
     .. math:: L_i = -\operatorname{mean}_{s_i \ne 0} \log \sigma(\beta s_i \Delta).
 
     The mean runs over the pairs that the objective labels in the whole accumulated batch, so that
-    micro-batches change nothing, nor do several processes (torchrun), each with the whole model.
+    micro-batches change nothing, nor do several processes (torchrun), with FSDP2 or without.
     With the method ``"raco"`` the optimizer is a `raco_optim.CAGradClip` around the one that TRL
     would use, or the one in ``optimizers``. Each loss has its own gradient, summed over the
     micro-batches and averaged over the processes, and CAGrad-Clip combines them; what follows, from
@@ -224,6 +227,21 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
             for argument, counts in self.pair_counts.items():
                 sys.stderr.write(preference_data.count_table(counts, argument) + "\n")
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's; raises ValueError if the model can't be sharded as is asked for."""
+        super().create_accelerator_and_postprocess()
+        sharding.prepare(self)
+        if self.args.fp16 and self.accelerator.scaler is None:
+            raise ValueError(
+                f"`fp16` must be False on {self.args.device.type}, where Accelerate scales no "
+                f"gradients and trains in float32; got True. Train with bf16=True."
+            )
+
+    @property
+    def _forward_group(self) -> Group | None:
+        """The processes that may vote around a forward pass; none if it sends messages itself."""
+        return None if self.is_fsdp_enabled else self._group
+
     def _check_metric(self) -> None:
         metric = self.args.metric_for_best_model
         if metric is None:
@@ -272,14 +290,34 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         super().create_optimizer(model)
         if self.args.method in GRADIENT_METHODS and _found(self.optimizer) is None:
             model = self.model if model is None else model
-            self.optimizer = methods.multi_objective(self.args, self.optimizer, model)
+            self.optimizer = methods.multi_objective(
+                self.args,
+                self.optimizer,
+                model,
+                one_pass=self._one_pass,
+                scaled=self.accelerator.scaler is not None,
+            )
         return self.optimizer
+
+    @property
+    def _one_pass(self) -> bool:
+        # A scaler must scale all that the backward pass computes, which is not so of one pass.
+        alone = not self.is_fsdp_enabled and self.accelerator.scaler is None
+        return self.args.gradients == "per_example" and alone
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        optimizer = _found(self.optimizer)
+        if self.is_fsdp_enabled and optimizer is not None and self.args.should_save:
+            sharding.save_own_state(optimizer, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         optimizer: Any = _found(self.optimizer)
         if checkpoint is None or optimizer is None:
             return
+        if self.is_fsdp_enabled:
+            sharding.load_own_state(optimizer, checkpoint)
         configured = {"weights": self.args.objective_weights}
         if self.args.method != "mgda":
             configured["c"] = self.args.c
@@ -323,7 +361,15 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
 
     def compute_ref_log_probs(self, model: Any, inputs: Mapping[str, Any]) -> Any:  # noqa: ANN401
         """As TRL's, which would pass the preferences on to the model."""
-        return super().compute_ref_log_probs(model, for_the_model(inputs))
+
+        def run(**arguments: Any) -> Any:  # noqa: ANN401
+            # FSDP2 has a precision of its own, without the autocast in which TRL calls this.
+            with torch.autocast(self.args.device.type, enabled=False):
+                return model(**arguments)
+
+        return super().compute_ref_log_probs(
+            run if self.is_fsdp_enabled else model, for_the_model(inputs)
+        )
 
     def compute_loss(
         self,
@@ -333,7 +379,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         """The weighted loss: what is minimised in training, the yardstick in evaluation."""
-        with raise_together(self._group):
+        with raise_together(self._forward_group):
             scores, outputs = self._forward(model, inputs)
             losses = self._of_objectives(scores, outputs, inputs, num_items_in_batch)
             weights = methods.loss_weights(self.args, training=model.training)
@@ -341,11 +387,12 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
             if loss is None:  # no pair is labelled: nothing to learn, but a graph to go back
                 loss = 0 * scores.sum()
             loss = loss + self._auxiliary(outputs)
-            if model.training and not loss.isfinite():
-                raise FloatingPointError(
-                    "the weighted loss is NaN or Inf; torch.autograd.set_detect_anomaly finds the "
-                    "cause"
-                )
+            with raise_together(self._group if self.is_fsdp_enabled else None):
+                if model.training and not loss.isfinite():
+                    raise FloatingPointError(
+                        "the weighted loss is NaN or Inf; torch.autograd.set_detect_anomaly finds "
+                        "the cause"
+                    )
             return loss
 
     def predict(self, *_: Any, **__: Any) -> Any:  # noqa: ANN401
@@ -377,28 +424,47 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         last = self.accelerator.sync_gradients
         # Where no process has a label in any micro-batch, nothing is to be learned.
         learns = counts is None or bool(counts.any())
-        # Each loss has a gradient of its own to be averaged over the processes.
-        with self.accelerator.no_sync(model):
-            with raise_together(self._group):
+        with self._backward_passes(model):
+            with raise_together(self._forward_group):
                 with self.compute_loss_context_manager():
                     scores, outputs = self._forward(model, inputs)
                     losses = self._of_objectives(scores, outputs, inputs, counts)
-                named = dict(zip(self._names, losses, strict=True))
-                scalars = scores if self.args.gradients == "per_example" else None
+                everywhere = losses
+                if self.is_fsdp_enabled:
+                    everywhere = sharding.present_in_all(losses, scores, counts)
+                scaler = self.accelerator.scaler
+                if scaler is not None:
+                    everywhere = [x if x is None else scaler.scale(x) for x in everywhere]
+                named = dict(zip(self._names, everywhere, strict=True))
+                scalars = scores if self._one_pass else None
                 auxiliary = self._auxiliary(outputs)
                 if self.aux_loss_enabled and learns:
-                    self._add_unmixed(auxiliary)
-                if not last and any(loss is not None for loss in losses):
+                    # FSDP2 gathers a layer when the gradient of its output comes.
+                    through = 0 * scores.sum() if self.is_fsdp_enabled else 0
+                    self._add_unmixed(auxiliary + through)
+                if not last and any(loss is not None for loss in everywhere):
                     optimizer.backward(named, accumulate=True, scalars=scalars)
             if last and learns:
-                if self.aux_loss_enabled and self._group is not None:
-                    launch.average_gradients(model, self._group)
+                if self.aux_loss_enabled and self._forward_group is not None:
+                    launch.average_gradients(model, self._forward_group)
                 optimizer.backward(named, scalars=scalars)
+                if scaler is not None:
+                    methods.unscale_report(optimizer, scaler.get_scale(), self.args.nonfinite)
                 self._objective_log.add_step(optimizer.report)
         assert isinstance(optimizer.weights, Mapping)
         loss = methods.weighted(losses, optimizer.weights.values())
         zero = torch.zeros((), device=self.args.device)
         return (zero if loss is None else loss.detach()) + auxiliary.detach()
+
+    @contextlib.contextmanager
+    def _backward_passes(self, model: Any) -> Iterator[None]:  # noqa: ANN401
+        """Sees to it that each loss has a gradient of its own, averaged over the processes."""
+        if self.is_fsdp_enabled:  # by its hooks, in every micro-batch
+            model.set_requires_gradient_sync(True)
+            yield
+        else:  # by the optimizer
+            with self.accelerator.no_sync(model):
+                yield
 
     def _forward(self, model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Any]:  # noqa: ANN401
         """Returns the log-probabilities of the completions, and all that the model returned."""
@@ -423,7 +489,9 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         """Adds the gradient of a loss that belongs to no objective to ``.grad``."""
         if not auxiliary.isfinite():
             raise FloatingPointError(f"the auxiliary loss is NaN or Inf; got {auxiliary.item()}")
-        auxiliary.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        scaler = self.accelerator.scaler
+        scaled = auxiliary if scaler is None else scaler.scale(auxiliary)
+        scaled.backward(retain_graph=True)
 
     @callbacks.quiet()
     def evaluation_loop(self, *args: Any, **others: Any) -> Any:  # noqa: ANN401

@@ -13,8 +13,9 @@ from trl import DPOConfig
 from raco_optim._checks import checked_choice, checked_radius, checked_weights
 from raco_optim.alignment._checks import checked_number
 from raco_optim.alignment.losses import REFERENCE_FREE, SMOOTHED, LossForm, PreferenceLoss
-from raco_optim.integrations.launch import check_processes, sharded
+from raco_optim.integrations.launch import check_processes
 from raco_optim.integrations.metrics import lower_is_better
+from raco_optim.integrations.sharding import refused
 from raco_optim.subproblem.solve import SOLVERS, Solver
 
 # Those that combine the gradients of the objectives, and those with one loss.
@@ -44,7 +45,6 @@ _NOT_HONOURED = {
     "use_weighting": False,
     "activation_offloading": False,
     "use_liger_kernel": False,
-    "fp16": False,
     "torch_empty_cache_steps": None,
     "label_smoothing_factor": 0.0,  # the Trainer's, for other losses
     "discopop_tau": 0.05,
@@ -58,10 +58,10 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
 
     All fields of `DPOConfig` keep their names, meanings and defaults, but for those that change
     the loss in a way that losses per objective don't have (``ld_alpha``, ``f_divergence_type``,
-    ``use_weighting``), and for ``activation_offloading``, ``use_liger_kernel``, ``fp16``,
-    ``deepspeed``, ``torch_empty_cache_steps`` and ``label_smoothing_factor``: a value other than
-    the default is an error. A field that another one leaves without effect, such as `c` with the
-    method ``"linear"``, is warned about.
+    ``use_weighting``), and for ``activation_offloading``, ``use_liger_kernel``, ``deepspeed``,
+    ``torch_empty_cache_steps`` and ``label_smoothing_factor``: a value other than the default is
+    an error. A field that another one leaves without effect, such as `c` with the method
+    ``"linear"``, is warned about.
 
     Args:
         weights: w, objective -> weight, numbers >= 0 that sum to 1, or a string such as
@@ -80,10 +80,12 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
         solver: ``"exact"``, ``"pgd"`` or ``"slsqp"``; see `raco_optim.solve_subproblem`.
         nonfinite: What to do when a loss or a gradient of an objective is NaN or Inf. ``"raise"``:
             `FloatingPointError` that names it. ``"skip"``, for the first three methods: leave the
-            update out, and log how many were.
+            update out, and log how many were. With ``fp16`` an overflow is skipped by the scaler
+            and logged in either case; ``"raise"`` looks at the losses alone.
         gradients: How the first three methods compute the gradients of the objectives.
             ``"per_example"``: by one backward pass for all of them, where the layers allow it (see
-            docs/cost.md); ``"dense"``: always by one for each. Both are exact.
+            docs/cost.md); ``"dense"``: always by one for each. Both are exact. Under FSDP2 and
+            with ``fp16``, by one for each too.
         modpo_objective: The objective whose preferences MODPO learns from; the others enter with
             their margins. Default: the first of `weights`.
         simpo_gamma: Target margin of the loss type ``"simpo"``, >= 0.
@@ -299,12 +301,14 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
             if value != default:
                 raise ValueError(
                     f"`{name}` must be {default!r}; got {value!r}. MultiObjectiveDPOTrainer does "
-                    f"not support it." + (" Train with bf16=True." if name == "fp16" else "")
+                    f"not support it."
                 )
         check_processes(self)
-        for name in ("fsdp", "deepspeed", "parallelism_config"):
+        for name in ("deepspeed", "parallelism_config"):
             if vars(self)[name]:
-                raise ValueError(sharded(f"`{name}`"))
+                raise ValueError(refused(f"`{name}`"))
+        if self.fsdp and int(self.fsdp_config.get("version", 2)) != 2:
+            raise ValueError(refused("FSDP of version 1"))
         combines = self.method in GRADIENT_METHODS
         if combines and re.search("layerwise|lomo", str(self.optim), re.IGNORECASE):
             raise ValueError(

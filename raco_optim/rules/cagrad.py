@@ -12,8 +12,9 @@ from torch import Tensor
 
 from raco_optim._checks import ZERO, checked_choice, checked_radius
 from raco_optim.rules.rule import MixingCoefficients, Rule
+from raco_optim.subproblem.certificate import Array
 from raco_optim.subproblem.few_losses import FEW
-from raco_optim.subproblem.solve import SOLVERS, Solver, solve, solve_on_host
+from raco_optim.subproblem.solve import SOLVERS, Solver, copied, solve, solve_on_host
 
 Clip = Literal["hard", "soft", "none"]
 CLIPS = ("hard", "soft", "none")
@@ -119,68 +120,67 @@ def mix(
     if abs(total - 1) <= 1e-15:
         total = 1.0
     shares = [x / total for x in weights]
-    if solver != "pgd" and len(shares) <= FEW:
-        # Twenty operations of torch take longer than the solver does.
-        numbers = H.new_tensor(_mix_few(H.tolist(), (weights, shares), c, clip, solver))
-        alpha, p, p_clipped = numbers[:-1].view(3, -1).unbind()
-        return MixingCoefficients(alpha, p, p_clipped, numbers[-1])
-    solution = solve(H, shares, c, solver)
-    w, p = H.new_tensor(shares), solution.p
-    if clip == "hard":
-        p_clipped = torch.minimum(p, w)
-    elif clip == "soft":
-        p_clipped = torch.nan_to_num(p * w / (p + w))  # 0 / 0, where both are zero, is 0
-    else:
-        p_clipped = p
-    # Scaled first, so that no square leaves the range of float64.
-    unit = H / H.diagonal().amax().clamp(min=_SMALLEST)
-    squared_g0 = w @ (unit @ w)
-    squared_norm = p_clipped @ (unit @ p_clipped)
-    ratio = torch.where(_vanishes(unit, p_clipped, ZERO), 0.0, squared_g0 / squared_norm)
-    alpha = H.new_tensor(weights) + c * total * ratio.clamp(min=0).sqrt() * p_clipped
-    if c >= 1:
-        critical = _vanishes(unit, p, _CRITICAL) | _vanishes(unit, alpha, _CRITICAL)
-        alpha = torch.where(critical, 0.0, alpha)
-    return MixingCoefficients(alpha, p, p_clipped, solution.gap)
+    if solver == "pgd":
+        solution = solve(H, shares, c, solver)
+        own, w = copied([weights, shares], H)
+        alpha, clipped = _combined(H, (own, w, solution.p), (c, c * total), clip)
+        return MixingCoefficients(alpha, solution.p, clipped, solution.gap)
+    # On the host, where twenty operations of torch would take longer than the solver of few losses.
+    values = H.detach().cpu().numpy()
+    p, _, gap = solve_on_host(values, shares, c, solver)
+    alpha, clipped = _combined(values, (weights, shares, p), (c, c * total), clip)
+    numbers = copied([*alpha, *p, *clipped, gap], H)
+    first, second, third = numbers[:-1].view(3, -1).unbind()
+    return MixingCoefficients(first, second, third, numbers[-1])
 
 
-def _vanishes(H: Tensor, q: Tensor, limit: float) -> Tensor:
-    """Returns whether |sum_i q_i g_i|^2 is at most `limit` times (sum_i q_i |g_i|)^2."""
-    return q @ (H @ q) <= limit * (q @ H.diagonal().sqrt()).square()
+def _combined(
+    H: Tensor | Array, vectors: tuple[Any, Any, Any], radii: tuple[float, float], clip: Clip
+) -> tuple[Any, Any]:
+    """Returns alpha and the clipped p: tensors, or lists if H is an array of numpy.
 
-
-def _mix_few(
-    rows: list[list[float]],
-    weights: tuple[Sequence[float], list[float]],
-    c: float,
-    clip: Clip,
-    solver: Solver,
-) -> list[float]:
-    """Computes alpha, p, the clipped p and the gap, in one list, as `mix` does, without tensors.
-
-    `weights` are those of the user, and those that sum to 1.
+    The vectors are the weights of the user, those that sum to 1, and p. The radii are relative to
+    the g_0 of the second weights and to the g_0 of the first.
     """
-    own, w = weights
-    p, _, gap = solve_on_host(rows, w, c, solver)
+    own, w, p = vectors
+    c, radius = radii
+    on_device = isinstance(H, Tensor)
+    minimum = torch.minimum if on_device else min
+
+    def each(f: Any, *x: Any) -> Any:  # noqa: ANN401
+        return f(*x) if on_device else list(map(f, *x))
+
+    clipped = p
     if clip == "hard":
-        clipped = list(map(min, p, w))
+        clipped = each(minimum, p, w)
     elif clip == "soft":
-        clipped = [x * y / (x + y) if x + y else 0.0 for x, y in zip(p, w, strict=True)]
+        clipped = each(lambda x, y: x * y / (x + y + _SMALLEST), p, w)  # 0 where both are zero
+    # Scaled first, so that no square leaves the range of float64.
+    few = not on_device and len(H) <= FEW
+    unit: Any
+    norms: Any
+    if few:  # numpy takes longer to call than to compute
+        rows = H.tolist()
+        largest = max(row[i] for i, row in enumerate(rows)) + _SMALLEST
+        unit = [[x / largest for x in row] for row in rows]
+        norms = [row[i] ** 0.5 for i, row in enumerate(unit)]
     else:
-        clipped = p
-    largest = max(max(row[i] for i, row in enumerate(rows)), _SMALLEST)
-    unit = [[x / largest for x in row] for row in rows]
-    norms = [math.sqrt(row[i]) for i, row in enumerate(unit)]
+        unit = H / (H.diagonal().max() + _SMALLEST)
+        norms = unit.diagonal() ** 0.5
 
-    def squares(q: list[float]) -> tuple[float, float]:
+    def squares(q: Any) -> tuple[Any, Any]:  # noqa: ANN401
         """Returns |sum_i q_i g_i|^2 and (sum_i q_i |g_i|)^2."""
-        image = [sum(map(mul, row, q)) for row in unit]
-        return sum(map(mul, q, image)), sum(map(mul, q, norms)) ** 2
+        if few:
+            image = [sum(map(mul, row, q)) for row in unit]
+            return sum(map(mul, q, image)), sum(map(mul, q, norms)) ** 2
+        return q @ (unit @ q), (q @ norms) ** 2
 
-    squared, size = squares(clipped)
-    ratio = 0.0 if squared <= ZERO * size else max(squares(w)[0], 0.0) / squared
-    length = c * math.fsum(own) * math.sqrt(ratio)
-    alpha = [x + length * y for x, y in zip(own, clipped, strict=True)]
-    if c >= 1 and any(squared <= _CRITICAL * size for squared, size in map(squares, (p, alpha))):
-        alpha = [0.0] * len(alpha)
-    return [*alpha, *p, *clipped, gap]
+    (squared_g0, _), (squared, size) = squares(w), squares(clipped)
+    moving = (squared > ZERO * size) & (squared_g0 > 0)
+    length = radius * (moving * squared_g0 / (squared + _SMALLEST)) ** 0.5
+    alpha = each(lambda x, y: x + length * y, own, clipped)
+    if c >= 1:
+        (squared, size), (squared_d, size_d) = squares(p), squares(alpha)
+        stays = (squared > _CRITICAL * size) & (squared_d > _CRITICAL * size_d)
+        alpha = each(lambda x: x * stays, alpha)
+    return alpha, clipped

@@ -1,8 +1,8 @@
 """The subproblem of few losses in Python's floats: numpy takes longer to call than to compute.
 
 The method is the one of `active_set.py`, without the parts that rare problems need: the answer is
-None unless it is plainly certified, the only minimiser, and has enough digits. That serves 98 to
-100 % of ordinary problems, in 20 to 80 microseconds, a third of the time of the general solver.
+None unless it is plainly certified, the only minimiser, and has enough digits. That serves 94.5
+to 100 % of ordinary problems, in 20 to 80 microseconds, a third of the time of the general solver.
 """
 
 from __future__ import annotations

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from raco_optim._checks import as_gram, checked_choice, checked_radius, checked_weights
@@ -118,31 +119,31 @@ def checked_arguments(
 def solve(H: Tensor, w: list[float], c: float, solver: Solver) -> SubproblemSolution:
     """Solves the subproblem for arguments that were checked; only the values of H were not."""
     if solver != "pgd":
-        p, value, gap = solve_on_host(host_values(H), w, c, solver)
-        numbers = H.new_tensor([*p, value, gap])
+        p, value, gap = solve_on_host(H.cpu().numpy(), w, c, solver)
+        numbers = copied([*p, value, gap], H)
         return SubproblemSolution(numbers[:-2], numbers[-2], numbers[-1])
-    solution = SubproblemSolution(*projected_gradient(H, H.new_tensor(w), c))
+    solution = SubproblemSolution(*projected_gradient(H, copied(w, H), c))
     if H.device.type == "cpu":  # where reading the gap waits for nothing
         ps, values, gaps = (x.numpy() for x in (solution.p, solution.value, solution.gap))
         for index in map(tuple, np.argwhere(gaps > PROMISED)):
             # What is no Gram matrix is not refused here, as it is not elsewhere.
             with contextlib.suppress(ValueError):
-                ps[index], values[index], gaps[index] = solve_on_host(
-                    host_values(H[index]), w, c, "exact"
-                )
+                found = solve_on_host(H[index].numpy(), w, c, "exact")
+                ps[index], values[index], gaps[index] = found
     return solution
 
 
-def host_values(H: Tensor) -> Array | list[list[float]]:
-    """Returns H as `solve_on_host` wants it: lists for few losses, an array for many."""
-    return H.tolist() if len(H) <= FEW else H.cpu().numpy()
-
-
 def solve_on_host(
-    values: Array | list[list[float]], w: list[float], c: float, solver: Solver
+    values: Array, w: list[float], c: float, solver: Solver
 ) -> tuple[list[float], float, float]:
     """Returns p, Phi(p) and the gap that ``"exact"`` or ``"slsqp"`` finds."""
     found = None
-    if isinstance(values, list) and solver == "exact" and c > 0:
-        found = (solve_two_losses if len(w) == 2 else solve_few_losses)(values, w, c)
-    return found or solve_several(np.asarray(values), w, c, solver)
+    if len(w) <= FEW and solver == "exact" and c > 0:
+        found = (solve_two_losses if len(w) == 2 else solve_few_losses)(values.tolist(), w, c)
+    return found or solve_several(values, w, c, solver)
+
+
+def copied(numbers: list[Any], like: Tensor) -> Tensor:
+    """Returns the numbers on the device of `like`; `new_tensor` would wait for the device."""
+    made = torch.tensor(numbers, dtype=like.dtype, device="cpu")
+    return made.to(like.device, non_blocking=True)

@@ -72,10 +72,8 @@ with simulated.device() as name:
     }
 print(json.dumps(found))
 """
-# Copies of a few numbers to the device, by `new_tensor`, wait for it: to be mended.
 # The simulated device has a tensor class of its own, and one pass for all losses wants torch's.
 HERE_ALONE = [("modes", "per_example"), ("precision", "per_example, bfloat16")]
-KNOWN = [("waiting", n) for n in checks.CHECKS["waiting"] if n.startswith("no wait")]
 HERE = [(g, n) for g in checks.CHECKS for n in checks.CHECKS[g] if g != "distributed"]
 ON_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 ON_A_GPU = [(g, n) for g in checks.CHECKS for n in checks.CHECKS[g]]
@@ -127,8 +125,6 @@ def test_on_a_simulated_device(group, name, simulated):
     found = simulated[group][name]
     if (group, name) in HERE_ALONE or found.startswith("left out"):
         pytest.skip(found)
-    if found != "passed" and (group, name) in KNOWN:
-        pytest.xfail(found)
     assert found == "passed", found
 
 

@@ -17,13 +17,13 @@ For a linear layer with inputs :math:`x_{nt}` and output gradients :math:`\delta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from raco_optim.gradients import Gather, PerLossGradients
-from raco_optim.gradients.accumulation import accumulate, add_pending
+from raco_optim.gradients.accumulation import add_pending
 from raco_optim.gradients.dense import DenseGradients, DenseMode, Memory
 from raco_optim.gradients.per_example.layers import Sensitivities, Vectors, blocks, norm
 from raco_optim.gradients.per_example.one_pass import LayerGradients
@@ -67,13 +67,11 @@ class PerExampleMode(DenseMode):
 
     def collect(self, batch: Batch) -> PerLossGradients:
         """Gathers the gradients of this call and of earlier micro-batches."""
+        if self._gather is not None:
+            return self._gather(batch, self._summed(batch))
         found = self._one_pass(batch)
         if found is None:
             return super().collect(batch)
-        if batch.pending is not None:
-            found = list(add_pending(found, batch.pending))
-        if self._gather is not None:
-            return self._gather(batch, found)
         values, rows = map(list, zip(*found, strict=True))
         memory = Memory()  # without blanks: all rows of a parameter are one tensor, freed at once
         memory.workspace = self._memory.workspace
@@ -84,7 +82,13 @@ class PerExampleMode(DenseMode):
         found = self._one_pass(batch)
         if found is None:
             return super().accumulate(batch, named=named)
-        return accumulate(found, batch, named=named)
+        values, rows = map(list, zip(*found, strict=True))
+        return Pending(batch.names, named, batch.parameters, values, rows)
+
+    def _summed(self, batch: Batch) -> Iterator[Found]:
+        """Yields what `collect` gathers; an error comes with the first, as processes expect it."""
+        found = self._one_pass(batch)
+        yield from add_pending(self.rows(batch), batch.pending) if found is None else found
 
     def _one_pass(self, batch: Batch) -> list[Found] | None:
         """Values and gradients by one pass; None where it can't be had, which `ran` explains."""
@@ -100,4 +104,5 @@ class PerExampleMode(DenseMode):
             return None
         self.ran = f"{self.name}; one pass for each loss where {why}" if why else self.name
         values = [None if x is None else x.detach().clone() for x in losses]
-        return list(zip(values, rows, strict=True))
+        found = zip(values, rows, strict=True)
+        return list(add_pending(found, batch.pending, in_place=True))

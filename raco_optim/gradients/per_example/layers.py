@@ -56,14 +56,13 @@ Kind = Callable[[str, nn.Module, Tensor, Tensor], Part]
 
 
 @dataclass(frozen=True)
-class Outer:
+class _Outer:
     """The weight of a product, ``[b, a]``: the sum over tokens of left times right."""
 
     left: Tensor  # [N, T, b]
     right: Tensor  # [N, T, a]
 
     def add_to(self, total: Tensor, s: Sensitivities, *, fresh: bool) -> None:
-        """See `Part`."""
         m, tokens = len(s.u), self.left.shape[1]
         # m products against one, and m N products of numbers of D, which memory slows down.
         if (m - 1) * tokens > 2 * m + 4:
@@ -72,7 +71,6 @@ class Outer:
             self._by_loss(total, s, fresh)
 
     def size(self) -> tuple[Tensor, torch.dtype]:
-        """See `Part`."""
         return norm(norm(self.left, -1) * norm(self.right, -1)), self.left.dtype
 
     def _by_example(self, total: Tensor, s: Sensitivities, fresh: bool) -> None:
@@ -85,6 +83,7 @@ class Outer:
         for start, end in blocks(b, n * a, left.device):
             d = (left[:, start:end] @ right).view(n, -1)
             s.add_weighted(flat[:, start * a : end * a], d, fresh=fresh, folded=s.paired)
+            del d  # the next block takes its place, in the cache too
 
     def _by_loss(self, total: Tensor, s: Sensitivities, fresh: bool) -> None:
         right, dtype = self.right.flatten(0, 1), self.left.dtype
@@ -107,25 +106,23 @@ class Vectors:
 
     delta: Tensor  # [N, T, features]
 
+    def size(self) -> tuple[Tensor, torch.dtype]:
+        """See `Part`."""
+        return norm(self.delta), self.delta.dtype
+
     def add_to(self, total: Tensor, s: Sensitivities, *, fresh: bool) -> None:
         """See `Part`."""
         single = torch.promote_types(self.delta.dtype, torch.float32)
         s.add_weighted(total, self.delta.sum(1, dtype=single), fresh=fresh)
 
-    def size(self) -> tuple[Tensor, torch.dtype]:
-        """See `Part`."""
-        return norm(self.delta), self.delta.dtype
-
 
 @dataclass(frozen=True)
-class Lookup:
+class _Lookup(Vectors):
     """A table, of which few rows have a gradient."""
 
     ids: Tensor  # [N, T]
-    delta: Tensor  # [N, T, features]
 
     def add_to(self, total: Tensor, s: Sensitivities, *, fresh: bool) -> None:
-        """See `Part`."""
         if fresh:
             total.zero_()
         found, index = torch.unique(self.ids, return_inverse=True)
@@ -134,10 +131,6 @@ class Lookup:
             delta = (row[:, None, None] * self.delta).flatten(0, 1)
             sums = delta.new_zeros(len(found), delta.shape[1]).index_add_(0, index.flatten(), delta)
             of_loss[found] += sums.to(total.dtype)
-
-    def size(self) -> tuple[Tensor, torch.dtype]:
-        """See `Part`."""
-        return norm(self.delta), self.delta.dtype
 
 
 def norm(x: Tensor, dim: int | None = None) -> Tensor:
@@ -164,19 +157,16 @@ def blocks(rows: int, width: int, device: torch.device) -> Iterator[tuple[int, i
 
 def kind_of(layer: nn.Module) -> Kind | None:
     """Returns how a layer's gradients follow from x and delta; None where that is not known."""
-    names = {name for name, _ in layer.named_parameters(recurse=False)}
-    weight: Any = getattr(layer, "weight", None)
+    own: dict[str, Any] = dict(layer.named_parameters(recurse=False))
+    weight = own.get("weight")
+    if type(weight) is not nn.Parameter or own.keys() - {"weight", "bias"}:
+        return None
     # A forward pass of its own, as other libraries give a layer, may do anything.
-    own = "forward" in vars(layer) or any(True for _ in layer.children())
-    if (
-        own
-        or "weight" not in names
-        or names - {"weight", "bias"}
-        or type(weight) is not nn.Parameter
-    ):
+    if "forward" in vars(layer) or any(True for _ in layer.children()):
         return None
     forward = type(layer).forward
     if isinstance(layer, nn.Linear):
+        # Some libraries patch the class.
         is_torchs = forward is nn.Linear.forward and forward.__module__ == nn.Linear.__module__
         return _linear if is_torchs else None
     if forward.__module__ == "transformers.pytorch_utils" and type(layer).__name__ == "Conv1D":
@@ -194,15 +184,15 @@ def kind_of(layer: nn.Module) -> Kind | None:
 def _linear(name: str, _: nn.Module, x: Tensor, delta: Tensor) -> Part:
     delta = delta.flatten(1, -2) if delta.dim() > 2 else delta[:, None]
     x = x.to(delta.dtype).reshape(*delta.shape[:2], -1)
-    return Outer(delta, x) if name == "weight" else _sums(delta)
+    return _Outer(delta, x) if name == "weight" else _sums(delta)
 
 
 def _transposed(name: str, layer: nn.Module, x: Tensor, delta: Tensor) -> Part:
     part = _linear(name, layer, x, delta)
-    return Outer(part.right, part.left) if isinstance(part, Outer) else part
+    return _Outer(part.right, part.left) if isinstance(part, _Outer) else part
 
 
-def _sums(delta: Tensor) -> Part:
+def _sums(delta: Tensor) -> Vectors:
     return Vectors(delta.reshape(len(delta), -1, delta.shape[-1]))
 
 
@@ -210,7 +200,7 @@ def _embedding(_: str, layer: Any, ids: Tensor, delta: Tensor) -> Part:  # noqa:
     delta = delta * _run(layer, ids, weight=layer.weight.new_ones(len(layer.weight), 1))
     if layer.padding_idx is not None:
         delta = delta.masked_fill((ids == layer.padding_idx)[..., None], 0)
-    return Lookup(ids.reshape(len(ids), -1), delta.reshape(len(ids), -1, delta.shape[-1]))
+    return _Lookup(_sums(delta).delta, ids.reshape(len(ids), -1))
 
 
 def _norm(at: float, name: str, layer: nn.Module, x: Tensor, delta: Tensor) -> Part:

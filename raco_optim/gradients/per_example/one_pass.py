@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from raco_optim.gradients.combine import grad_dtype
+from raco_optim.gradients.dense import iterate_gradients
 from raco_optim.gradients.explain import explain
 from raco_optim.gradients.per_example.layers import Part, Sensitivities, norm
-from raco_optim.gradients.per_example.watch import ANCHOR, HIDDEN, Watch, find_uses, fits
+from raco_optim.gradients.per_example.watch import ANCHOR, HIDDEN, find_uses, fits, watch
 from raco_optim.objectives import Gradient
 
 _NOT_REACHED = "no parameter is reached"
@@ -21,9 +23,17 @@ _UNKNOWN = "a parameter is in no layer that is known and was watched"
 _OTHER_SHAPE = "a layer's output is not [N, ..., features]"
 _USED_OTHERWISE = "a parameter is used outside its layer, or has a hook"
 _INTERACT = "examples interact, or a hook changes gradients"
+_NEW_GRAPH = "the graph is a new one, as in many calls before, and is checked when it comes again"
+_SCALARS = (
+    "`scalars`; it does not. Pass the tensor itself that all losses are computed from, or None for "
+    "a loss that is absent from this batch."
+)
 # A gradient from the layers and one from autograd differ by rounding, by less than this. In every
 # step this share of the weights, or one of them from time to time, is compared.
 _TOLERANCE, _SHARE = 0.01, 0.02
+# So many graphs are checked when they come first, and others when they come again; so many of the
+# latest ones are remembered.
+_CHECKED_AT_ONCE, _REMEMBERED = 8, 1000
 
 
 @dataclass
@@ -31,6 +41,7 @@ class _Plan:
     """What the graph of the scalars says."""
 
     scalars: Tensor
+    name: str  # of the losses, for errors
     marks: list[Any]
     nodes: Counter[str]
     covered: list[Tensor] = field(default_factory=list)
@@ -59,9 +70,10 @@ class LayerGradients:
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
         self._model, self._parameters = model, list(parameters)
         self._names = {id(p): name for name, p in model.named_parameters()}
-        self._watch = Watch(model, parameters)
-        self._known: dict[int, bool] = {}  # graph and layers -> whether the numeric check held
+        # Graph and layers -> whether the numeric check held; None for one that it did not try.
+        self._known: dict[int, bool | None] = {}
         self._turn, self._credit = 0, 0.0
+        watch(self, model, parameters)
 
     def gradients(
         self,
@@ -85,59 +97,61 @@ class LayerGradients:
             keep_graph: Whether the graph is needed after the call.
 
         Returns:
-            m lists, as `raco_optim.per_loss_gradients` does, and, in words, which parameters are
-            not covered; or None and the reason, with the graph intact.
+            m lists, which nothing else holds, and, in words, which parameters are not covered; or
+            None and the reason, with the graph intact.
 
         Raises:
             ValueError: A loss does not depend on `scalars`.
             RuntimeError: What a layer does has changed between steps.
         """
-        there = [i for i, loss in enumerate(losses) if loss is not None]
-        present = [loss for loss in losses if loss is not None]
-        plan = self._plan(scalars)
-        why = self._refusal(plan, present)
-        if not why and not self._holds(plan, " + ".join(names)):
-            why = _INTERACT
+        plan = self._plan(scalars, " + ".join(names))
+        why = self._refusal(plan, [x for x in losses if x is not None]) or self._check(plan)
         if why:
             return None, why
-        u = [_sensitivity(names[i], loss, scalars) for i, loss in zip(there, present, strict=True)]
-        others = [p for p, _ in plan.others]
-        main = _Totals(Sensitivities(torch.stack(u)), plan.covered)
-        keep = keep_graph or bool(others)
-        self._checked_pass(plan, main, " + ".join(names), keep_graph=keep)
         rows: list[Gradient] = [[None] * len(self._parameters) for _ in losses]
-        for j, p in enumerate(self._parameters):
-            for i, g in zip(there, main.of.get(id(p), ()), strict=False):
-                rows[i][j] = g
         places = {id(p): j for j, p in enumerate(self._parameters)}
-        for i, loss in zip(there, present, strict=True) if others else ():
-            keep = keep_graph or i != there[-1]
-            found = _grad(names[i], loss, others, keep_graph=keep)
-            for p, g in zip(others, found, strict=True):
-                rows[i][places[id(p)]] = g
+        others, to_scalars = [p for p, _ in plan.others], [get_gradient_edge(scalars)]
+        u, present = [], []
+        for row, (value, found) in zip(
+            rows,
+            iterate_gradients(losses, others, names, to_scalars, keep_graph=True, needed=_SCALARS),
+            strict=True,
+        ):
+            *of_others, sensitivity = found
+            for p, g in zip(others, of_others, strict=True):
+                row[places[id(p)]] = None if g is None else g.clone()  # user code may hold it
+            if value is not None and sensitivity is not None:
+                u.append(sensitivity)
+                present.append(row)
+        main = _Totals(Sensitivities(torch.stack(u)), plan.covered)
+        self._checked_pass(plan, main, keep_graph=keep_graph)
+        for p in plan.covered:
+            for row, g in zip(present, main.of[id(p)], strict=True):
+                row[places[id(p)]] = g
         return rows, self._described(plan) if others else ""
 
-    def _plan(self, scalars: Tensor) -> _Plan:
+    def _plan(self, scalars: Tensor, name: str) -> _Plan:
         """Looks which parameters the layers cover.
 
         The structural check: as many operations of the graph use a parameter as there are marks.
         """
         uses = find_uses(scalars.grad_fn)
-        plan = _Plan(scalars, [mark for mark in uses.marks if fits(mark, scalars)], uses.nodes)
-        marked, fitting = _count(uses.marks), _count(plan.marks)
+        fitting = [mark for mark in uses.marks if fits(mark, scalars)]
+        plan = _Plan(scalars, name, [], uses.nodes)
+        marks, good = _count(uses.marks), _count(fitting)
         for p in self._parameters:
             key, number = id(p), uses.of[id(p)]
             if not p.requires_grad or number == 0:
                 continue
-            if fitting[key] == number and not p._backward_hooks:
+            if good[key] == number and not p._backward_hooks:
                 plan.covered.append(p)
-            elif not marked[key]:
+            elif not marks[key]:
                 plan.others.append((p, _UNKNOWN))
             else:
-                is_shape = fitting[key] < marked[key] == number
+                is_shape = good[key] < marks[key] == number
                 plan.others.append((p, _OTHER_SHAPE if is_shape else _USED_OTHERWISE))
         covered = {id(p) for p in plan.covered}
-        plan.marks = [x for x in plan.marks if covered & _count([x]).keys()]
+        plan.marks = [x for x in fitting if covered & _count([x]).keys()]
         return plan
 
     def _refusal(self, plan: _Plan, losses: Sequence[Tensor]) -> str:
@@ -159,26 +173,36 @@ class LayerGradients:
         name = self._names.get(id(p), "one of another model")
         return f"{why} ({number} of {of} parameters: {name}{', ...' if number > 1 else ''})"
 
-    def _holds(self, plan: _Plan, name: str) -> bool:
-        """The numeric check of all parameters, once for a graph and a set of layers."""
+    def _check(self, plan: _Plan) -> str:
+        """Runs the numeric check once for a graph and a set of layers; says why if it fails."""
+        known = self._known
         layers = [(id(x), x.training, _number_of_hooks(x)) for x in self._model.modules()]
-        known = hash((*layers, frozenset(plan.nodes.items()), *map(id, plan.covered)))
-        if known not in self._known:
-            z = plan.scalars
-            # Uneven, so that neither examples that change places nor a clamped gradient go unseen.
-            v = torch.arange(1.0, len(z) + 1, device=z.device).cos().to(z.dtype)
-            found = _Totals(Sensitivities(v[None]), plan.covered, compared=True)
-            _run(plan, [found], name)
-            errors, norms, rounding = found.compare(_grad(name, z, plan.covered, v))
-            # Two passes, parts of which (norms, softmax) may be of float32 whatever the layers are.
-            tolerance = max(2 * found.eps**0.5, 2**-11.5)
-            if not norms.isfinite().all():
-                return False
-            fine = (errors <= tolerance * norms + rounding).all()
-            self._known[known] = bool(fine & (errors.norm() <= tolerance * norms.norm()))
-        return self._known[known]
+        key = hash((*layers, frozenset(plan.nodes.items()), *map(id, plan.covered)))
+        is_new = key not in known and len(known) >= _CHECKED_AT_ONCE
+        held = known.pop(key, None)
+        if held is None and not is_new:
+            held = self._agrees(plan)
+        known[key] = held
+        if len(known) > _REMEMBERED:
+            del known[next(iter(known))]  # the one that was not seen for the longest time
+        return _NEW_GRAPH if is_new else "" if held else _INTERACT
 
-    def _checked_pass(self, plan: _Plan, main: _Totals, name: str, *, keep_graph: bool) -> None:
+    def _agrees(self, plan: _Plan) -> bool | None:
+        """The numeric check of all parameters; None if it says nothing, because of NaN or Inf."""
+        z = plan.scalars
+        # Uneven, so that neither examples that change places nor a clamped gradient go unseen.
+        v = torch.arange(1.0, len(z) + 1, device=z.device).cos().to(z.dtype)
+        found = _Totals(Sensitivities(v[None]), plan.covered, compared=True)
+        _run(plan, [found])
+        errors, norms, rounding = found.compare(_grad(plan, plan.covered, v))
+        if not norms.isfinite().all():
+            return None
+        # Two passes, parts of which (norms, softmax) may be of float32 whatever the layers are.
+        tolerance = max(2 * found.eps**0.5, 2**-11.5)
+        fine = (errors <= tolerance * norms + rounding).all()
+        return bool(fine & (errors.norm() <= tolerance * norms.norm()))
+
+    def _checked_pass(self, plan: _Plan, main: _Totals, *, keep_graph: bool) -> None:
         """Runs the pass, and compares autograd's gradient of sum z with ours, if one is due.
 
         Autograd computes it in the same pass. One parameter is compared after the other, each as
@@ -189,12 +213,12 @@ class LayerGradients:
         p = seen[self._turn % len(seen)] if seen else None
         self._credit += _SHARE * sum(q.numel() for q in plan.covered)
         if p is None or self._credit < p.numel():
-            _run(plan, [main], name, keep_graph=keep_graph)
+            _run(plan, [main], keep_graph=keep_graph)
             return
         self._turn, self._credit = self._turn + 1, 0.0
         ones = torch.ones_like(plan.scalars)
         check = _Totals(Sensitivities(ones[None]), [p], compared=True)
-        true = _run(plan, [main, check], name, [p], keep_graph=keep_graph)
+        true = _run(plan, [main, check], [p], keep_graph=keep_graph)
         errors, norms, rounding = check.compare(true)
         if bool((errors > _TOLERANCE * norms + 4 * rounding).any()):
             self._known.clear()
@@ -212,13 +236,10 @@ class _Totals:
         self, s: Sensitivities, parameters: Sequence[Tensor], *, compared: bool = False
     ) -> None:
         self._s, self._compared = s, compared
-        self._parameters = {id(p): p for p in parameters}
+        self.parameters = {id(p): p for p in parameters}
         self.of: dict[int, Tensor] = {}
         self.eps = 2.0**-23
         self._sizes: dict[int, Tensor] = {}
-
-    def wants(self, p: Tensor) -> bool:
-        return id(p) in self._parameters
 
     def add(self, p: Tensor, part: Part) -> None:
         """Adds a part of the gradients of a parameter."""
@@ -235,57 +256,63 @@ class _Totals:
     def compare(self, true: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
         """Returns norms of errors and of true gradients, and bounds of rounding by cancellation."""
         errors, norms = [], []
-        for key, g in zip(self._parameters, true, strict=True):
+        for key, g in zip(self.parameters, true, strict=True):
             found = self.of[key][0]
             g = torch.zeros_like(found) if g is None else g
             errors.append(norm(found - g))
             norms.append(norm(g))
-        sizes = torch.stack([self._sizes[key] for key in self._parameters])
+        sizes = torch.stack([self._sizes[key] for key in self.parameters])
         return torch.stack(errors), torch.stack(norms), 8 * self.eps * sizes
-
-
-class Pass:
-    """What marks call while a pass runs."""
-
-    def __init__(self, totals: Sequence[_Totals]) -> None:
-        self._totals, self.calls = totals, 0
-
-    def add(self, p: Tensor, part: Callable[[], Part]) -> None:
-        """Adds a part of a parameter's gradients where they are wanted."""
-        self.calls += 1
-        wanted = [total for total in self._totals if total.wants(p)]
-        if wanted:
-            found = part()
-            for total in wanted:
-                total.add(p, found)
 
 
 def _run(
     plan: _Plan,
     totals: Sequence[_Totals],
-    name: str,
     inputs: Sequence[Tensor] = (),
     *,
     keep_graph: bool = True,
 ) -> tuple[Tensor | None, ...]:
     """Goes back from the sum of z to all marks, and returns the gradients of `inputs` alone."""
-    running = Pass(totals)
+    calls = 0
+
+    def add(p: Tensor, part: Callable[[], Part]) -> None:
+        nonlocal calls
+        calls += 1
+        wanted = [total for total in totals if id(p) in total.parameters]
+        if wanted:
+            found = part()
+            for total in wanted:
+                total.add(p, found)
+
     z = plan.scalars
     try:
         for mark in plan.marks:
-            mark.run = running
+            mark.run = add
             if mark._forward_cls in HIDDEN:
                 mark._forward_cls = HIDDEN[mark._forward_cls]  # that of this one node
         # Under autocast the products here would be rounded once more.
         with torch.autocast(z.device.type, enabled=False):
             wanted = [ANCHOR, *inputs]
-            found = _grad(name, z, wanted, torch.ones_like(z), keep_graph=keep_graph)[1:]
+            found = _grad(plan, wanted, torch.ones_like(z), keep_graph=keep_graph)[1:]
     finally:
         for mark in plan.marks:
             mark.run = None
             vars(mark).pop("_forward_cls", None)
-    assert running.calls == sum(len(mark.parameters) for mark in plan.marks), "a mark was left out"
+    assert calls == sum(len(mark.parameters) for mark in plan.marks), "a mark was left out"
     return found
+
+
+def _grad(
+    plan: _Plan, inputs: Sequence[Tensor], v: Tensor, *, keep_graph: bool = True
+) -> tuple[Tensor | None, ...]:
+    """The gradient of the sum of v z."""
+    try:
+        return torch.autograd.grad(
+            plan.scalars, inputs, v, retain_graph=keep_graph, allow_unused=True
+        )
+    except Exception as error:
+        explain(plan.name, error)
+        raise
 
 
 def _count(marks: Iterable[Any]) -> Counter[int]:
@@ -296,33 +323,6 @@ def _count(marks: Iterable[Any]) -> Counter[int]:
 def _number_of_hooks(layer: nn.Module) -> int:
     before, after = layer._forward_pre_hooks, layer._forward_hooks
     return len(before) + len(after) + len(layer._backward_pre_hooks) + len(layer._backward_hooks)
-
-
-def _sensitivity(name: str, loss: Tensor, scalars: Tensor) -> Tensor:
-    (u,) = _grad(name, loss, [scalars])
-    if u is None:
-        raise ValueError(
-            f"loss {name!r} must depend on `scalars`; it does not. Pass the tensor itself that all "
-            f"losses are computed from."
-        )
-    return u
-
-
-def _grad(
-    name: str,
-    output: Tensor,
-    inputs: Sequence[Tensor],
-    weights: Tensor | None = None,
-    *,
-    keep_graph: bool = True,
-) -> tuple[Tensor | None, ...]:
-    try:
-        return torch.autograd.grad(
-            output, inputs, weights, retain_graph=keep_graph, allow_unused=True
-        )
-    except Exception as error:
-        explain(name, error)
-        raise
 
 
 def _depends_on_more(loss: Tensor, scalars: Tensor) -> bool:

@@ -22,57 +22,34 @@ ANCHOR = torch.zeros((), device="cpu", requires_grad=True)
 _PASSES_ON = {"TBackward0", "ToCopyBackward0", "ViewBackward0", "TransposeBackward0"}
 
 
-class Watch:
-    """Marks the outputs of a model's layers while it lives, by forward hooks.
+def watch(owner: object, model: nn.Module, parameters: Sequence[Tensor]) -> None:
+    """Marks the outputs of a model's layers while `owner` lives, by forward hooks.
 
     They stay between steps: with non-reentrant checkpointing the layers run again in the backward
     pass, and save their inputs there.
     """
+    trained = {id(p) for p in parameters}
+    handles = []
+    for layer in model.modules():
+        own: dict[str, Tensor] = dict(layer.named_parameters(recurse=False))
+        kind = kind_of(layer) if any(id(p) in trained for p in own.values()) else None
+        if kind is not None:
+            # Before other hooks, which may change the output.
+            hook = _Hook(kind, own)
+            handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
+    weakref.finalize(owner, _remove, handles)
 
-    def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
-        trained = {id(p) for p in parameters}
-        self.layers: dict[nn.Module, tuple[Kind, dict[str, Tensor]]] = {}
-        for layer in model.modules():
-            own: dict[str, Tensor] = dict(layer.named_parameters(recurse=False))
-            kind = kind_of(layer) if any(id(p) in trained for p in own.values()) else None
-            if kind is not None:
-                self.layers[layer] = kind, own
-        hook = _Hook(self)
-        # Before other hooks, which may change the output.
-        handles = [
-            layer.register_forward_hook(hook, prepend=True, with_kwargs=True)
-            for layer in self.layers
-        ]
-        weakref.finalize(self, _remove, handles)
 
-    def mark(
-        self,
-        layer: nn.Module,
-        given: tuple[Any, ...],
-        output: Any,  # noqa: ANN401
-    ) -> Tensor | None:
-        """Marks the output of a layer, unless its gradients are not those of its kind."""
-        kind, own = self.layers.get(layer, (None, {}))
-        if kind is None or len(given) != 1 or torch.compiler.is_compiling():
-            return None
-        if any(layer._parameters.get(name) is not p for name, p in own.items()):
-            return None  # functional_call
-        [x] = given
-        if not all(type(y) in (Tensor, nn.Parameter) for y in (x, output)):
-            return None
-        if not output.requires_grad or not any(p.requires_grad for p in own.values()):
-            return None
-        if not _is_first(layer) or getattr(output.grad_fn, "layer", None) is layer:
-            return None
-        marked: Tensor = Mark.apply(output, x.detach(), ANCHOR, layer, (kind, own))  # type: ignore[no-untyped-call]
-        return marked
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 class _Hook:
-    """Calls `Watch.mark` while that lives; copies of the model get an inert one."""
+    """Marks the output of a layer; copies of the model get an inert one."""
 
-    def __init__(self, watch: Watch | None = None) -> None:
-        self._watch = None if watch is None else weakref.ref(watch)
+    def __init__(self, kind: Kind | None = None, own: dict[str, Tensor] | None = None) -> None:
+        self._kind, self._own = kind, own or {}
 
     def __call__(
         self,
@@ -81,21 +58,26 @@ class _Hook:
         kwargs: dict[str, Any],
         output: Any,  # noqa: ANN401
     ) -> Tensor | None:
-        watch = None if self._watch is None else self._watch()
-        return None if watch is None else watch.mark(layer, (*args, *kwargs.values()), output)
+        given = (*args, *kwargs.values())
+        if self._kind is None or len(given) != 1 or torch.compiler.is_compiling():
+            return None
+        if any(layer._parameters.get(name) is not p for name, p in self._own.items()):
+            return None  # functional_call
+        [x] = given
+        if not all(type(y) in (Tensor, nn.Parameter) for y in (x, output)):
+            return None
+        if not output.requires_grad or not any(p.requires_grad for p in self._own.values()):
+            return None
+        # Hooks of others come before this one, or that of another optimizer has marked it.
+        first = next(iter(layer._forward_hooks.values()), None)
+        if not isinstance(first, _Hook) or getattr(output.grad_fn, "layer", None) is layer:
+            return None
+        rule = self._kind, self._own
+        marked: Tensor = Mark.apply(output, x.detach(), ANCHOR, layer, rule)  # type: ignore[no-untyped-call]
+        return marked
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return _Hook, ()
-
-
-def _is_first(layer: nn.Module) -> bool:
-    """Whether no hook of others, which may change the output, comes before those of this module."""
-    return isinstance(next(iter(layer._forward_hooks.values()), None), _Hook)
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 class Mark(torch.autograd.Function):
@@ -131,7 +113,7 @@ class Mark(torch.autograd.Function):
         if run is not None:
             (x,) = ctx.saved_tensors
             for name, p in ctx.parameters.items():
-                run.add(p, lambda name=name: ctx.kind(name, ctx.layer, x, delta))
+                run(p, lambda name=name: ctx.kind(name, ctx.layer, x, delta))
         return delta, None, None, None, None
 
 
@@ -192,20 +174,19 @@ def leaf_of(node: Any) -> Tensor | None:  # noqa: ANN401
 
 def fits(mark: Any, scalars: Tensor) -> bool:  # noqa: ANN401
     """Whether the layer's rows are those of one example each."""
+    number = len(scalars)
     if mark._forward_cls is Mark:
-        return len(mark.shape) > 1 and mark.shape[0] == len(scalars)
+        return len(mark.shape) > 1 and mark.shape[0] == number
     if mark.next_functions[0][0] is None:  # nothing before it is trained, and no anchor
         return False
     # Whose a row is: the gradient of sum_n n z_n, over that of sum_n z_n.
-    edge = GradientEdge(mark, 0)
-    numbers = torch.arange(1, len(scalars) + 1, device=scalars.device, dtype=scalars.dtype)
+    v = torch.arange(1, number + 1, device=scalars.device, dtype=scalars.dtype)
     of_sum, of_numbers = (
-        torch.autograd.grad(scalars, [edge], v, retain_graph=True)[0]
-        for v in (torch.ones_like(numbers), numbers)
+        torch.autograd.grad(scalars, [GradientEdge(mark, 0)], x, retain_graph=True)[0]
+        for x in (torch.ones_like(v), v)
     )
-    quotients = of_numbers / of_sum
-    owners = torch.where(of_sum == 0, 0, quotients.round())
-    mark.owners, mark.number = owners.long() - 1, len(scalars)
-    return bool((of_sum != 0).logical_or(of_numbers == 0).all()) and torch.allclose(
-        owners * of_sum, of_numbers, rtol=1e-4
+    owners = torch.where(of_sum == 0, 0, (of_numbers / of_sum).round())
+    mark.owners, mark.number = owners.long() - 1, number
+    return torch.allclose(owners * of_sum, of_numbers, rtol=1e-4) and not bool(
+        ((of_sum == 0) & (of_numbers != 0)).any()
     )
