@@ -4,7 +4,7 @@
 
 All candidates see the same Gram matrices in one process on one thread, in turn. Every call is the
 public one, from a Gram tensor to a tensor, with its checks. It is timed twice: in bursts of 5 ms,
-as a loop over nothing else would see it (the figures that the targets are for), and "cold", as one
+as a loop over nothing else would see it, and "cold", as one
 call between those of the others, which is nearer to one call per training step.
 
 TorchJD returns the coefficients of the gradients and not p, so `coefficients` (ours, from the same

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from raco_optim.rules.rule import MixingCoefficients, Rule
+from raco_optim.subproblem.solve import copied
 
 
 class LinearRule(Rule):
@@ -22,4 +22,4 @@ class LinearRule(Rule):
 
     def __call__(self, gram: Tensor, weights: Sequence[float]) -> MixingCoefficients:
         """Returns the weights."""
-        return MixingCoefficients(gram.new_tensor(weights, dtype=torch.float64))
+        return MixingCoefficients(copied(list(weights), gram.double()))
