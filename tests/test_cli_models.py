@@ -251,6 +251,28 @@ def test_what_cannot_be_compared_is_said_in_one_line(case, folder, tmp_path, cap
     assert printed.out == ""
 
 
+@pytest.mark.parametrize("command", ["chat", "align"])
+def test_a_name_that_the_hub_does_not_have_is_one_line(command, tmp_path, capsys, monkeypatch):
+    """Without a network too, where transformers would try for a minute."""
+    import huggingface_hub
+
+    def fails(*_, **__):
+        raise ConnectionError("no network\nhere")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fails)
+    (tmp_path / "pairs.jsonl").write_text(
+        '{"prompt": "a", "chosen": "b", "rejected": "c", "pref_x": 1}\n'
+    )
+    options = ["--data", "pairs.jsonl", "--weights", "x=1", "--output_dir", "out"]
+    asked = ["nowhere"] if command == "chat" else ["--model", "nowhere", *options]
+    assert main([command, *asked]) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert "nowhere, which is no folder here" in last
+    assert "no network" in last
+
+
 # Soup
 
 

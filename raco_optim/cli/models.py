@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raco_optim.cli.errors import UsageError, refusals
+from raco_optim.cli.errors import UsageError, one_line, refusals
 from raco_optim.cli.files import sha256
 from raco_optim.cli.runs import RUN_FILE
 from raco_optim.integrations.gguf import find_base, unpack_gguf
@@ -53,12 +53,33 @@ file.
     if (file.is_absolute() or name.startswith(".")) and not file.exists():
         raise UsageError(f"`--model` must be a model; got {name}, which is no folder.")
     if file.suffix != ".gguf":
-        return str(file.resolve()) if file.is_dir() else name
+        if file.is_dir():
+            return str(file.resolve())
+        check_on_hub(name)
+        return name
     with refusals(f"`--model` {name} cannot be used"):
         unpacked = folder.resolve() / f"base_model-{sha256(file)[:12]}"
         if not unpacked.is_dir():
             unpack_gguf(file, unpacked)
     return str(unpacked)
+
+
+def check_on_hub(name: str) -> None:
+    """Raises unless the hub, or the cache of what came from it, has the model."""
+    import huggingface_hub
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:  # then nothing is tried, and one error says so
+        return
+    try:
+        if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+            return
+        # transformers would try for a minute, and print each failure.
+        huggingface_hub.HfApi().model_info(name, timeout=10)
+    except Exception as error:
+        raise UsageError(
+            f"a model must be a folder, or a name on the hub; got {name}, which is no folder here "
+            f"and cannot be found on the hub ({one_line(error)})."
+        ) from error
 
 
 def no_bars() -> None:
@@ -238,6 +259,8 @@ def load(name: str) -> Loaded:
     folder = Path(name)
     if folder.is_file() or ((folder.is_absolute() or name.startswith(".")) and not folder.exists()):
         raise UsageError(f"a model must be a folder or a name on the hub; got {name}.")
+    if not folder.exists():
+        check_on_hub(name)
     run = read_run(name)
     if run and run.get("status") != "finished":
         raise UsageError(f"{name} holds a run that is not finished. Run `raco-optim align` again.")
