@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -290,8 +291,11 @@ def _run(
             mark.run = add
             if mark._forward_cls in HIDDEN:
                 mark._forward_cls = HIDDEN[mark._forward_cls]  # that of this one node
-        # Under autocast the products here would be rounded once more.
-        with torch.autocast(z.device.type, enabled=False):
+        # Under autocast the products here would be rounded once more. Elsewhere it is not entered:
+        # Ctrl-C just after that would leave autocast's count of contexts, and its cache, wrong.
+        device = z.device.type
+        rounds = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if rounds else nullcontext():
             wanted = [ANCHOR, *inputs]
             found = _grad(plan, wanted, torch.ones_like(z), keep_graph=keep_graph)[1:]
     finally:
