@@ -1,6 +1,6 @@
 """One backward pass for all objectives: time and memory of the gradient stage, and whole steps.
 
-    python -m benchmarks.one_pass [--quick] [--device cuda] [--out one_pass.json]
+    python -m benchmarks.one_pass [--quick] [--device cuda]
 
 The stage is measured against the weighted loss's one pass, and one pass for each objective; the
 trainer's step, with clipping and AdamW, against that of TRL's `DPOTrainer` with one preference,
@@ -17,8 +17,6 @@ import gc
 import json
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -29,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import environment
+from benchmarks.harness import apart, environment, write_results
 from raco_optim import per_loss_gradients
 from raco_optim.gradients.per_example import LayerGradients
 
@@ -246,6 +244,7 @@ def steps(m: int, pairs: int, rounds: int, device: str) -> dict[str, Any]:
 
 def peak(way: str, m: int, device: str) -> float:
     """Peak of a second gradient stage over the model's memory, in MB, in a process of its own."""
+    torch.set_num_threads(1)
     model, scores = build("small Llama", 4, 128, checkpointing=False, device=device)
     run = stage(model, m)
 
@@ -262,19 +261,13 @@ def peak(way: str, m: int, device: str) -> float:
 
 
 def main() -> None:
-    """Runs the cases and writes JSON."""
+    """Runs the cases; a full run writes `benchmarks/results/one_pass.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="three cases, and no memory")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--peak", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    if given.peak:
-        way, m = given.peak.split(",")
-        print(peak(way, int(m), given.device))
-        return
     cases = [(*CASES[0][:-1], 1), CASES[4]] if given.quick else CASES
     results = []
     for case in cases:
@@ -288,17 +281,15 @@ def main() -> None:
     memory = {}
     for m in () if given.quick else (2, 4):
         for way in WAYS:
-            command = [sys.executable, "-m", "benchmarks.one_pass", "--peak", f"{way},{m}"]
-            command += ["--device", given.device]
-            found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            memory[f"{way}, m = {m}"] = round(float(found.splitlines()[-1]))
+            memory[f"{way}, m = {m}"] = round(apart(peak, way, m, given.device, seconds=300))
     print(json.dumps(memory))
     about = environment(seed=SEED, packages=("transformers", "trl"))
     if given.device != "cpu":
         about["accelerator"] = torch.cuda.get_device_name()
-    if given.out is not None:
+    if not given.quick:
+        name = "one_pass" if given.device == "cpu" else f"one_pass_{given.device}"
         everything = {"about": about, "cases": results, "peak over the model, MB": memory}
-        given.out.write_text(json.dumps(everything, indent=1) + "\n")
+        write_results(name, everything)
 
 
 if __name__ == "__main__":
