@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from typing import Any
+from typing import Any, Literal
 
 PACKAGES = ("raco_optim", "torch", "transformers", "trl", "peft", "datasets")
 
@@ -25,6 +25,22 @@ def version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def ask_hub(name: str, kind: Literal["model", "dataset"]) -> None:
+    """Raises what the model hub answers if it lacks a repository, or is not to be reached.
+
+    The loaders would try for a minute, and print each failure. Nothing is asked offline, where one
+    error says so.
+
+    Args:
+        name: Of the repository.
+        kind: What it is to hold.
+    """
+    import huggingface_hub
+
+    if not huggingface_hub.constants.HF_HUB_OFFLINE:
+        huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=10)
 
 
 def environment() -> dict[str, Any]:

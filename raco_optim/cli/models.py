@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raco_optim.cli.environment import ask_hub
 from raco_optim.cli.errors import UsageError, one_line, refusals
 from raco_optim.cli.files import sha256
 from raco_optim.cli.runs import RUN_FILE
@@ -68,13 +69,9 @@ def check_on_hub(name: str) -> None:
     """Raises unless the hub, or the cache of what came from it, has the model."""
     import huggingface_hub
 
-    if huggingface_hub.constants.HF_HUB_OFFLINE:  # then nothing is tried, and one error says so
-        return
     try:
-        if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
-            return
-        # transformers would try for a minute, and print each failure.
-        huggingface_hub.HfApi().model_info(name, timeout=10)
+        if not isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+            ask_hub(name, "model")
     except Exception as error:
         raise UsageError(
             f"a model must be a folder, or a name on the hub; got {name}, which is no folder here "

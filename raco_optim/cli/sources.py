@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raco_optim.cli.environment import ask_hub
 from raco_optim.cli.errors import UsageError, one_line, refusals
 from raco_optim.cli.files import sha256
 from raco_optim.cli.readers import READERS, Record, numbered
@@ -226,13 +227,11 @@ def _on_the_hub(name: str, option: str) -> Source:
 
     def load() -> Dataset:
         import datasets
-        import huggingface_hub
 
         repository = f"{owner}/{name_there}"
         folder = rest[0] if rest else None
         try:
-            if not huggingface_hub.constants.HF_HUB_OFFLINE:  # `load_dataset` tries for a minute
-                huggingface_hub.HfApi().dataset_info(repository, timeout=10)
+            ask_hub(repository, "dataset")
             return datasets.load_dataset(repository, data_dir=folder, split=split or "train")
         except Exception as error:  # no network, no such name, no such split, a gated set
             raise UsageError(
