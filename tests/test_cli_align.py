@@ -399,6 +399,8 @@ def test_help_comes_in_layers(option, lines, capsys):
         ({"method": "linear", "c": 0.2}, "`--method` raco or cagrad"),
         ({"eval_data": None, "eval_strategy": "steps"}, "`--eval_data`"),
         ({"eval_steps": 1}, "`--eval_strategy` steps"),
+        ({"method": "linear", "gradients": "dense"}, "`--method` raco, cagrad or mgda"),
+        ({"loss_type": "simpo", "precompute_ref_log_probs": "true"}, "`--loss_type` with a ref"),
         ({"num_train_epochs": 2}, "`--max_steps` to be left out"),
         ({"hub_model_id": "me/model"}, "`--push_to_hub`"),
         ({"greater_is_better": "true"}, "`--load_best_model_at_end`"),

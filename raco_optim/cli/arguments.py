@@ -289,27 +289,16 @@ def _silenced(
     rules: list[tuple[str, str, object]] = [
         ("lora_* use_rslora use_dora", "`--use_peft`", model.use_peft),
         ("bnb_4bit_* use_bnb_nested_quant", "`--load_in_4bit`", model.load_in_4bit),
-        ("c solver", "`--method` raco or cagrad", config.method in ("raco", "cagrad")),
-        ("modpo_objective", "`--method` modpo", config.method == "modpo"),
-        ("eval_steps", "`--eval_strategy` steps", config.eval_strategy == "steps"),
         ("eval_delay", "`--eval_strategy`", config.eval_strategy != "no"),
         ("eval_* per_device_eval_batch_size", "`--eval_data`", align.eval_data),
-        ("save_steps", "`--save_strategy` steps", config.save_strategy == "steps"),
         ("save_total_limit", "`--save_strategy`", config.save_strategy != "no"),
         ("logging_steps", "`--logging_strategy` steps", config.logging_strategy == "steps"),
-        ("num_train_epochs", "`--max_steps` to be left out", config.max_steps == -1),
         ("metric_for_best_model greater_is_better", "`--load_best_model_at_end`", best or plateau),
-        (
-            "precompute_ref_batch_size",
-            "`--precompute_ref_log_probs`",
-            config.precompute_ref_log_probs,
-        ),
         (
             "gradient_checkpointing_kwargs",
             "`--gradient_checkpointing`",
             config.gradient_checkpointing,
         ),
-        ("ref_model_*", "`--sync_ref_model`", config.sync_ref_model),
         ("hub_*", "`--push_to_hub`", config.push_to_hub),
         (
             "optim_target_modules",
@@ -331,7 +320,8 @@ def _silenced(
         ("f_alpha_divergence_coef discopop_tau label_names", "to be left out", False),
         ("include_for_metrics batch_eval_metrics", "to be left out", False),
     ]
-    found: dict[str, str] = {}
+    own = config.without_effect().items()
+    found = {name: f"`--{other}` {value}" for name, (other, value) in own if name in given}
     for patterns, needed, there in rules:
         if not there:
             for pattern in patterns.split():

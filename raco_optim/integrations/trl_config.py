@@ -243,38 +243,49 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
 
     def _check_effect(self) -> None:
         """Warns of what another setting leaves without effect."""
-        trains, ever = (self.needs_reference(training=x) for x in (True, False))
-        if self.sync_ref_model and not trains:
+        if self.sync_ref_model and not self.needs_reference(training=True):
             raise ValueError(
                 f"`sync_ref_model` must be False with the method {self.method!r} and the loss "
                 f"{', '.join(self.loss_type)}, which need no reference model; got True."
             )
-        rules = {
-            "c solver": ("the methods raco and cagrad", self.method in ("raco", "cagrad")),
-            "gradients": (f"a method of {GRADIENT_METHODS}", self.method in GRADIENT_METHODS),
-            "modpo_objective": ("the method modpo", self.method == "modpo"),
-            "precompute_ref_log_probs": ("losses with a reference model", trains or ever),
-            "precompute_ref_batch_size": (
-                "precompute_ref_log_probs=True",
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, (setting, value) in self.without_effect().items():
+            got = vars(self)[name]
+            if got != defaults[name]:
+                warnings.warn(
+                    f"`{name}` has no effect without its condition, `{setting}` {value}; got "
+                    f"{got!r}. Leave it out.",
+                    stacklevel=4,
+                )
+
+    def without_effect(self) -> dict[str, tuple[str, str]]:
+        """Returns the settings that have no effect, with the one that they need and its value."""
+        ever = any(self.needs_reference(training=x) for x in (True, False))
+        # The settings, what they need, and whether it is there.
+        rules = [
+            ("c solver", ("method", "raco or cagrad"), self.method in ("raco", "cagrad")),
+            (
+                "gradients",
+                ("method", f"{', '.join(GRADIENT_METHODS[:-1])} or {GRADIENT_METHODS[-1]}"),
+                self.method in GRADIENT_METHODS,
+            ),
+            ("modpo_objective", ("method", "modpo"), self.method == "modpo"),
+            ("precompute_ref_log_probs", ("loss_type", "with a reference model"), ever),
+            (
+                "precompute_ref_batch_size",
+                ("precompute_ref_log_probs", "true"),
                 self.precompute_ref_log_probs,
             ),
-            "ref_model_mixup_alpha ref_model_sync_steps": (
-                "sync_ref_model=True",
+            (
+                "ref_model_mixup_alpha ref_model_sync_steps",
+                ("sync_ref_model", "true"),
                 self.sync_ref_model,
             ),
-            "eval_steps": ("eval_strategy='steps'", self.eval_strategy == "steps"),
-            "save_steps": ("save_strategy='steps'", self.save_strategy == "steps"),
-            "num_train_epochs": ("max_steps=-1", self.max_steps <= 0),
-        }
-        defaults = {f.name: f.default for f in fields(self)}
-        for names, (needs, given) in rules.items():
-            for name in names.split():
-                value = vars(self)[name]
-                if not given and value != defaults[name]:
-                    warnings.warn(
-                        f"`{name}` has no effect without {needs}; got {value!r}. Leave it out.",
-                        stacklevel=4,
-                    )
+            ("eval_steps", ("eval_strategy", "steps"), self.eval_strategy == "steps"),
+            ("save_steps", ("save_strategy", "steps"), self.save_strategy == "steps"),
+            ("num_train_epochs", ("max_steps", "to be left out"), self.max_steps <= 0),
+        ]
+        return {n: needs for names, needs, there in rules if not there for n in names.split()}
 
     def _direct_metric(self, wished: bool | None) -> None:
         """Sets whether the best model is that of the highest or of the lowest metric."""
