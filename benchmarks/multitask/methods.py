@@ -41,7 +41,7 @@ class Method:
         return parameter == SCALED if self.scaled is None else self.scaled
 
 
-def _rule(weighting: Callable[[Sequence[float], float | None], Callable]) -> Make:
+def from_gram(weighting: Callable[[Sequence[float], float | None], Callable]) -> Make:
     """A rule of the Gram matrix, computed on a Gram matrix whose diagonal has mean 1.
 
     Some solvers stop by absolute tolerances; the directions of all rules here are those of any
@@ -86,26 +86,26 @@ METHODS = {
         values=(PLAIN, SCALED),
     ),
     "upgrad": Method(
-        "UPGrad", _rule(lambda w, _: jd.UPGradWeighting(torch.tensor(w, dtype=torch.float64)))
+        "UPGrad", from_gram(lambda w, _: jd.UPGradWeighting(torch.tensor(w, dtype=torch.float64)))
     ),
     "pcgrad": Method(
         "PCGrad",
-        _rule(lambda w, _: jd.PCGradWeighting()),
+        from_gram(lambda w, _: jd.PCGradWeighting()),
         scaled=None,
         parameter="scaled",
         values=(PLAIN, SCALED),
     ),
     # The equation of Nash-MTL, G a = 1 / a, is FairGrad's for alpha = 1. TorchJD's own Nash-MTL
     # solves it with cvxpy and ECOS, takes 40 to 60 ms a call and now and then misses it by far.
-    "nashmtl": Method("Nash-MTL", _rule(lambda w, _: jd.FairGradWeighting(alpha=1.0))),
-    "imtlg": Method("IMTL-G", _rule(lambda w, _: jd.IMTLGWeighting())),
+    "nashmtl": Method("Nash-MTL", from_gram(lambda w, _: jd.FairGradWeighting(alpha=1.0))),
+    "imtlg": Method("IMTL-G", from_gram(lambda w, _: jd.IMTLGWeighting())),
     "alignedmtl": Method(
         "Aligned-MTL",
-        _rule(lambda w, _: jd.AlignedMTLWeighting(torch.tensor(w, dtype=torch.float64))),
+        from_gram(lambda w, _: jd.AlignedMTLWeighting(torch.tensor(w, dtype=torch.float64))),
     ),
     "fairgrad": Method(
         "FairGrad",
-        _rule(lambda w, alpha: jd.FairGradWeighting(alpha=alpha)),
+        from_gram(lambda w, alpha: jd.FairGradWeighting(alpha=alpha)),
         scaled=True,
         parameter="alpha",
         values=(0.5, 2.0),

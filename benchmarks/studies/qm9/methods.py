@@ -10,6 +10,7 @@ import torchjd.aggregation as jd
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from benchmarks.multitask.methods import from_gram
 from raco_optim import MGDA, CAGrad, CAGradClip, MultiObjectiveOptimizer
 
 Make = Callable[[Optimizer, list[float], Sequence[Tensor]], MultiObjectiveOptimizer]
@@ -25,11 +26,14 @@ class MeanLoss(nn.Module):
 
 
 class MeanLogarithm(nn.Module):
-    """The mean of the logarithms: each gradient is divided by its loss (scale-invariant, SI)."""
+    """The mean of the logarithms: each gradient is divided by its loss (scale-invariant, SI).
+
+    A loss of zero, as an absent one is, adds nothing.
+    """
 
     def forward(self, losses: Tensor) -> Tensor:
         """Returns one loss from m."""
-        return losses.log().mean()
+        return losses[losses > 0].log().sum() / len(losses)
 
 
 class UncertaintyWeighting(nn.Module):
@@ -69,18 +73,10 @@ class Method:
     logarithm: bool = False
 
 
-def _from_gram(rule: Callable[[Tensor], Tensor]) -> Make:
-    """A rule on Gram matrices whose diagonal has mean 1: some solvers have absolute tolerances."""
-
-    def make(
-        inner: Optimizer, weights: list[float], shared: Sequence[Tensor]
-    ) -> MultiObjectiveOptimizer:
-        def normalised(gram: Tensor) -> Tensor:
-            return rule(gram / gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny))
-
-        return MultiObjectiveOptimizer(inner, normalised, weights=weights, shared_parameters=shared)
-
-    return make
+def _rule(rule: Callable[[Tensor], Tensor]) -> Make:
+    """A rule that takes no weights and has no parameter of its own."""
+    make = from_gram(lambda *_: rule)
+    return lambda inner, w, shared: make(inner, w, shared, None)
 
 
 def _unit_gradients(gram: Tensor) -> Tensor:
@@ -93,18 +89,18 @@ def _cagrad(kind: type[CAGrad | CAGradClip], c: float) -> Make:
 
 
 _RULES: dict[str, tuple[str, Make]] = {
-    "unit": ("equal gradient norms", _from_gram(_unit_gradients)),
+    "unit": ("equal gradient norms", _rule(_unit_gradients)),
     **{f"cagrad-{c}": (f"CAGrad, c = {c}", _cagrad(CAGrad, c)) for c in RADII},
     **{f"clip-{c}": (f"CAGrad-Clip, c = {c}", _cagrad(CAGradClip, c)) for c in RADII},
     "mgda": ("MGDA", lambda inner, w, shared: MGDA(inner, w, shared_parameters=shared)),
-    "pcgrad": ("PCGrad", _from_gram(jd.PCGradWeighting())),
-    "upgrad": ("UPGrad", _from_gram(jd.UPGradWeighting())),
-    "imtlg": ("IMTL-G", _from_gram(jd.IMTLGWeighting())),
+    "pcgrad": ("PCGrad", _rule(jd.PCGradWeighting())),
+    "upgrad": ("UPGrad", _rule(jd.UPGradWeighting())),
+    "imtlg": ("IMTL-G", _rule(jd.IMTLGWeighting())),
     # The equation of Nash-MTL, G a = 1 / a, is that of FairGrad for alpha = 1; TorchJD's own
     # Nash-MTL solves it with cvxpy in 50 ms a step.
-    "nash": ("Nash-MTL", _from_gram(jd.FairGradWeighting(alpha=1.0))),
-    "fairgrad": ("FairGrad, alpha = 2", _from_gram(jd.FairGradWeighting(alpha=2.0))),
-    "aligned": ("Aligned-MTL", _from_gram(jd.AlignedMTLWeighting())),
+    "nash": ("Nash-MTL", _rule(jd.FairGradWeighting(alpha=1.0))),
+    "fairgrad": ("FairGrad, alpha = 2", _rule(jd.FairGradWeighting(alpha=2.0))),
+    "aligned": ("Aligned-MTL", _rule(jd.AlignedMTLWeighting())),
 }
 
 METHODS: dict[str, Method] = {

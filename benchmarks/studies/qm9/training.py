@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.studies.qm9.data import QM9, TARGETS, Molecules
-from benchmarks.studies.qm9.methods import METHODS, MeanLogarithm
+from benchmarks.studies.qm9.methods import METHODS
 from benchmarks.studies.qm9.models import MODELS, Multitask
 
 SOURCES = (("mu", "alpha", "homo"), ("lumo", "r2", "zpve"), ("U0", "U", "H"), ("G", "cv"))
@@ -111,7 +111,7 @@ def train(run: Run, data: QM9, length: Length, reference: list[float] | None) ->
         if column is not None:
             losses[column].backward()
         elif opt is None:
-            _scalar_loss(scalar, losses, there).backward()
+            scalar(losses).backward()
         else:
             # One logarithm a loss: through a common one, the zero of an absent loss gives NaN.
             listed = [
@@ -137,15 +137,6 @@ def train(run: Run, data: QM9, length: Length, reference: list[float] | None) ->
         "gradients": observed.summary(),
         "seconds": round(time.process_time() - start, 2),
     }
-
-
-def _scalar_loss(scalar: nn.Module, losses: Tensor, there: Tensor) -> Tensor:
-    """The loss of a scalar method; an absent loss adds nothing."""
-    if bool(there.all()):
-        return scalar(losses)
-    if isinstance(scalar, MeanLogarithm):
-        return losses[there].log().sum() / len(losses)
-    return losses.sum() / len(losses)
 
 
 class _Batches:
