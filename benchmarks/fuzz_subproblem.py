@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if round_ % options.others_every == 0:
             for solver in ("pgd", "slsqp"):
                 tallies[solver].add(name, *check(*name, solver=solver))
-        progress.set_postfix({solver: tally.failures for solver, tally in tallies.items()})
+        progress.set_postfix({s: tally.failures for s, tally in tallies.items()}, refresh=False)
     results = {
         "question": __doc__.splitlines()[0],
         "environment": environment(seed=options.seed, packages=("mpmath",)),

@@ -21,10 +21,14 @@ class Multitask(nn.Module):
         """Returns the trunk's output, ``[N, width]``."""
         raise NotImplementedError
 
+    def predictions(self, batch: Molecules, rows: Tensor) -> list[Tensor]:
+        """Returns the standardised predictions, 11 of ``[N]``: no graph leads to another head."""
+        features = self.features(batch, rows)
+        return [head(features)[:, 0] for head in self.heads]
+
     def forward(self, batch: Molecules, rows: Tensor) -> Tensor:
         """Returns the standardised predictions, ``[N, 11]``."""
-        features = self.features(batch, rows)
-        return torch.cat([head(features) for head in self.heads], 1)
+        return torch.stack(self.predictions(batch, rows), 1)
 
 
 class HistogramMLP(Multitask):

@@ -104,16 +104,20 @@ def train(run: Run, data: QM9, length: Length, reference: list[float] | None) ->
     every = length.steps // length.evaluations
     for step in range(1, length.steps + 1):
         rows, labelled = sampler.draw()
-        error = (model(data.train, rows) - data.train.targets[rows]).square()
-        losses = (error * labelled).sum(0) / labelled.sum(0).clamp(min=1)
+        columns = (data.train.targets[rows].T, (labelled / labelled.sum(0).clamp(min=1)).T)
+        losses = [
+            ((prediction - target).square() * share).sum()
+            for prediction, target, share in zip(
+                model.predictions(data.train, rows), *columns, strict=True
+            )
+        ]
         there = labelled.any(0)
         inner.zero_grad()
         if column is not None:
             losses[column].backward()
         elif opt is None:
-            scalar(losses).backward()
+            scalar(torch.stack(losses)).backward()
         else:
-            # One logarithm a loss: through a common one, the zero of an absent loss gives NaN.
             listed = [
                 (loss.log() if method.logarithm else loss)
                 if present or run.absent == "zero"
