@@ -8,13 +8,17 @@ READY := $(VENV)/.ready
 # Nothing but the installation asks the network; a model hub that is asked all the same says so.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint types docs bench gpu align clean
+.PHONY: demo test test-studies lint types docs bench gpu align clean
 
 demo: $(READY)
 	$(BIN)/python -m benchmarks.demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The code of benchmarks/studies, in minutes; no study is run.
+test-studies: $(READY)
+	$(BIN)/python -m pytest benchmarks/studies
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -39,9 +43,7 @@ gpu:
 
 # The study, on a small model and on SmolLM2-135M: hours on a CPU. Stopped, it goes on where it was.
 align: $(VENV)/.smollm2
-	$(BIN)/python -m benchmarks.alignment
-	$(BIN)/python -m benchmarks.alignment.tables
-	$(BIN)/python -m benchmarks.alignment.figures
+	$(BIN)/python -m benchmarks.studies.alignment
 
 clean:
 	rm -rf $(VENV) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

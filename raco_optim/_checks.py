@@ -1,4 +1,4 @@
-"""Checks of arguments, in one error grammar: what must hold, what was given, the remedy."""
+"""Checks of arguments; each error names the rule, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ Choice = TypeVar("Choice", bound=str)
 ZERO = 64 * 2.0**-52
 
 _SUM_TOLERANCE = 1e-6
-# A Gram matrix accumulated in float32 is asymmetric and indefinite at about this level; what
-# lies above it is a mistake of the caller.
+# Rounding makes a float32 Gram matrix asymmetric and indefinite up to about this level.
 _GRAM_TOLERANCE = 1e-4
 
 
@@ -53,7 +52,7 @@ def checked_weights(weights: Any) -> list[float]:  # noqa: ANN401  # that is wha
             f"`weights` must sum to 1 (within {_SUM_TOLERANCE:g}); got {w}, which sums to "
             f"{total:.9g}. Divide each weight by the sum."
         )
-    # Left alone where the sum is 1 to rounding, so that checking twice changes nothing.
+    # Unchanged if the sum is 1 up to rounding: checking twice must change nothing.
     return w if abs(total - 1) <= 1e-15 else [x / total for x in w]
 
 
@@ -66,7 +65,7 @@ def checked_radius(c: Any, *, below_one: bool) -> float:  # noqa: ANN401  # that
     if not (math.isfinite(value) and value >= 0 and (value < 1 or not below_one)):
         rule = "in [0, 1)" if below_one else "finite and non-negative"
         remedy = (
-            " The descent guarantee needs c < 1; `CAGrad` accepts larger values without it."
+            " The descent guarantee needs c < 1; `CAGrad` accepts larger values without guarantee."
             if below_one
             else ""
         )
@@ -90,10 +89,7 @@ def checked_count(argument: str, value: Any) -> int:  # noqa: ANN401  # that is 
 
 
 def as_gram(gram: Tensor | Sequence[Sequence[float]], *, batched: bool = False) -> Tensor:
-    """Returns `gram` as a float64 tensor of shape ``[m, m]`` (or ``[..., m, m]``).
-
-    It does not look at the values, so that nothing waits for an accelerator.
-    """
+    """Returns `gram` as a float64 tensor, ``[m, m]`` or ``[..., m, m]``; values are not read."""
     if isinstance(gram, Tensor):
         tensor = gram.detach()
     else:
@@ -103,7 +99,7 @@ def as_gram(gram: Tensor | Sequence[Sequence[float]], *, batched: bool = False) 
                 raise TypeError
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"`gram` must be a square matrix of numbers; got {gram!r}.") from error
-        # There are more types of numbers in numpy than in torch.
+        # numpy has more number types than torch.
         kind = np.complex128 if array.dtype.kind == "c" else np.float64
         tensor = torch.from_numpy(array.astype(kind))
     if tensor.is_complex():
@@ -140,7 +136,7 @@ def check_gram_values(rows: list[list[float]]) -> None:
             if abs(row[j] - rows[j][i]) > _GRAM_TOLERANCE * scale:
                 raise ValueError(
                     f"`gram` must be symmetric; got {row[j]!r} at [{i}, {j}] and {rows[j][i]!r} "
-                    f"at [{j}, {i}]. Pass (gram + gram.T) / 2 if that is rounding."
+                    f"at [{j}, {i}]. Pass (gram + gram.T) / 2 if this is only rounding."
                 )
             if abs(row[j]) > (1 + _GRAM_TOLERANCE) * scale:
                 raise ValueError(
@@ -157,7 +153,7 @@ def checked_parameters(
     *,
     frozen: bool = False,
 ) -> list[Tensor]:
-    """Returns the parameters as a list if all are known (or `frozen` and so), or raises."""
+    """Returns the parameters as a list if all are known (or frozen, with `frozen`), or raises."""
     advice = "Pass for example model.trunk.parameters()."
     single = isinstance(parameters, Tensor) or not isinstance(parameters, Iterable)
     chosen = [parameters] if single else list(parameters)
@@ -168,11 +164,11 @@ def checked_parameters(
         joins_later = frozen and isinstance(p, Parameter) and not p.requires_grad
         if id(p) not in identities and not joins_later:
             raise ValueError(
-                f"`{argument}` must be parameters of `inner`; got another one, of shape "
+                f"`{argument}` must be parameters of `inner`; got another tensor, of shape "
                 f"{list(p.shape)}. {advice}"
             )
     if not chosen:
         raise ValueError(
-            f"`{argument}` must hold one at least that `inner` holds; got none. {advice}"
+            f"`{argument}` must hold at least one parameter of `inner`; got none. {advice}"
         )
     return chosen

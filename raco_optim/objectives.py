@@ -1,4 +1,4 @@
-"""The objectives: the user's weights, and by them the names and the order of the losses."""
+"""The objectives of a step: weights, names and losses, in one order."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Pending:
     rows: list[Gradient]
 
     def moved_to(self, parameters: Parameters) -> Pending:
-        """Returns them for parameters that were added or reordered; raises if some are gone."""
+        """Returns them for added or reordered parameters; raises if trained ones are gone."""
         if self.parameters.are(parameters):
             return self
         before = {id(p): j for j, p in enumerate(self.parameters.tensors)}
@@ -43,9 +43,8 @@ class Pending:
         for row in self.rows:
             if any(g is not None and j not in trained for j, g in enumerate(row)):
                 raise RuntimeError(
-                    "parameters with gradients of this step must stay until it ends; some were "
-                    "frozen, removed or replaced between its micro-batches. Call `zero_grad` and "
-                    "begin the step anew."
+                    "parameters must not be frozen, removed or replaced between the micro-batches "
+                    "of a step; some were. Call `zero_grad` and start the step again."
                 )
         rows = [[None if j is None else row[j] for j in places] for row in self.rows]
         return replace(self, parameters=parameters, rows=rows)
@@ -53,15 +52,15 @@ class Pending:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one call of ``backward`` is about, in the order of the weights; all stages share it."""
+    """The input of one call of ``backward``, in the order of the weights, for all stages."""
 
     names: tuple[str, ...]
-    losses: list[Loss | None]  # None for an absent one
+    losses: list[Loss | None]  # None for an absent loss
     weights: list[float]
     parameters: Parameters
     pending: Pending | None
-    group: Group | None  # the processes that average their gradients; None if there is one
-    through: Tensor | None  # what the mode asks for: the representation, or scalars per example
+    group: Group | None  # the processes that average their gradients; None for a single one
+    through: Tensor | None  # the representation or the scalars per example, if the mode needs any
     retain_graph: bool
 
     @property
@@ -72,16 +71,16 @@ class Batch:
 
     @property
     def present(self) -> list[str | None]:
-        """Names of the losses, with None for the absent ones."""
+        """Names of the losses; None for the absent ones."""
         return [n if x is not None else None for n, x in zip(self.names, self.losses, strict=True)]
 
 
 class Objectives:
-    """Weights by position or by name; or none, for any number of losses.
+    """Weights by position or by name, or none for any number of losses.
 
     Attributes:
-        names: Names of the losses, None where positions name them.
-        weights: The weights, summing to 1; None where none are given.
+        names: Names of the losses; None if they have positions only.
+        weights: The weights, which sum to 1; None if not given.
     """
 
     def __init__(self, weights: Weights | None) -> None:
@@ -92,18 +91,18 @@ class Objectives:
 
     @property
     def number(self) -> int | None:
-        """Number of losses, None for any."""
+        """Number of losses; None if any is allowed."""
         return None if self.weights is None else len(self.weights)
 
     @property
     def given(self) -> Mapping[str, float] | tuple[float, ...] | None:
-        """The weights in the form they were given, read-only."""
+        """The weights in the form in which they were given, read-only."""
         if self.weights is None or self.names is None:
             return None if self.weights is None else tuple(self.weights)
         return _ReadOnlyDict(zip(self.names, self.weights, strict=True))
 
     def replace(self, weights: Weights) -> None:
-        """Takes other weights for the same losses, or raises."""
+        """Replaces the weights of the same losses, or raises."""
         other = Objectives(weights)
         same = sorted(other.names or ()) == sorted(self.names or ())
         if not same or self.number not in (None, other.number):
@@ -114,14 +113,13 @@ class Objectives:
         self.weights = other.weights if self.names is None else [given[x] for x in self.names]
 
     def of(self, number: int) -> list[float]:
-        """Returns the weights of so many losses, uniform where none are given."""
+        """Returns the weights of `number` losses; uniform if none were given."""
         return self.weights or [1 / number] * number
 
     def order(self, losses: Losses, pending: Pending | None) -> tuple[tuple[str, ...], list[Any]]:
         """Returns names and losses in the order of the weights, or raises.
 
-        Losses without names are named by their positions. They must agree with those of earlier
-        micro-batches.
+        Positions name unnamed losses. The losses must be those of earlier micro-batches.
         """
         names, number = self.names, self.number
         if pending is not None and number is None:
@@ -141,7 +139,7 @@ class Objectives:
             few = len(ordered) < number
             raise ValueError(
                 f"`losses` must hold one loss per weight, {number}; got {len(ordered)}. "
-                f"{'Pass None for one that is absent' if few else 'Give each loss a weight'}."
+                f"{'Pass None for an absent loss' if few else 'Give each loss a weight'}."
             )
         return tuple(str(i) for i in range(len(ordered))), ordered
 
@@ -156,11 +154,11 @@ class Objectives:
         return f"({text})" if self.names is None else f"{{{text}}}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a resumed run needs."""
+        """Returns the state for a checkpoint."""
         return {"weights": self.weights, "names": None if self.names is None else list(self.names)}
 
     def loaded(self, state: Mapping[str, Any]) -> tuple[list[float] | None, list[int] | None]:
-        """Returns weights and the place of each loss in a state of the same losses, or raises."""
+        """Returns weights, and the place of each loss in a state of the same losses; or raises."""
         weights, names = state["weights"], state["names"]
         try:
             same = sorted(names or ()) == sorted(self.names or ())
@@ -180,12 +178,12 @@ class Objectives:
 
 
 def is_mapping(values: Any) -> bool:  # noqa: ANN401  # that is what it checks
-    """Whether names lead to values; a TensorDict has them, and iterates over its batch."""
+    """Returns whether names lead to values, also in a TensorDict."""
     return hasattr(values, "keys") and hasattr(values, "__getitem__")
 
 
 def is_single(losses: Any) -> bool:  # noqa: ANN401  # that is what it checks
-    """Whether this is one loss and not several."""
+    """Returns whether this is a single loss."""
     several = is_mapping(losses) or isinstance(losses, Iterable)
     return not several or (isinstance(losses, Tensor) and losses.dim() == 0)
 
@@ -201,31 +199,31 @@ def as_list(losses: Any) -> list[Any]:  # noqa: ANN401  # that is what it checks
 
 
 def check_any_present(losses: Sequence[object]) -> None:
-    """Raises `ValueError` if there is no loss, or None stands for all of them."""
+    """Raises `ValueError` if there is no loss or all are None."""
     if all(loss is None for loss in losses):
         got = "None for all of them" if losses else "none"
         raise ValueError(f"`losses` must hold at least one loss; got {got}.")
 
 
 class _ReadOnlyDict(dict[str, float]):
-    """The weights by name, which say how to set them when somebody changes an entry."""
+    """Read-only weights by name; an attempt to change them says how to set them."""
 
     def _refuse(self, *_: object, **__: object) -> Any:  # noqa: ANN401
         raise TypeError(
-            "`weights` is read-only; set all at once, as in opt.weights = {**opt.weights, ...}, "
-            "so that they sum to 1."
+            "`weights` is read-only. Set all weights at once, as in "
+            "opt.weights = {**opt.weights, ...}, because they must sum to 1."
         )
 
     __setitem__ = __delitem__ = __ior__ = _refuse
     clear = pop = popitem = setdefault = update = _refuse
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A class that torch.load(weights_only=True) reads. A copy may be changed.
+        # torch.load(weights_only=True) can read an OrderedDict. A copy may be changed.
         return OrderedDict, (), None, None, iter(self.items())
 
 
 def shortened(name: str) -> str:
-    """Returns a name as a table shows it: on one line, at most 28 characters."""
+    """Returns a name for a table: on one line, at most 28 characters."""
     text = name if name.isprintable() and name.strip() else repr(name)
     return text if len(text) <= 28 else f"{text[:13]}...{text[-12:]}"
 
@@ -235,14 +233,14 @@ def _form(names: Sequence[str] | None, number: int | None) -> str:
 
 
 def _named(values: Any) -> dict[str, Any] | None:  # noqa: ANN401  # a mapping or none
-    """Returns the entries of a mapping by names that a checkpoint can hold; None if it is none."""
+    """Returns a mapping with plain strings as names; None if `values` is not a mapping."""
     if not is_mapping(values):
         return None
     named: dict[str, Any] = {}
     for key in list(values.keys()):
         if not isinstance(key, str):
             raise TypeError(
-                f"names of losses must be strings; got {key!r}, of type {type(key).__name__}. "
+                f"names of losses must be strings; got {key!r} of type {type(key).__name__}. "
                 f"Pass a sequence for losses without names."
             )
         name = str.__str__(key)  # not `str(key)`, which an enum overrides

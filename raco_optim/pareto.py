@@ -1,6 +1,6 @@
 """Quality of trade-offs: Pareto front, hypervolume, distance to a front, Pareto-criticality.
 
-All objectives are minimised; all is computed on the CPU in float64 and not differentiable.
+All objectives are minimised. Everything runs on the CPU in float64, without gradients.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def pareto_front(points: Tensor | npt.ArrayLike) -> Tensor:
 
     .. math:: a \text{ dominates } b \iff a_i \le b_i \text{ for all } i \text{ and } a \ne b
 
-    Equal points do not dominate each other: of a point on the front, every copy is marked.
+    Equal points do not dominate each other: all copies of a point on the front are marked.
 
     Args:
         points: Objective values, ``[n, m]``, finite; n may be 0.
@@ -38,8 +38,8 @@ def pareto_front(points: Tensor | npt.ArrayLike) -> Tensor:
     References:
         Kung, Luccio and Preparata, "On finding the maxima of a set of vectors", 1975.
     """
-    # A dominated point comes after its dominator in lexicographic order, so the first point that
-    # is left is on the front. Time n * |front| * m, memory n * m.
+    # In lexicographic order a dominated point comes after its dominator, so the first remaining
+    # point is on the front. Time n * |front| * m, memory n * m.
     distinct, position = torch.unique(_as_points(points, "points"), dim=0, return_inverse=True)
     on_front = torch.zeros(len(distinct), dtype=torch.bool)
     left = torch.arange(len(distinct))
@@ -50,15 +50,16 @@ def pareto_front(points: Tensor | npt.ArrayLike) -> Tensor:
 
 
 def hypervolume(points: Tensor | npt.ArrayLike, reference: Tensor | npt.ArrayLike) -> Tensor:
-    r"""Computes the volume that the points dominate, bounded by the reference point.
+    r"""Computes the volume between the points and the reference that the points dominate.
 
-    .. math:: HV = \mathrm{vol} \bigcup_{a} [a_1, r_1] \times \dots \times [a_m, r_m]
+    .. math:: HV = \mathrm{vol} \bigcup_{a} [a_1, r_1] \times \cdots \times [a_m, r_m]
 
-    Larger is better. Dominated points change nothing, nor do points that are not below the
-    reference in every objective. The value depends on the reference: fix it before comparing.
+    Larger is better. Dominated points do not count, nor do points that are not below the reference
+    in every objective. The value depends on the reference: use the same one in comparisons.
 
-    Up to two objectives take O(n log n). More need the optional package moocore: O(n log n) for
-    three, O(n^2) for four, up to O(n^(m-2)) beyond (sphere, m = 8: 100 points 0.8 s, 200 19 s).
+    Time is O(n log n) for one or two objectives. More need the optional package moocore:
+    O(n log n) for three, O(n^2) for four, and up to O(n^(m-2)) for more (on a sphere with m = 8,
+    100 points take 0.8 s and 200 points 19 s).
 
     Args:
         points: Objective values, ``[n, m]``, finite; n may be 0.
@@ -84,15 +85,15 @@ def hypervolume(points: Tensor | npt.ArrayLike, reference: Tensor | npt.ArrayLik
     if bound.shape != rows.shape[1:]:
         raise ValueError(
             f"`reference` must have shape {list(rows.shape[1:])}, one bound per objective of "
-            f"`points`; got {list(bound.shape)}. Pass one that is worse than what shall count."
+            f"`points`; got {list(bound.shape)}. Pass the worst values that should count."
         )
-    # Measured from the reference, an offset of the objectives is gone before any product.
+    # Relative to the reference, offsets of the objectives cancel before any product.
     sides = bound - rows[(rows < bound).all(dim=1)]
     if len(bound) > 2:
         return _moocore_hypervolume(sides)
     widths, order = sides[:, 0].sort(descending=True)
     heights = sides[order, 1] if len(bound) == 2 else torch.ones_like(widths)
-    # A staircase: the strip between two widths is as high as the highest box at least as wide.
+    # A staircase: each strip between two widths has the height of the highest box of that width.
     strips = widths - torch.cat([widths[1:], widths.new_zeros(1)])
     return (strips * heights.cummax(dim=0).values).sum()
 
@@ -102,9 +103,9 @@ def distance_to_front(points: Tensor | npt.ArrayLike, front: Tensor | npt.ArrayL
 
     .. math:: d(a) = \min_{b \in \text{front}} \|a - b\|_2
 
-    Its mean is the generational distance; with the arguments swapped it is the inverted one of
-    Coello Coello and Reyes Sierra (2004), ``IGD = distance_to_front(front, points).mean()``. If
-    `front` is a sample, the front itself can be closer, by no more than the sample's spacing.
+    The mean is the generational distance. With swapped arguments it is the inverted generational
+    distance of Coello Coello and Reyes Sierra (2004), ``distance_to_front(front, points).mean()``.
+    If `front` is a sample, the true front can be closer by at most the spacing of the sample.
 
     Args:
         points: Objective values, ``[n, m]``, finite; n may be 0.
@@ -124,21 +125,21 @@ def distance_to_front(points: Tensor | npt.ArrayLike, front: Tensor | npt.ArrayL
     rows, targets = _as_points(points, "points"), _as_points(front, "front")
     if not len(targets) or targets.shape[1] != rows.shape[1]:
         raise ValueError(
-            f"`front` must have shape [k, {rows.shape[1]}] with k >= 1, as many objectives as "
-            f"`points`; got {list(targets.shape)}. Sample it in the objectives of `points`."
+            f"`front` must have shape [k, {rows.shape[1]}] with k >= 1, the objectives of "
+            f"`points`; got {list(targets.shape)}."
         )
-    # Above 25 rows cdist would expand |a|^2 - 2ab + |b|^2, which cancels close to the front.
+    # By default cdist expands |a|^2 - 2ab + |b|^2 above 25 rows, which cancels near the front.
     return torch.cdist(rows, targets, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1)
 
 
 def pareto_criticality(gram: Tensor | Sequence[Sequence[float]]) -> Tensor:
-    r"""Computes how far a point is from Pareto-critical, from the Gram matrix of its gradients.
+    r"""Computes the distance from Pareto-criticality from the Gram matrix of the gradients.
 
     .. math:: M = \min_{p \in \Delta} \| \sum_i p_i g_i \| = \min_{p \in \Delta} \sqrt{p^\top H p}
 
-    M = 0 where no direction decreases all objectives to first order: necessary for a Pareto
-    optimum and, for convex objectives, sufficient for a weak one. It says nothing of which
-    trade-off was reached. H holds squares, so M is resolved to about ``1e-8 max_i |g_i|``.
+    M = 0 if and only if no direction decreases all objectives to first order. This is necessary
+    for a Pareto optimum and, if the objectives are convex, sufficient for a weak one. M does not
+    depend on the weights. H holds squares, so the resolution of M is about ``1e-8 max_i |g_i|``.
 
     Args:
         gram: Gram matrix H of the gradients, ``[m, m]``, as from `gram_matrix`.
@@ -175,14 +176,14 @@ def _as_finite(values: Tensor | npt.ArrayLike, argument: str) -> Tensor:
         tensor = torch.as_tensor(values).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"`{argument}` must be an array of numbers; got {values!r}. Pass rows of one length."
+            f"`{argument}` must be an array of numbers; got {values!r}. Pass rows of equal length."
         ) from error
     if tensor.is_complex():
         raise ValueError(f"`{argument}` must be real; got {tensor.dtype}. Pass its real part.")
     bad = tensor[~tensor.isfinite()]
     if len(bad):
         raise ValueError(
-            f"`{argument}` must be finite; got {len(bad)} NaN or Inf. Leave out what diverged."
+            f"`{argument}` must be finite; got {len(bad)} NaN or Inf. Leave out diverged runs."
         )
     return tensor.to(torch.float64)
 

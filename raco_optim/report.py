@@ -1,4 +1,4 @@
-"""What one step did, as data: one record for the optimizer, the log and the user."""
+"""The report of a step, for the optimizer, the log and the user."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor
 from raco_optim._checks import ZERO
 from raco_optim.objectives import shortened
 
-# Losses and pairs that a printed report shows, and its width.
+# Most losses and pairs in a printed report, and its width.
 _ROWS, _PAIRS, _WIDTH = 15, 5, 100
 
 
 class Outcome(enum.Enum):
-    """How a step ended; the value says it in words.
+    """How a step ended; the value describes it.
 
     Example:
         >>> from raco_optim import Outcome
@@ -44,28 +44,27 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True, repr=False)
 class StepReport:
-    """What the last `backward` of a `MultiObjectiveOptimizer` computed; ``print`` shows a table.
+    """Results of the last `backward` of a `MultiObjectiveOptimizer`; ``print`` shows a table.
 
     All tensors are float64 on the CPU. m is the number of losses.
 
     Attributes:
-        names: Names of the losses, m strings (positions as strings where none were given).
+        names: Names of the losses, m strings; their positions if the losses have no names.
         weights: The user's weights w, ``[m]``.
         gram: Gram matrix H of the per-loss gradients, ``[m, m]``.
         coefficients: alpha, ``[m]``: the combined gradient is ``sum_i alpha_i g_i``.
-        losses: Values of the losses, ``[m]``; NaN for an absent one. Summed over the
-            micro-batches of an accumulated step.
-        p: Solution of the subproblem on the simplex, ``[m]``, NaN for an absent loss; None where
-            the rule has none.
-        p_clipped: The clipped solution p~, ``[m]``, NaN for an absent loss; None where the rule
-            has none.
-        gap: Relative Frank-Wolfe gap of p (see `solve_subproblem`); NaN where there is no p.
+        losses: Values of the losses, ``[m]``, summed over the micro-batches of an accumulated step;
+            NaN for an absent loss.
+        p: Solution of the subproblem on the simplex, ``[m]``, NaN for an absent loss; None if the
+            rule has none.
+        p_clipped: The clipped solution p~, ``[m]``, NaN for an absent loss; None if the rule has
+            none.
+        gap: Relative Frank-Wolfe gap of p (see `solve_subproblem`); NaN without p.
         absent: Names of the losses that were None in every process and micro-batch of the step.
         skip: Whether the update was skipped because of NaN or Inf (``nonfinite="skip"``).
-        skipped: Updates skipped so far.
-        gram_age: Steps since the Gram matrix was computed: 0, but between those of
-            ``gram_every``.
-        gradients: The mode that ran; why, where it is not the one that was asked for.
+        skipped: Number of updates skipped so far.
+        gram_age: Number of steps since the Gram matrix was computed; > 0 only with ``gram_every``.
+        gradients: The gradient mode that ran and, if it is not the requested one, the reason.
 
     Example:
         >>> import torch
@@ -117,9 +116,9 @@ class StepReport:
 
     @property
     def clip_angle(self) -> float:
-        """``1 - cos(G~, G_p)``, in [0, 2]: by how much clipping turned the correction.
+        """``1 - cos(G~, G_p)``, in [0, 2]: how far clipping turned the correction.
 
-        0 where clipping only rescaled it; NaN where either vector is zero or there is no p.
+        0 if clipping only rescaled it; NaN if either vector is zero or there is no p.
         """
         if self.p is None or self.p_clipped is None:
             return math.nan
@@ -127,7 +126,7 @@ class StepReport:
 
     @property
     def outcome(self) -> Outcome:
-        """How the step ended."""
+        """The way in which the step ended."""
         if self.skip:
             return Outcome.SKIPPED
         present = torch.tensor([name not in self.absent for name in self.names])
@@ -165,7 +164,7 @@ class StepReport:
                 columns[title] = x
         columns |= {"alpha": host.coefficients, "norm": host.norms}
         order, finite = list(range(m)), host.losses.isfinite() & host.norms.isfinite()
-        if m > _ROWS:  # first what is not finite, then the largest p
+        if m > _ROWS:  # non-finite losses first, then the largest p
             p = columns.get("p", host.coefficients.abs())
             order.sort(key=lambda i: (not present[i], finite[i], -p[i], -host.weights[i]))
         rows = [["loss", *columns]]
@@ -204,30 +203,30 @@ class StepReport:
 
 
 def tensors_of(report: StepReport) -> dict[str, Tensor]:
-    """Returns the fields that hold tensors, by name."""
+    """Returns the tensor fields by name."""
     return {name: x for name, x in vars(report).items() if isinstance(x, Tensor)}
 
 
 def first_nonfinite(
     names: Sequence[str], host: Sequence[Sequence[float]], ranks: str
 ) -> str | None:
-    """Says in words which loss or gradient is NaN or Inf, if one is.
+    """Returns a message about the first loss or gradient that is NaN or Inf, or None.
 
-    The rows of `host` hold Gram matrix, norm of the head gradient and loss; `ranks` says where.
+    The rows of `host` hold the Gram matrix, the norm of the head gradient and the loss.
     """
     m = len(names)
     for name, row in zip(names, host, strict=True):
         if not math.isfinite(row[m + 1]):
             return (
-                f"loss {name!r} is NaN or Inf{ranks}. If it has no data in this batch (the mean of "
-                f"nothing is NaN), pass None; if it has, find the cause with "
-                f"torch.autograd.set_detect_anomaly."
+                f"loss {name!r} is NaN or Inf{ranks}. If it has no data in this batch (a mean over "
+                f"nothing is NaN), pass None; otherwise find the cause with "
+                f"torch.autograd.set_detect_anomaly(True)."
             )
     for i, (name, row) in enumerate(zip(names, host, strict=True)):
         if not (math.isfinite(row[i]) and math.isfinite(row[m])):
             return (
-                f"the gradient of loss {name!r} is NaN or Inf. Find its cause "
-                f"(torch.autograd.set_detect_anomaly)."
+                f"the gradient of loss {name!r} is NaN or Inf. Find the cause with "
+                f"torch.autograd.set_detect_anomaly(True)."
             )
     return None
 
@@ -241,6 +240,6 @@ def _angle(H: Tensor, p: Tensor, p_clipped: Tensor) -> float:
         if not squared_norm > ZERO * (x @ unit.diagonal().sqrt()) ** 2:
             return math.nan
         units.append(x / squared_norm.sqrt())
-    # |u - v|^2 / 2 keeps the digits that 1 - u.v would cancel.
+    # |u - v|^2 / 2 avoids the cancellation in 1 - u.v.
     difference = units[0] - units[1]
     return float((difference @ unit @ difference).clamp(0, 4)) / 2

@@ -556,7 +556,7 @@ def test_bad_gram(case, make):
 
 @pytest.mark.parametrize("shape", [[], [3]], ids=str)
 def test_a_parameter_instead_of_a_list_of_one(shape):
-    """Torch's "iteration over a 0-d tensor", or "parameters of `inner`; got another one"."""
+    """Torch's "iteration over a 0-d tensor", or "parameters of `inner`; got another tensor"."""
     p = nn.Parameter(torch.ones(shape))
     with pytest.raises((TypeError, ValueError), match="`gradients`") as caught:
         CAGradClip(torch.optim.SGD([p], 0.1), [0.5, 0.5], gradients=p)

@@ -195,7 +195,7 @@ def test_the_same_command_again_does_nothing_and_another_one_is_refused(folder, 
     first = capsys.readouterr().out
     assert align(folder, output, max_steps=1) == 0
     again = capsys.readouterr()
-    assert "this run is finished; nothing to do" in again.err
+    assert "this run is already finished" in again.err
     assert again.out in first, "the scores are printed again"
     assert align(folder, output, max_steps=1, beta=0.1) == 2
     assert "holds another run: beta is 0.5 there and 0.1 here" in capsys.readouterr().err
@@ -239,8 +239,8 @@ def test_resumes_from_the_last_complete_checkpoint(folder, tmp_path, capsys):
     capsys.readouterr()
     assert align(folder, cut) == 0
     errors = capsys.readouterr().err
-    assert "checkpoint-4 is not whole: passed over, and kept as incomplete-1-" in errors
-    assert "going on from checkpoint-2" in errors
+    assert "checkpoint-4 is incomplete; renamed to incomplete-1-" in errors
+    assert "resuming from checkpoint-2" in errors
     assert (cut / "incomplete-1-checkpoint-4" / "model.safetensors").exists()
     assert same_weights(whole, cut)
     results = [run_file(output)["result"] for output in (whole, cut)]
@@ -266,7 +266,7 @@ BAD = {
     "missing YAML": ({"config": "nowhere.yaml"}, ["`--config`", "nowhere.yaml"]),
     "another way to resume": (
         {"resume_from_checkpoint": "true"},
-        ["`--resume_from_checkpoint`", "resumes by itself"],
+        ["`--resume_from_checkpoint`", "Run the same command again"],
     ),
     "abbreviation": ({"bet": 0.1}, ["no --bet"]),
     "TRL's name": ({"model_name_or_path": "x"}, ["`--model`"]),
@@ -449,10 +449,10 @@ def test_nothing_but_results_is_left_and_few_checkpoints(folder, tmp_path, capsy
     errors = capsys.readouterr().err
     model = (tmp_path / "out" / "model.safetensors").stat().st_size / 1e6
     checkpoint = (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").stat().st_size / 1e6 + model
-    (line,) = (line for line in errors.splitlines() if "The result takes" in line)
+    (line,) = (line for line in errors.splitlines() if "The result needs" in line)
     said = [float(x) for x in re.findall(r"([\d.]+) MB", line)[:2]]
     assert said == pytest.approx([model, checkpoint], abs=0.1)
-    assert "2 checkpoints are kept" in line
+    assert "Checkpoints to keep: 2" in line
     assert "Warning" not in errors
 
 
@@ -494,7 +494,7 @@ def test_a_gguf_file_that_was_cut_short_is_refused(share, gguf_file, folder, tmp
     assert align(folder, tmp_path / "out", model=cut) == 2
     *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith(
-        f"raco-optim: `--model` {cut} cannot be used: `file` must be a whole .gguf"
+        f"raco-optim: `--model` {cut} can't be used: `file` must be a complete .gguf"
     )
     assert [path.name for path in (tmp_path / "out").iterdir()] == [RUN_FILE]
 
@@ -546,7 +546,7 @@ def test_killed_sweep_goes_on_as_if_nothing_had_happened(folder, tmp_path, capsy
     assert first["point"]["method"] == "linear"
     (tmp_path / "killed.jsonl.runs" / "notes.txt").write_text("mine")
     assert main(sweep_arguments(folder, killed)) == 0
-    assert "going on from checkpoint-2" in capsys.readouterr().err
+    assert "resuming from checkpoint-2" in capsys.readouterr().err
     assert main(sweep_arguments(folder, whole)) == 0
     records = read_records(killed)
     assert records[0] == first, "what was there has stayed"
@@ -607,7 +607,7 @@ def test_a_sweep_keeps_models_or_the_commands_that_train_them(
     assert main([*one, "--seeds", "0", "1"]) == 0
     capsys.readouterr()
     assert main([*one, "--seeds", "0", "1", "--keep_models"]) == 0
-    assert "1 of 2 runs were over before `--keep_models` was given" in capsys.readouterr().err
+    assert "1 of 2 runs finished before `--keep_models` was given" in capsys.readouterr().err
     assert main(["report", "r.jsonl", "--output", "r.html"]) == 0
     page = Path("r.html").read_text()
     assert str(kept) in page

@@ -120,7 +120,7 @@ def test_what_json_cannot_hold_is_refused_before_a_run_and_kept_as_text_after_it
         ([Point("linear", {"a": 1.0}, seed={1})], SETTINGS),
     ):
         runs = Runs()
-        with pytest.raises(ValueError, match="must be what JSON can hold"):
+        with pytest.raises(ValueError, match="must be a JSON value"):
             run_grid(path, points, settings, runs)
         assert runs.points == []
     assert not path.exists()
@@ -172,7 +172,7 @@ def test_a_full_disk_takes_nothing_of_a_record(path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, hard))
-        with pytest.raises(OSError, match="must be a file that can be written; got .*File too"):
+        with pytest.raises(OSError, match="must be a writable file; got .*File too"):
             append(path, json.loads(before))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -228,7 +228,7 @@ def test_cut_anywhere_in_the_last_line_the_file_becomes_what_it_was(path):
 def test_dropping_a_cut_line_is_said(path, capsys):
     path.write_text('{"point": {"method": "lin')
     run_grid(path, POINTS[:1], SETTINGS, Runs())
-    assert "results.jsonl: dropped the end of a record" in capsys.readouterr().err
+    assert "results.jsonl: dropped an incomplete record" in capsys.readouterr().err
 
 
 SCRIPT = """
@@ -308,7 +308,7 @@ def test_file_with_other_settings_is_refused(path):
     run_grid(path, POINTS[:1], SETTINGS, Runs())
     message = refusal(path, settings={**SETTINGS, "steps": 4, "beta": 0.1})
     assert "results.jsonl holds runs with other settings (steps = 3, beta = 'unset')" in message
-    assert "asked for (steps = 4, beta = 0.1)" in message
+    assert "this command (steps = 4, beta = 0.1)" in message
 
 
 @pytest.mark.parametrize(
@@ -317,10 +317,10 @@ def test_file_with_other_settings_is_refused(path):
         (b"hello\n", ["line 1", "is not JSON"]),
         (b"hello", ["line 1", "is not JSON"]),
         (b"\x89PNG\r\n\x1a\n\x00", ["line 1", "is not JSON"]),
-        (b'{"prompt": "x"}\n', ["line 1", "is no record", "evaluation"]),
-        (b"[1]\n", ["is no record"]),
-        (b'{"point": 1, "settings": {}, "evaluation": {}, "training": {}}\n', ["is no record"]),
-        (b'{"point": {}, "settings": {}, "evaluation": {}, "training": {}}\n', ["is no record"]),
+        (b'{"prompt": "x"}\n', ["line 1", "is not a record", "evaluation"]),
+        (b"[1]\n", ["is not a record"]),
+        (b'{"point": 1, "settings": {}, "evaluation": {}, "training": {}}\n', ["is not a record"]),
+        (b'{"point": {}, "settings": {}, "evaluation": {}, "training": {}}\n', ["is not a record"]),
     ],
     ids=["text", "text without newline", "PNG", "data set", "array", "number", "no method"],
 )
@@ -360,7 +360,7 @@ def test_output_that_cannot_be_written_is_refused_before_any_run(path):
 
 
 def test_missing_file_cannot_be_read(path):
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="can't be read"):
         read_records(path)
 
 

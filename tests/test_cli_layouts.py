@@ -118,7 +118,7 @@ def test_helpsteer3_prefers_the_first_below_zero(tmp_path, capsys):
     pairs = convert(tmp_path, map(helpsteer3, (-3, 0, 2)))
     assert [pair[3] for pair in pairs] == [{"pref_overall": 1}, {"pref_overall": -1}]
     assert pairs[0][:3] == ("Up.", "sorted(x)", "x.sort()")
-    assert "left out: pairs that no objective tells apart: 1\n" in capsys.readouterr().out
+    assert "left out: pairs without a preference: 1\n" in capsys.readouterr().out
 
 
 def test_helpsteer2_preference(tmp_path):
@@ -182,7 +182,7 @@ def binarized(first, second):
 def test_ultrafeedback_binarized_takes_equal_scores_as_a_tie(tmp_path, capsys):
     pairs = convert(tmp_path, [binarized(8.5, 7.0), binarized(8.0, 8.0)])
     assert pairs == [("q", "a", "b", {"pref_overall": 1})]
-    assert "pairs that no objective tells apart: 1\n" in capsys.readouterr().out
+    assert "pairs without a preference: 1\n" in capsys.readouterr().out
 
 
 def beavertails(response, safe, **harms):
@@ -211,7 +211,7 @@ def test_beavertails_pairs_safe_with_unsafe_answers_and_averages_marks(tmp_path,
     assert pairs[2] == ("p", "good", "worse", flipped)
     soft = convert(tmp_path, marks, "--strength", "soft")
     assert soft[0][3]["pref_harmless"] == pytest.approx(1 / 3 - 1)
-    assert "as safe as each other" not in capsys.readouterr().out  # a third is safer than none
+    assert "equally safe" not in capsys.readouterr().out  # a third is safer than none
 
 
 def transcript(*turns):
@@ -231,8 +231,8 @@ def test_hh_rlhf_takes_the_objective_from_the_folder(tmp_path, capsys):
     row = json.loads((tmp_path / "out" / "pairs.jsonl").read_text())
     assert [m["role"] for m in row["prompt"]] == ["user", "assistant", "user"]
     printed = capsys.readouterr().out
-    assert "pairs without a prompt that both answer: 1\n" in printed
-    assert "pairs that part before an answer: 1\n" in printed
+    assert "pairs without a common prompt: 1\n" in printed
+    assert "pairs that differ before the answer: 1\n" in printed
     assert "pairs of equal answers: 1\n" in printed
     # Both folders: one objective each.
     written(tmp_path / "hh" / "helpful-base" / "train.jsonl.gz", [pair])
@@ -243,7 +243,7 @@ def test_hh_rlhf_takes_the_objective_from_the_folder(tmp_path, capsys):
         {"pref_harmless"},
         {"pref_helpful"},
     ]
-    assert "nothing says what `chosen` is better at" in refusal(
+    assert "the data do not name their objective" in refusal(
         capsys, written(tmp_path / "train.jsonl", [pair]), "--output", tmp_path / "new.jsonl"
     )
     [found] = convert(tmp_path, [pair], "--objective", "polite", name="train.jsonl")
@@ -394,9 +394,9 @@ def test_rules_for_one_answer_a_record_and_for_lists(tmp_path):
     [
         ([], ["the file must have names and values"]),
         ({"responses": ["a", "b"], "score": {}}, ["'score'", "known are prompt, responses"]),
-        ({"responses": ["a", "b"]}, ["must name an objective"]),
-        ({"responses": "a", "scores": {"x": "n"}}, ["`prompt` is needed"]),
-        ({"responses": ["a", "b"], "scores": {"x": "n"}}, ["as many as responses, 2"]),
+        ({"responses": ["a", "b"]}, ["must name at least one objective"]),
+        ({"responses": "a", "scores": {"x": "n"}}, ["`prompt` must be given"]),
+        ({"responses": ["a", "b"], "scores": {"x": "n"}}, ["one field per response, 2"]),
         (
             {"responses": ["a", "b"], "scores": {"x": {"fields": ["m", "n"], "better": "more"}}},
             ["higher or lower", "'more'"],
@@ -407,7 +407,7 @@ def test_rules_for_one_answer_a_record_and_for_lists(tmp_path):
         ),
         (
             {"responses": ["a", "b", "c"], "preferences": {"x": "n"}},
-            ["between 2 responses", "got 3"],
+            ["need 2 responses", "got 3"],
         ),
         (
             {"responses": ["a", "b"], "preferences": {"x": {"field": "n", "first": 1}}},
@@ -415,7 +415,7 @@ def test_rules_for_one_answer_a_record_and_for_lists(tmp_path):
         ),
         (
             {"prompt": "q", "responses": "a", "scores": {"x": "n"}, "weights": {"x": "w"}},
-            ["`weights` are of pairs"],
+            ["`weights` need records"],
         ),
         (
             {"responses": ["a", "b"], "preferences": {"x": "n"}, "weights": {"y": "w"}},
@@ -445,7 +445,7 @@ def test_yaml_without_its_package_names_it(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("record", "options", "parts"),
     [
-        ({"text": "a"}, [], ["line 1", "no layout that is known", "it has text", "--layout"]),
+        ({"text": "a"}, [], ["line 1", "no known layout", "it has text", "--layout"]),
         (PKU, ["--layout", "helpsteer2"], ["lacks response, helpfulness", "helpsteer2"]),
         (PKU, ["--layout", "pku"], ["`--layout` must be one of pku-saferlhf", "got pku"]),
         (PKU, ["--objective", "kind"], ["pku-saferlhf names its objectives"]),
@@ -454,11 +454,11 @@ def test_yaml_without_its_package_names_it(tmp_path, capsys, monkeypatch):
         (
             {**PKU, "prompt": None},
             [],
-            ["at least one pair", "without a prompt that both answer: 1"],
+            ["at least one pair", "without a common prompt: 1"],
         ),
         ({**PKU, "response_0": ["a"]}, [], ["`role` and `content`", "'a'"]),
         ({**PKU, "response_0": "[{'role': 'user'}]"}, [], ["looks like messages", "json.dumps"]),
-        ({**PKU, "response_0": "\ud800"}, [], ["half a character"]),
+        ({**PKU, "response_0": "\ud800"}, [], ["must be valid Unicode"]),
         (
             {
                 **PKU,
@@ -467,15 +467,15 @@ def test_yaml_without_its_package_names_it(tmp_path, capsys, monkeypatch):
                 "is_response_0_safe": 1,
             },
             [],
-            ["at least one pair", "no objective tells apart: 1"],
+            ["at least one pair", "pairs without a preference: 1"],
         ),
         (helpsteer3(-4), [], ["`overall_preference`", "-4"]),
-        ({**helpsteer3(1), "context": []}, [], ["a list of messages has none"]),
-        ({"instruction": "i", "completions": "text"}, [], ["JSON is needed", "'text'"]),
+        ({**helpsteer3(1), "context": []}, [], ["a list of messages must not be empty"]),
+        ({"instruction": "i", "completions": "text"}, [], ["must be JSON", "'text'"]),
         ({**binarized(99, 1)}, [], ["99", "`largest`, 10"]),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "pref_x": 3}, [], ["`pref_x`", "3"]),
-        ({"chosen": "a", "rejected": "b", "pref_x": 1, "margin_x": 3}, [], ["would get lost"]),
-        ([1], [], ["a record has names and values", "[1]"]),
+        ({"chosen": "a", "rejected": "b", "pref_x": 1, "margin_x": 3}, [], ["would be lost"]),
+        ([1], [], ["a record must have names and values", "[1]"]),
     ],
 )
 def test_records_that_cannot_be_right_are_refused(tmp_path, capsys, record, options, parts):

@@ -49,7 +49,7 @@ def test_help_imports_nothing_heavy():
 def test_module_is_the_command():
     done = python("-m", "raco_optim.cli", "report", "missing.jsonl", "--output", "/tmp/r.html")
     assert done.returncode == 2
-    assert done.stderr == "raco-optim: missing.jsonl cannot be read (No such file or directory).\n"
+    assert done.stderr == "raco-optim: missing.jsonl can't be read (No such file or directory).\n"
     assert done.stdout == ""
 
 
@@ -105,7 +105,7 @@ def test_interruption_says_how_to_go_on(monkeypatch, capsys):
 
     monkeypatch.setattr("raco_optim.cli.report.main", interrupt)
     assert main(["report"]) == 130
-    assert "The same command goes on" in capsys.readouterr().err
+    assert "Run the same command again" in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

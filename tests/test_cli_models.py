@@ -213,7 +213,7 @@ def test_a_reference_that_is_gone_is_said(folder, tmp_path, capsys):
     write_run(tmp_path, tmp_path / "gone", {"helpful": 1.0})
     assert compare(tmp_path, "--prompts", folder / "prompts.txt") == 0
     printed = capsys.readouterr()
-    assert f"no implicit reward, as {tmp_path / 'gone'} is not there" in printed.err
+    assert f"no implicit reward, because {tmp_path / 'gone'} is missing" in printed.err
     assert "reward" not in printed.out
 
 
@@ -231,7 +231,7 @@ BAD = {
     "no judge": (["full", "--prompts", "prompts.txt", "--judge", "no-such-command"], ["`--judge`"]),
     "judge": (["full", "--prompts", "prompts.txt", "--judge", "false"], ["ended with 1"]),
     "words": (["full", "--prompts", "prompts.txt", "--judge", "cat"], ["must print 2 numbers"]),
-    "long": (["full", "--prompts", "long.txt"], ["less than 64, which full can hold; got 100"]),
+    "long": (["full", "--prompts", "long.txt"], ["fewer than 64, the limit of full; got 100"]),
     "classifier": (["full", "--prompts", "prompts.txt", "--reward_model", "/no"], ["`--reward_mo"]),
 }
 
@@ -269,7 +269,7 @@ def test_a_name_that_the_hub_does_not_have_is_one_line(command, tmp_path, capsys
     asked = ["nowhere"] if command == "chat" else ["--model", "nowhere", *options]
     assert main([command, *asked]) == 2
     *_, last = capsys.readouterr().err.splitlines()
-    assert "nowhere, which is no folder here" in last
+    assert "nowhere, which is neither a folder here" in last
     assert "no network" in last
 
 
@@ -298,14 +298,14 @@ def test_soup_is_the_average_of_the_weights(names, folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [
-        (["full", "base", "--weights", "1"], ["one number for each", "got 1 for full base"]),
+        (["full", "base", "--weights", "1"], ["one number per model", "got 1 for full base"]),
         (["full", "full", "--weights", "0.5", "0.5"], ["different models"]),
         (["full", "base", "--weights", "0.5", "0.6"], ["sum to 1"]),
         (["full", "base", "--weights", "0.5", "nan"], ["weights"]),
         (["full", "deep", "--weights", "0.5", "0.5"], ["equal keys"]),
-        (["full", "other", "--weights", "0.5", "0.5"], ["trained from the same one", "elsewhere"]),
-        (["full", "unfinished", "--weights", "0.5", "0.5"], ["a run that is not finished"]),
-        (["full", "base", "--weights", "1", "0", "--output_dir", "base"], ["must be empty"]),
+        (["full", "other", "--weights", "0.5", "0.5"], ["from the same model", "elsewhere"]),
+        (["full", "unfinished", "--weights", "0.5", "0.5"], ["an unfinished run"]),
+        (["full", "base", "--weights", "1", "0", "--output_dir", "base"], ["a new or an empty"]),
     ],
     ids=str,
 )

@@ -41,7 +41,7 @@ def test_run_is_recognised_at_every_stage(tmp_path):
 def test_another_run_is_refused_and_the_difference_named(tmp_path):
     save_run(tmp_path, open_run(tmp_path, SETTINGS, {}), status="training")
     message = refusal(tmp_path, {**SETTINGS, "seed": 1, "beta": 0.1})
-    assert "holds another run: seed is 0 there and 1 here, beta is None there" in message
+    assert "holds another run: seed was 0 and is now 1, beta was None and is" in message
     assert "`--output_dir`" in message
 
 
@@ -55,7 +55,7 @@ def test_run_that_never_trained_gives_way(tmp_path):
 def test_folder_of_something_else_is_refused(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
-    assert f"holds files of something else ({name.split('/')[0]})" in refusal(tmp_path)
+    assert f"holds other files ({name.split('/')[0]})" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(UsageError, match="file cannot be written .No space left"):
+    with pytest.raises(UsageError, match="file can't be written .No space left"):
         write_atomically(path, "new")
     assert contents(tmp_path) == {path.relative_to(tmp_path): b"old"}
 
@@ -159,7 +159,7 @@ def test_checkpoint_that_is_not_whole_is_kept_aside_and_that_is_said(tmp_path, c
     for i in (1, 2):  # at the second time, the first one's name is taken
         how(checkpoint(tmp_path, 4) / name)
         assert last_checkpoint(tmp_path) == whole
-        assert "checkpoint-4 is not whole: passed over" in capsys.readouterr().err
+        assert "checkpoint-4 is incomplete; renamed to" in capsys.readouterr().err
         assert last_checkpoint(tmp_path) == whole, "and not said again"
         assert capsys.readouterr().err == ""
         assert (tmp_path / f"incomplete-{i}-checkpoint-4").is_dir()

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import json
 import math
 import random
 
@@ -11,9 +12,10 @@ import torch.nn.functional as F
 
 pytest.importorskip("aclsum", reason="the demo needs Python 3.11, as aclsum does")
 
-from benchmarks.demo import align, data, model, results
+from benchmarks.demo import align, answers, data, model, results
 from benchmarks.demo.experiment import Corpus, alignments
 from raco_optim import LinearScalarization
+from raco_optim.cli.layouts.known import layout_of
 
 
 @pytest.fixture(scope="module")
@@ -266,3 +268,17 @@ def test_each_method_learns_what_it_weighs(base, tensors):
         else:
             heavy = "outcome" if weight > 0.5 else "short"
             assert scores[heavy].loss < math.log(2), (method, weight)
+
+
+# -- answers.py -----------------------------------------------------------------------------------
+
+
+def test_answers_have_the_layout_of_helpsteer2_and_are_paired(tmp_path, capsys):
+    answers.main([str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
+    assert layout_of(rows[0]) == "helpsteer2"
+    for a, b, c in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        assert a["prompt"] == b["prompt"] == c["prompt"]
+        assert {a["helpfulness"], b["helpfulness"], c["helpfulness"]} == {0, 4}
+    assert all(0 <= row["verbosity"] <= 4 for row in rows)
+    assert "train.jsonl: 267 records" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Checkpoints of several processes, by the recipe of docs/checkpoints.md: runs go on the same."""
+"""Checkpoints of several processes, by the recipe of docs/distributed.md: runs go on the same."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from raco_optim import CAGradClip
 from tests.ranks import Ranks, slices
 
-PAGE = Path(__file__).parent.parent / "docs" / "checkpoints.md"
+PAGE = Path(__file__).parent.parent / "docs" / "distributed.md"
 STEPS = 20
 WEIGHTS = {"a": 0.5, "b": 0.3, "c": 0.2}
 

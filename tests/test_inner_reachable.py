@@ -192,7 +192,7 @@ def test_attributes_of_several():
     assert opt.factor == opt.optimizers[0].factor == 3.0
     assert not hasattr(opt.optimizers[1], "factor")
     opt = CAGradClip([Tuned([p], k) for k, p in enumerate(network().parameters())], WEIGHTS)
-    with pytest.raises(AttributeError, match="4 inner optimizers have it: ask one of `optimizers`"):
+    with pytest.raises(AttributeError, match="4 inner optimizers have it. Read it from one of"):
         _ = opt.factor
     assert [x.factor for x in opt.optimizers] == [0, 1, 2, 3]
     opt.factor = 5.0  # of all that have it, as a method is called on all

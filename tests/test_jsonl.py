@@ -54,7 +54,7 @@ def test_a_nan_in_a_record_is_refused(path, word):
     value = b'{"x": ' + word.encode()
     for line in (value + b"}\n", value + b"}", value + b', "cut sho'):  # the last line, too
         path.write_bytes(before + line)
-        with pytest.raises(jsonl.BadLine, match=f"^{word} is no JSON") as raised:
+        with pytest.raises(jsonl.BadLine, match=f"^{word} is not JSON") as raised:
             jsonl.read(path)
         assert raised.value.number == 4
 

@@ -13,62 +13,9 @@ from trl.trainer.utils import add_fused_lm_head
 from raco_optim import CAGradClip, gram_matrix
 from raco_optim.gradients.per_example import LayerGradients
 from raco_optim.integrations.forward import completion_log_probs
+from tests.gpu.language_models import FAMILIES, GROUPED, batch, losses, model_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "pad_token_id": 0,
-}
-GROUPED = SHAPE | {"num_key_value_heads": 2, "head_dim": 8}
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3": ("Qwen3", GROUPED | {"attention_bias": True, "tie_word_embeddings": False}),
-    "llama3": ("Llama", GROUPED | {"tie_word_embeddings": False}),
-    "gemma3": ("Gemma3Text", GROUPED | {"sliding_window": 8, "final_logit_softcapping": 5.0}),
-    "phi3": ("Phi3", SHAPE | {"tie_word_embeddings": False}),
-    "phi": ("Phi", SHAPE),  # whose head has a bias
-    "gpt-neox": ("GPTNeoX", SHAPE),
-    "gpt2": ("GPT2", {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}),
-}
-
-
-def model_of(family: str) -> nn.Module:
-    torch.manual_seed(0)
-    name, shape = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**shape)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    for p in model.parameters():
-        if p.dim() == 1:
-            p.data += 0.3 * torch.randn_like(p)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    add_fused_lm_head(model.train())
-    return model
-
-
-def batch() -> dict[str, Tensor]:
-    """Four pairs of texts of many lengths."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 97, (8, 14), generator=generator)
-    there = torch.arange(14) < torch.tensor([14, 9, 12, 14, 7, 14, 10, 13])[:, None]
-    return {
-        "input_ids": ids.where(there, 0),
-        "attention_mask": there.long(),
-        "completion_mask": (there & (torch.arange(14) >= 4)).long(),
-    }
-
-
-def losses(z: Tensor, kind: str) -> list[Tensor]:
-    signs = torch.tensor([[1, -1, 1, 1], [1, 1, -1, 1], [-1, 1, 1, -1], [1, 1, 1, -1.0]])
-    chosen, rejected = z.chunk(2)
-    if kind == "pairs":
-        return list(nn.functional.softplus(-0.1 * signs * (chosen - rejected)).mean(1))
-    return list((signs * chosen / 9).sigmoid().mean(1) - 0.7 * rejected.tanh().mean())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -166,7 +166,7 @@ def test_the_trainer_names_the_package_it_lacks_and_its_extra(package: str) -> N
         print(error)
     """
     assert run_python(HIDE + textwrap.dedent(code), package, path=ROOT) == (
-        f"raco_optim.integrations.trl needs {package}. Install it: pip install "
+        f"raco_optim.integrations.trl needs {package}. Run: pip install "
         f'"raco_optim[align]"\n'
     )
 

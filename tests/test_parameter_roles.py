@@ -404,7 +404,7 @@ def test_a_new_tensor_beside_the_old_one_is_no_replacement():
     )
     new = nn.Parameter(torch.zeros(8, 8, dtype=DOUBLE))
     opt.param_groups[0]["params"] = [new, model.a.weight]
-    with pytest.raises(ValueError, match=r"shape \[8, 8\] of which nothing says it"):
+    with pytest.raises(ValueError, match=r"shape \[8, 8\]. Add .shared."):
         opt.backward(model.losses())
 
 
@@ -413,7 +413,7 @@ def test_another_shape_in_the_same_place_is_no_replacement():
     opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
     model.h = nn.Linear(8, 3, dtype=DOUBLE)
     opt.param_groups[2]["params"] = of(model.h)
-    with pytest.raises(ValueError, match=r"shape \[3, 8\] of which nothing says it"):
+    with pytest.raises(ValueError, match=r"shape \[3, 8\]. Add .shared."):
         opt.backward(list(model.h(model.x).square().mean(0)[:2]))
 
 
@@ -424,7 +424,7 @@ def test_another_number_of_tensors_is_no_replacement():
     model.h = nn.Linear(8, 2, bias=False, dtype=DOUBLE)
     model.h.weight = nn.Parameter(torch.randn(2, 8, dtype=DOUBLE))
     opt.param_groups[2]["params"] = [model.h.weight]  # another number: no place is the same
-    with pytest.raises(ValueError, match=r"shape \[2, 8\] of which nothing says it"):
+    with pytest.raises(ValueError, match=r"shape \[2, 8\]. Add .shared."):
         opt.backward(model.losses())
     opt.param_groups[2]["shared"] = False
     check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
@@ -575,7 +575,7 @@ def test_a_group_that_changes_between_micro_batches():
     opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
     opt.backward(model.losses(), accumulate=True)
     replace(model, "a.weight", opt)
-    with pytest.raises(RuntimeError, match="parameters with gradients of this step must stay"):
+    with pytest.raises(RuntimeError, match="parameters must not be frozen, removed or replaced"):
         opt.backward(model.losses())
     opt.zero_grad()
     check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
@@ -733,7 +733,7 @@ def test_lightning_resumes_in_the_middle(trainer_of, tmp_path, callback, epochs)
 @pytest.mark.parametrize("callback", [backbone_callback, base_callback])
 def test_lightning_where_nothing_says_it(trainer_of, tmp_path, callback):
     module = lightning_module(shared="not listed")
-    with pytest.raises(ValueError, match=r'nothing says it. Add "shared": True'):
+    with pytest.raises(ValueError, match=r'Add "shared": True'):
         trainer_of(tmp_path, [callback()], max_epochs=4, enable_checkpointing=False).fit(module)
 
 

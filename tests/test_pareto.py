@@ -354,12 +354,12 @@ PAIR = [[1.0, 2.0], [2.0, 1.0]]
         ),
         (
             lambda: pareto_front([[1.0, 2.0], [3.0]]),
-            "`points` must be an array of numbers; got [[1.0, 2.0], [3.0]]. Pass rows of one "
-            "length.",
+            "`points` must be an array of numbers; got [[1.0, 2.0], [3.0]]. Pass rows of "
+            "equal length.",
         ),
         (
             lambda: pareto_front("front"),
-            "`points` must be an array of numbers; got 'front'. Pass rows of one length.",
+            "`points` must be an array of numbers; got 'front'. Pass rows of equal length.",
         ),
         (
             lambda: pareto_front(torch.ones(1, 2, dtype=torch.complex64)),
@@ -367,35 +367,35 @@ PAIR = [[1.0, 2.0], [2.0, 1.0]]
         ),
         (
             lambda: pareto_front([[1.0, math.nan], [math.inf, 1.0]]),
-            "`points` must be finite; got 2 NaN or Inf. Leave out what diverged.",
+            "`points` must be finite; got 2 NaN or Inf. Leave out diverged runs.",
         ),
         (
             lambda: hypervolume([[1.0, -math.inf]], [2.0, 2.0]),
-            "`points` must be finite; got 1 NaN or Inf. Leave out what diverged.",
+            "`points` must be finite; got 1 NaN or Inf. Leave out diverged runs.",
         ),
         (
             lambda: hypervolume(PAIR, [3.0, 3.0, 3.0]),
             "`reference` must have shape [2], one bound per objective of `points`; got [3]. Pass "
-            "one that is worse than what shall count.",
+            "the worst values that should count.",
         ),
         (
             lambda: hypervolume(PAIR, 3.0),
             "`reference` must have shape [2], one bound per objective of `points`; got []. Pass "
-            "one that is worse than what shall count.",
+            "the worst values that should count.",
         ),
         (
             lambda: hypervolume(PAIR, [3.0, math.nan]),
-            "`reference` must be finite; got 1 NaN or Inf. Leave out what diverged.",
+            "`reference` must be finite; got 1 NaN or Inf. Leave out diverged runs.",
         ),
         (
             lambda: distance_to_front(PAIR, [[1.0, 2.0, 3.0]]),
-            "`front` must have shape [k, 2] with k >= 1, as many objectives as `points`; got "
-            "[1, 3]. Sample it in the objectives of `points`.",
+            "`front` must have shape [k, 2] with k >= 1, the objectives of `points`; got "
+            "[1, 3].",
         ),
         (
             lambda: distance_to_front(PAIR, torch.zeros(0, 2)),
-            "`front` must have shape [k, 2] with k >= 1, as many objectives as `points`; got "
-            "[0, 2]. Sample it in the objectives of `points`.",
+            "`front` must have shape [k, 2] with k >= 1, the objectives of `points`; got "
+            "[0, 2].",
         ),
         (
             lambda: distance_to_front(PAIR, [1.0, 2.0]),
@@ -404,7 +404,7 @@ PAIR = [[1.0, 2.0], [2.0, 1.0]]
         ),
         (
             lambda: distance_to_front(PAIR, [[1.0, math.nan]]),
-            "`front` must be finite; got 1 NaN or Inf. Leave out what diverged.",
+            "`front` must be finite; got 1 NaN or Inf. Leave out diverged runs.",
         ),
     ],
 )

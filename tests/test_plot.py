@@ -478,57 +478,58 @@ def one_run() -> list[StepReport]:
         (
             lambda: plot.cosines([]),
             ValueError,
-            "`log` must hold at least one step; got none. Keep `report` after each step, or let a "
-            "StepLogger do it.",
+            "`log` must hold at least one step; got none. Collect `report` after each step, or use "
+            "a StepLogger.",
         ),
         (
             lambda: plot.cosines([*run_of(m=2), *run_of(m=3)]),
             ValueError,
             "`log` must be one run; got the losses ['loss 0', 'loss 1'] and, in step 4, "
-            "['loss 0', 'loss 1', 'loss 2']. Draw each run by itself.",
+            "['loss 0', 'loss 1', 'loss 2']. Draw each run separately.",
         ),
         (
             lambda: plot.overview(3),
             TypeError,
-            "`log` must be the path of a StepLogger's file, what `read_steps` returns, or a "
+            "`log` must be the path of a StepLogger's file, a result of `read_steps`, or a "
             "sequence of StepReports; got int.",
         ),
         (
             lambda: plot.overview([0.5]),
             TypeError,
-            "`log` must be the path of a StepLogger's file, what `read_steps` returns, or a "
-            "sequence of StepReports; got one with float in it.",
+            "`log` must be the path of a StepLogger's file, a result of `read_steps`, or a "
+            "sequence of StepReports; got a sequence with float.",
         ),
         (
             lambda: plot.overview(one_run()[0]),
             TypeError,
-            "`log` must be the path of a StepLogger's file, what `read_steps` returns, or a "
+            "`log` must be the path of a StepLogger's file, a result of `read_steps`, or a "
             "sequence of StepReports; got StepReport.",
         ),
         (
             lambda: plot.cosines(run_of(m=1)),
             ValueError,
-            "`log` must hold two losses for a cosine; got ['loss 0']. Draw another picture.",
+            "`log` must have at least two losses for cosines; got ['loss 0']. Draw another "
+            "picture.",
         ),
         (
             lambda: plot.solution(run_of(method=LinearScalarization)),
             ValueError,
-            "`log` must have p in at least one step; got none. The rule has no subproblem, or no "
-            "step was finite: draw `cosines` or `conflict_rate`.",
+            "`log` must have p in at least one step; got none, because the rule has no subproblem "
+            "or no step was finite. Draw `cosines` or `conflict_rate`.",
         ),
         (
             lambda: plot.clip_angle(run_of(method=MGDA)),
             ValueError,
-            "`log` must have a clip angle in at least one step; got none. CAGradClip alone clips: "
-            "draw `cosines` or `conflict_rate`.",
+            "`log` must have a clip angle in at least one step; got none. Only CAGradClip clips. "
+            "Draw `cosines` or `conflict_rate`.",
         ),
         (
             lambda: plot.conflict_rate(
                 [report_of([[math.inf], [1.0]], [0.5, 0.5], nonfinite="skip")]
             ),
             ValueError,
-            "`log` must have an update in at least one step; got NaN or Inf in all of them. Look "
-            "for its cause in the losses.",
+            "`log` must have an update in at least one step; got NaN or Inf in all steps. Look for "
+            "the cause in the losses.",
         ),
         (
             lambda: plot.cosines(one_run(), window=0),
@@ -538,47 +539,47 @@ def one_run() -> list[StepReport]:
         (
             lambda: plot.cosines(one_run(), ax=3),
             TypeError,
-            "`ax` must be axes of matplotlib; got int. Leave it out for axes of a new figure.",
+            "`ax` must be axes of matplotlib; got int. Leave it out for a new figure.",
         ),
         (
             lambda: plot.save("steps.jsonl", "steps.pdf"),
             TypeError,
-            "`picture` must be axes or a figure, as `raco_optim.plot` makes them; got str. The "
-            "picture comes first, then the path.",
+            "`picture` must be axes or a figure of matplotlib; got str. Pass the picture first, "
+            "then the path.",
         ),
         (
             lambda: plot.front("steps.jsonl"),
             TypeError,
-            "`runs` must be a sequence of logs, one for each run; got str. Put a single one into "
-            "a list.",
+            "`runs` must be a sequence of logs, one per run; got str. Put a single log into a "
+            "list.",
         ),
         (
             lambda: plot.front([]),
             ValueError,
-            "`runs` must hold at least one log; got none. Pass one for each run.",
+            "`runs` must hold at least one log; got none. Pass one per run.",
         ),
         (
             lambda: plot.front([one_run(), []]),
             ValueError,
-            "`runs[1]` must hold at least one step; got none. Keep `report` after each step, or "
-            "let a StepLogger do it.",
+            "`runs[1]` must hold at least one step; got none. Collect `report` after each step, or "
+            "use a StepLogger.",
         ),
         (
             lambda: plot.front(one_run()),
             TypeError,
-            "`runs[0]` must be the path of a StepLogger's file, what `read_steps` returns, or a "
+            "`runs[0]` must be the path of a StepLogger's file, a result of `read_steps`, or a "
             "sequence of StepReports; got StepReport.",
         ),
         (
             lambda: plot.front([run_of(m=2), run_of(m=3)]),
             ValueError,
             "`runs` must have the same losses; got ['loss 0', 'loss 1'] and, in runs[1], "
-            "['loss 0', 'loss 1', 'loss 2']. Draw them apart.",
+            "['loss 0', 'loss 1', 'loss 2']. Draw them separately.",
         ),
         (
             lambda: plot.front([run_of(m=1)]),
             ValueError,
-            "`runs` must have two losses or more; got ['loss 0']. One has no trade-off.",
+            "`runs` must have at least two losses for a trade-off; got ['loss 0'].",
         ),
         (
             lambda: plot.front([ended(two(0.5), [math.nan, 2.0])]),
@@ -589,8 +590,8 @@ def one_run() -> list[StepReport]:
         (
             lambda: plot.front([one_run()], points=[[1.0, 2.0, 3.0]]),
             ValueError,
-            "`points` must be finite and of shape [1, 2], a row for each run and a column for each "
-            "loss; got [[1.0, 2.0, 3.0]].",
+            "`points` must be finite and of shape [1, 2], one row per run and one column per loss; "
+            "got [[1.0, 2.0, 3.0]].",
         ),
         (
             lambda: plot.front([one_run()], objectives=("loss 0", "loss 0")),
@@ -715,7 +716,7 @@ def test_pictures_that_cannot_be_written_are_refused(tmp_path):
         with pytest.raises(OSError) as raised:
             plot.save(ax, path)
         assert re.fullmatch(
-            rf"`path` must be a file that can be written; got '{path}' \({why}.*\)\. Choose "
+            rf"`path` must be a writable file; got '{path}' \({why}.*\)\. Choose "
             rf"another\.",
             str(raised.value),
         )

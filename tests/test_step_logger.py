@@ -288,7 +288,7 @@ def test_a_full_disk_leaves_whole_lines_and_loses_nothing(tmp_path):
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, hard))
             step(x, opt, 1)
-            with pytest.raises(OSError, match="`path` must be a file that can be written; got "):
+            with pytest.raises(OSError, match="`path` must be a writable file; got "):
                 logger.log(opt)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -350,7 +350,7 @@ def test_the_logger_says_what_is_wrong(tmp_path):
         StepLogger(there).log(opt)
     assert str(raised.value) == (
         f"`path` must be a new file; got {str(there)!r}, which exists. Choose another, or pass "
-        f"resume=True to go on with the run that it holds."
+        f"resume=True to continue its run."
     )
     for unwritable, why in [
         (there / "below.jsonl", "File exists"),
@@ -360,8 +360,8 @@ def test_the_logger_says_what_is_wrong(tmp_path):
         with pytest.raises(OSError) as raised:
             StepLogger(unwritable, resume=True).log(opt)
         assert str(raised.value) == (
-            f"`path` must be a file that can be written; got {str(unwritable)!r} ({why}). Make "
-            f"room, or choose another."
+            f"`path` must be a writable file; got {str(unwritable)!r} ({why}). Free "
+            f"disk space, or choose another path."
         )
     assert there.read_bytes() == data
     logger = StepLogger(tmp_path / "new.jsonl")
@@ -389,8 +389,8 @@ def test_a_run_with_other_losses_is_not_gone_on_with(tmp_path):
     with pytest.raises(ValueError) as raised, StepLogger(path, resume=True) as logger:
         logger.log(opt)
     assert str(raised.value) == (
-        f"`path` must be the log of a run with the losses ['a', 'b'], to go on with it; got "
-        f"{str(path)!r}, whose losses are ['0', '1']. Log each run to a file of its own."
+        f"`path` must be the log of a run with the losses ['a', 'b'] to continue it; got "
+        f"{str(path)!r}, with the losses ['0', '1']. Use a separate file for each run."
     )
     assert path.read_bytes() == data
 
@@ -401,7 +401,7 @@ HEADER = '{"raco_optim": "step log", "version": 1, "run": "x"}\n'
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "must be a log with at least one step; got {}, which has none. Call `log` of a"),
+        (b"", "must be a log with at least one step; got {}, which has none. Call `StepLogger"),
         (HEADER.encode(), "must be a log with at least one step; got {}"),
         (b"notes\nof mine\n", "must be a log of a StepLogger; got {}, whose line 1 is not one of"),
         (b"notes without an end", "must be a log of a StepLogger; got {}, whose line 1"),
@@ -465,8 +465,8 @@ def test_runs_that_were_mixed_are_refused(tmp_path):
     with pytest.raises(ValueError) as raised:
         read_steps(mixed)
     assert str(raised.value) == (
-        f"`path` must be the log of one run; got {str(mixed)!r}, where another one begins at line "
-        f"4. Log each run to a file of its own."
+        f"`path` must be the log of one run; got {str(mixed)!r}, where another run begins at line "
+        f"4. Use a separate file for each run."
     )
 
 
@@ -475,5 +475,5 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
         read_steps(tmp_path / "missing.jsonl")
     path = str(tmp_path / "missing.jsonl")
     assert str(raised.value) == (
-        f"`path` must be a file that can be read; got {path!r} ({os.strerror(2)})."
+        f"`path` must be a readable file; got {path!r} ({os.strerror(2)})."
     )

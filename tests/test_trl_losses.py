@@ -281,7 +281,7 @@ class TestReferenceFree:
             ends.append(parameters(trainer))
         assert_close(ends[0], ends[1], 0.0)
         if "method" in changed:
-            with pytest.raises(ValueError, match="needs a reference model, which the method amopo"):
+            with pytest.raises(ValueError, match="needs a reference model, but the method amopo"):
                 trainer.evaluate(Dataset.from_list(tiny_pairs(3)))
         else:
             assert math.isfinite(trainer.evaluate(Dataset.from_list(tiny_pairs(3)))["eval_loss"])

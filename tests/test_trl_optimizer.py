@@ -230,10 +230,10 @@ class TestBetweenSteps:
         run(2, **saved)
         again = make_trainer(settings, rows, **saved)
         with pytest.warns(
-            UserWarning, match="goes on with the `weights` of its checkpoint"
+            UserWarning, match="resumes with `weights` from its checkpoint"
         ) as seen:
             again.train(resume_from_checkpoint=True)
-        about_c = [w for w in seen if "with the `c` of its checkpoint, 0.9, not" in str(w.message)]
+        about_c = [w for w in seen if "with `c` from its checkpoint, 0.9, not" in str(w.message)]
         assert len(about_c) == (method == "raco")
         assert optimizer_of(again).weights == weights
         assert_close(parameters(again), parameters(whole), 0.0)
@@ -245,7 +245,7 @@ class TestBetweenSteps:
         settings |= {"save_strategy": "steps", "save_steps": 1}
         make_trainer(settings, tiny_pairs(8), max_steps=1).train()
         make_trainer(settings, tiny_pairs(8), max_steps=2).train(resume_from_checkpoint=True)
-        assert not [w for w in recwarn if "of its checkpoint" in str(w.message)]
+        assert not [w for w in recwarn if "from its checkpoint" in str(w.message)]
 
 
 class TestNonfinite:

@@ -155,7 +155,7 @@ class TestBestModel:
             )
         assert wrong.greater_is_better is not greater
         ours = metric not in ("rewards/margins", "eval_loss")
-        assert ours == any("takes the worst model for" in str(w.message) for w in caught)
+        assert ours == any("selects the worst model" in str(w.message) for w in caught)
 
     def test_plateaus_are_of_the_right_side(self, settings: Settings) -> None:
         plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
@@ -201,7 +201,7 @@ class TestSilencedSettings:
         ids=lambda changed: list(changed)[-1],
     )
     def test_warns(self, settings: Settings, changed: Settings) -> None:
-        with pytest.warns(UserWarning, match=f"`{list(changed)[-1]}` has no effect without"):
+        with pytest.warns(UserWarning, match=f"`{list(changed)[-1]}` has no effect unless"):
             config(settings, **changed)
 
     @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ class TestSilencedSettings:
             config(settings, **changed)
 
     def test_robust_without_noise(self, settings: Settings) -> None:
-        with pytest.warns(UserWarning, match="'robust' with label_smoothing=0 is that of"):
+        with pytest.warns(UserWarning, match="'robust' with label_smoothing=0 equals"):
             config(settings, loss_type="robust")
 
 
@@ -308,7 +308,7 @@ class TestGoingOnFromAdapters:
 
     def test_other_adapters_on_top(self, settings: Settings, folders: tuple[str, str]) -> None:
         with pytest.raises(
-            ValueError, match="`peft_config` must be None where `model` is a folder"
+            ValueError, match="`peft_config` must be None if `model` is a folder"
         ):
             MultiObjectiveDPOTrainer(
                 folders[1],

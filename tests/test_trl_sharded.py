@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
@@ -81,6 +82,7 @@ class Case:
     resume: bool = False
     fsdp: Settings = field(default_factory=dict)
     experts: bool = False
+    ran: str = "per_example"  # how the gradients were computed; "" where they are not combined
 
 
 def run(rank: int | None, case: Case, settings: Settings, folder: Path) -> Trained:
@@ -117,6 +119,7 @@ def run(rank: int | None, case: Case, settings: Settings, folder: Path) -> Train
             made.add_callback(Watch("on_step_begin", reweigh))
         return made
 
+    ran: list[str] = []
     with launched(rank), fsdp_on_cpus():
         if case.resume and rank is not None:
             first = trainer(save_strategy="steps", save_steps=2)
@@ -124,11 +127,16 @@ def run(rank: int | None, case: Case, settings: Settings, folder: Path) -> Train
             first.train()
         torch.manual_seed(0)
         last = trainer()
+        if case.ran:
+            last.add_callback(
+                Watch("on_step_end", lambda *_, optimizer, **__: ran.append(how(optimizer)))
+            )
         last.train(resume_from_checkpoint=case.resume and rank is not None)
         last.evaluate()
     for module in last.model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # gathered by the evaluation, perhaps
+    assert rank is None or all(x.startswith(case.ran) for x in ran), ran
     found = {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in parameters(last).items()}
     assert any(isinstance(p, DTensor) for p in found.values()) == (rank is not None)
     found = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in found.items()}
@@ -148,6 +156,10 @@ def stop(state: Any, control: Any, **_: Any) -> None:
     control.should_training_stop = control.should_training_stop or state.global_step == 2
 
 
+def how(optimizer: Any) -> str:
+    return raco_optim.unwrap(optimizer).report.gradients
+
+
 def reweigh(state: Any, _: Any, *, optimizer: Any, **__: Any) -> None:
     if state.global_step == 1:
         raco_optim.unwrap(optimizer).weights = {"helpful": 0.4, "harmless": 0.6}
@@ -164,12 +176,13 @@ CASES: dict[str, Case] = {
     ),
     "adapters": Case("qwen3", MICRO, lora=True),
     "few labels": Case("qwen3", MICRO, missing=0.8),
-    "few labels, linear": Case("gemma3", MICRO | {"method": "linear"}, missing=0.8),
+    "few labels, linear": Case("gemma3", MICRO | {"method": "linear"}, missing=0.8, ran=""),
+    "a pass for each": Case("gemma3", MICRO | {"gradients": "dense"}, missing=0.8, ran="dense"),
     "precomputed": Case("gemma3", MICRO | {"precompute_ref_log_probs": True}),
     "resumed": Case("gemma3", resume=True),
     "resumed from shards": Case("llama", MICRO, resume=True, fsdp=SHARDS),
     "resumed adapters": Case("llama", lora=True, resume=True),
-    "experts": Case(changed=MICRO, experts=True),
+    "experts": Case(changed=MICRO, experts=True, ran="dense: a parameter is in no layer"),
 }
 
 
@@ -196,6 +209,41 @@ def test_equals_one_process(two_ranks: Ranks, settings: Settings, folder: Path, 
     if case.experts:  # their auxiliary loss is a mean over batches, one of which is filled up
         mine[1].pop(), expected_logs.pop()
     assert_logged_alike(mine[1], expected_logs, 1e-4)
+
+
+def gatherings(rank: int, settings: Settings, folder: Path) -> tuple[str, list[int], int]:
+    """How gradients were computed, how often parameters were gathered by step, and the groups."""
+    gather, counts = dist.all_gather_into_tensor, [0]
+
+    def counted(*args: Any, **others: Any) -> Any:
+        counts[-1] += 1
+        return gather(*args, **others)
+
+    settings = settings | FSDP | {"weights": base.WEIGHTS, "precompute_ref_log_probs": True}
+    with (
+        launched(rank),
+        fsdp_on_cpus(),
+        mock.patch.object(dist, "all_gather_into_tensor", counted),
+    ):
+        trainer = sharded_trainer(settings, folder)
+        trainer.add_callback(Watch("on_step_begin", lambda *_, **__: counts.append(0)))
+        trainer.add_callback(Watch("on_step_end", lambda *_, **__: counts.append(0)))
+        trainer.train()
+    states = {x._get_fsdp_state() for x in trainer.model.modules() if isinstance(x, FSDPModule)}
+    groups = sum(len(state._fsdp_param_groups) for state in states)
+    return how(trainer.optimizer), counts[1::2], groups
+
+
+@pytest.mark.parametrize("mode", ["per_example", "dense"])
+def test_one_gathering_for_all_losses(
+    two_ranks: Ranks, settings: Settings, folder: Path, mode: str
+) -> None:
+    """One in the forward pass and one in the backward pass, but for the last layers."""
+    settings |= {"gradients": mode, "max_steps": 3, "max_grad_norm": 0.0}
+    for ran, counts, groups in two_ranks.run(gatherings, settings, folder):
+        assert ran == mode
+        again = 0 if mode == "per_example" else groups  # of the second loss
+        assert counts[1:] == 2 * [groups + groups - 1 + again]
 
 
 def exported(rank: int, settings: Settings, folder: Path) -> dict[str, Tensor] | None:

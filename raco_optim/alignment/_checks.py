@@ -1,4 +1,4 @@
-"""Checks of arguments that wait for no device: types, shapes, dtypes and plain numbers."""
+"""Checks of types, shapes, dtypes and numbers, without waiting for a device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_tensor(
     value: Any,  # noqa: ANN401  # that is what it checks
     shape: Mapping[str, int | None],
 ) -> None:
-    """Raises unless the value is a tensor of the shape: name of a dimension -> size or None."""
+    """Raises unless the value is a tensor of the shape: dimension name -> size or None."""
     if not isinstance(value, Tensor):
         raise TypeError(f"`{argument}` must be a tensor; got {type(value).__name__}.")
     sizes = list(shape.values())

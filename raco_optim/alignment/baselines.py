@@ -1,4 +1,4 @@
-"""The objectives that RACO is compared with: AMoPO and MODPO."""
+"""Losses of the baselines AMoPO and MODPO."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ def amopo_losses(
     pair_weights: Tensor | None = None,
     counts: Tensor | Sequence[float] | None = None,
 ) -> list[Tensor | None]:
-    r"""Computes the losses of AMoPO with static weights, which the caller multiplies and adds.
+    r"""Computes the losses of AMoPO, for the caller to weight and add.
 
     .. math::
         L_k = -\log \sigma \left( \frac{\beta}{|y_w|} \log \pi(y_w | x)
             - \frac{\beta}{|y_l|} \log \pi(y_l | x) \right), \quad L = \sum_k \alpha_k L_k
 
-    averaged over the pairs that objective k labels; :math:`y_w` is the completion that it
-    prefers. That is SimPO with margin 0: neither a reference nor a reward model.
+    averaged over the pairs that objective k labels, where k prefers :math:`y_w` to :math:`y_l`.
+    This is SimPO with margin 0, which needs neither a reference nor a reward model.
 
-    The paper draws :math:`\alpha` anew in every step: it prompts the model once per objective,
-    with the objective described in the prompt, fits a Gaussian to the token probabilities of each
-    of these m forward passes, draws one number from each and takes their softmax. Here all
-    objectives share one prompt and one forward pass, so the m Gaussians would be the same and
-    their draws noise. Static weights, the user's, are also what RACO's authors compare with.
+    The weights :math:`\alpha` are static, as in the baseline of RACO's authors. The AMoPO paper
+    samples them in every step instead: it prompts the model once per objective, describing the
+    objective in the prompt, fits a Gaussian to the token probabilities of each forward pass, and
+    takes the softmax of one sample from each. With one shared prompt, these Gaussians would all
+    be equal and the samples noise.
 
     Args:
-        log_probs: Of B pairs, with their lengths.
+        log_probs: Log-probabilities of B pairs, with their lengths.
         signs: ``[B, m]``, see `preference_losses`.
-        beta: > 0. Per-token log-probabilities need a larger one than DPO's sums: RACO's authors
-            tune it between 0.1 and 1.5.
+        beta: > 0. Use a larger value than for DPO, because the log-probabilities are per token:
+            RACO's authors tune it between 0.1 and 1.5.
         pair_weights: ``[B, m]``, see `preference_losses`.
         counts: ``[m]``, see `preference_losses`.
 
     Returns:
-        m scalars, None for an objective without a label.
+        m scalars; None for an objective without a label.
 
     Raises:
         TypeError: `signs` is not a tensor.
@@ -78,7 +78,7 @@ def amopo_losses(
 
 
 class PairMean(TypedDict, total=False):
-    """The keyword arguments that say what a mean runs over; `modpo_loss` has them."""
+    """Keyword arguments of `modpo_loss` for the mean over pairs."""
 
     pair_weight: Tensor | None
     count: Tensor | float | None
@@ -101,23 +101,23 @@ def modpo_loss(
             - \sum_{j \ne k} w_j \, (r_{j, chosen} - r_{j, rejected}) \Big) \right),
         \quad \rho = \log \pi - \log \pi_{ref}
 
-    averaged over the pairs that objective k labels. With weight 1 on k it is DPO.
+    averaged over the pairs that objective k labels. With weight 1 on k it equals DPO.
 
     Args:
-        log_probs: Of B pairs, with those of the reference.
-        sign: Labels of objective k, ``[B]``, see `preference_losses`.
-        margins: Reward of the chosen completion minus that of the rejected one, for every
-            objective, ``[B, m]``, as reward models that the user has give them. Finite where the
-            pair is labelled. Not read: column k and the columns with weight 0.
-        weights: w, m numbers on the simplex, in the order of the columns.
-        objective: k, the position of the objective with preferences; its weight must not be 0.
+        log_probs: Log-probabilities of B pairs under policy and reference.
+        sign: Labels s of objective k, ``[B]``, see `preference_losses`.
+        margins: Reward margins :math:`r_{j, chosen} - r_{j, rejected}` from the user's reward
+            models, ``[B, m]``; finite for labelled pairs. Column k and columns with weight 0 are
+            ignored.
+        weights: w, m numbers >= 0 that sum to 1, in the order of the columns.
+        objective: k, the position of the objective with preferences; its weight must be positive.
         beta: Strength of the tie to the reference, > 0.
         pair_weight (Tensor | None): Weights of the pairs, ``[B]``, see `preference_losses`.
-        count (Tensor | float | None): Divide by this instead of the sum of the weights, see
+        count (Tensor | float | None): Divisor instead of the sum of the pair weights, see
             `preference_losses`.
 
     Returns:
-        A scalar, or None where no pair is labelled.
+        A scalar, or None if no pair is labelled.
 
     Raises:
         TypeError: `sign` or `margins` is not a tensor.
@@ -145,8 +145,8 @@ def modpo_loss(
         )
     if w[objective] == 0:
         raise ValueError(
-            f"`weights` must not be 0 for `objective`, which MODPO divides by; got {w} and "
-            f"objective {objective}. Choose an objective with a weight."
+            f"`weights` must be positive for `objective`, because MODPO divides by it; got {w} and "
+            f"objective {objective}. Choose an objective with a positive weight."
         )
     pairs = len(log_probs.chosen)
     check_tensor("margins", margins, {"B": pairs, "m": len(w)})

@@ -1,4 +1,4 @@
-"""KTO on single completions, each desirable or not, instead of pairs."""
+"""KTO on single completions instead of pairs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def kto_unpaired_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor | None:
-    r"""Computes the mean loss of the completions that are labelled.
+    r"""Computes the mean KTO loss of completions that are labelled desirable or undesirable.
 
     .. math::
         \ell = \begin{cases}
@@ -32,18 +32,18 @@ def kto_unpaired_loss(
         reference: The same under the frozen reference, ``[N]``.
         labels: +1 desirable, -1 undesirable, 0 no label, ``[N]``, any real dtype.
         kl: z, a scalar tensor: the mean of :math:`\log \pi(y' | x) - \log \pi_{ref}(y' | x)` over
-            prompts x with the completion y' of another prompt (in TRL, of the next one in the
-            batch). That takes a forward pass of its own, hence the caller estimates it. Taken
-            for 0 where negative; no gradient flows through it.
+            prompts x with the completion y' of another prompt (in TRL, the next one in the batch).
+            The caller estimates it, because it takes another forward pass. Negative values count
+            as 0; no gradient flows through it.
         beta: Strength of the tie to the reference, > 0.
         desirable_weight: :math:`\lambda_D` >= 0.
         undesirable_weight: :math:`\lambda_U` >= 0.
 
     Returns:
-        A scalar, or None where no completion is labelled.
+        A scalar, or None if no completion is labelled.
 
     Raises:
-        TypeError: What must be a tensor is none.
+        TypeError: An argument is not a tensor where it must be.
         ValueError: An argument is out of its range or of the wrong shape.
 
     Example:

@@ -1,4 +1,4 @@
-"""Which pairs an objective labels, how sure it is of them, and the mean over them."""
+"""The pairs that an objective labels, and the mean over them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,15 @@ from raco_optim.alignment._checks import check_tensor
 
 @dataclass(frozen=True)
 class Labelled:
-    """The n pairs that an objective labels; tensors on the device of the log-probabilities."""
+    """The n pairs that an objective labels; ``[n]``, on the device of the log-probabilities."""
 
     index: Tensor
     label: Tensor  # in [-1, 1], never 0
-    weight: Tensor | None  # > 0; None where all are 1
-    is_soft: bool  # whether a label is not +1 or -1
+    weight: Tensor | None  # > 0; None if all are 1
+    is_soft: bool  # whether any label is not +1 or -1
 
     def expectation(self, losses: Callable[[Tensor], Tensor]) -> Tensor:
-        """Returns the mean of losses over the label, +1 with probability (1 + label) / 2.
-
-        Args:
-            losses: From signs, ``[n]``, to losses, ``[n]``.
-        """
+        """Returns the expected losses if the sign is +1 with probability (1 + label) / 2."""
         if not self.is_soft:
             return losses(self.label)
         sign, sure = self.label.sign(), (1 + self.label.abs()) / 2
@@ -36,7 +32,7 @@ class Labelled:
         return x.mean() if self.weight is None else (self.weight * x).sum() / self.weight.sum()
 
     def average(self, losses: Tensor, count: Tensor | float | None) -> Tensor | None:
-        """Returns the weighted mean, or the weighted sum over the count; None if there is none."""
+        """Returns the weighted mean, or the weighted sum / count; None without a loss."""
         if not len(losses):
             return None
         if count is None:
@@ -55,25 +51,24 @@ def labelled(
     weights: Tensor | None = None,
     soft: bool = True,
 ) -> list[Labelled]:
-    """Returns, for each column of signs, the pairs that it labels with a weight above 0.
+    """Returns the labelled pairs of each column of signs; device and dtype are those of `like`.
 
-    Pairs are selected, not multiplied by 0: one without a label may be NaN and still leaves loss
-    and gradient alone. Which they are is known after one copy of all the signs to the host; there
-    their values are checked too. The results are on the device of `like` and of its dtype.
+    Pairs are selected, not multiplied by 0, because an unlabelled pair may be NaN. One copy of all
+    signs to the CPU serves the selection and the checks.
     """
     check_tensor(argument, signs, shape)
     host = signs.detach().cpu()
     if host.is_complex() or host.dtype == torch.bool:
         raise ValueError(
-            f"`{argument}` must be numbers from -1 to +1; got {host.dtype}. 0 is no label: turn "
-            f"a False that is a label into -1."
+            f"`{argument}` must be numbers in [-1, 1], where 0 means no label; got {host.dtype}. "
+            f"Convert labels True and False to 1 and -1."
         )
     right = host.abs() <= 1 if soft else (host == 0) | (host.abs() == 1)  # NaN is not
     if not right.all():
         where = (~right).nonzero()[0].tolist()
         raise ValueError(
-            f"`{argument}` must be {'in [-1, 1]' if soft else '+1, -1 or 0'}, where 0 is a tie or "
-            f"missing; got {host[tuple(where)].item()} at {where}."
+            f"`{argument}` must be {'in [-1, 1]' if soft else '+1, -1 or 0'}, where 0 means a tie "
+            f"or no label; got {host[tuple(where)].item()} at {where}."
         )
     labels = host != 0
     if weights is not None:

@@ -1,4 +1,4 @@
-"""Log-probabilities of pairs of completions, and the implicit rewards that they stand for."""
+"""Log-probabilities of pairs of completions, and their implicit rewards."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from raco_optim.alignment._checks import check_log_probs, check_tensor, checked_
 
 @dataclass(frozen=True)
 class PairLogProbs:
-    r"""Log-probabilities of B pairs of completions, under the policy and under the reference.
+    r"""Log-probabilities of B pairs of completions under the policy and the reference.
 
     .. math:: \log \pi(y | x) = \sum_t \log \pi(y_t | x, y_{<t})
 
-    over the tokens of the completion y, not of the prompt x. Sum in float32 at least: near -200
-    a bfloat16 is a whole number, and the losses live on differences of such sums.
+    over the tokens of the completion y, not of the prompt x. Sum in float32 or better: the losses
+    use differences of such sums, and near -200 a bfloat16 can only hold whole numbers.
 
     Attributes:
-        chosen: The policy's, of the completions that the data set calls chosen, ``[B]``.
-        rejected: The policy's, of those that it calls rejected, ``[B]``. Which of the two an
-            objective prefers is said by its sign, not by these names.
-        ref_chosen: Those of the frozen reference model, ``[B]``; None where there is none.
-        ref_rejected: The same for the rejected, ``[B]``.
-        chosen_tokens: How many tokens each sum is over, ``[B]``, any real dtype; a length of 0
-            counts as 1. For length normalisation only, else None.
-        rejected_tokens: The same for the rejected, ``[B]``.
+        chosen: Under the policy, of the completions named "chosen" in the data, ``[B]``.
+        rejected: Under the policy, of the completions named "rejected", ``[B]``. An objective
+            may prefer either; its sign says which.
+        ref_chosen: Of the chosen completions under the frozen reference model, ``[B]``, or None.
+        ref_rejected: Of the rejected completions under the reference model, ``[B]``, or None.
+        chosen_tokens: Lengths of the chosen completions, ``[B]``, any real dtype, or None. Needed
+            for length normalisation only; 0 counts as 1.
+        rejected_tokens: Lengths of the rejected completions, ``[B]``, or None.
 
     Raises:
         TypeError: A field is not a tensor.
-        ValueError: A field has another shape than `chosen`, a log-probability is not of a
-            floating dtype, or one half of a pair of fields is missing.
+        ValueError: A field differs in shape from `chosen`, a log-probability has no floating
+            dtype, or only one of a chosen/rejected pair of fields is given.
 
     Example:
         >>> import torch
@@ -70,7 +70,7 @@ class PairLogProbs:
                 check(name, optional[name], shape)
 
     def select(self, index: Tensor) -> PairLogProbs:
-        """Returns the pairs at `index`, ``[n]``, int64, on the device of the log-probabilities.
+        """Returns the pairs at the positions `index`, ``[n]``, int64, on the same device.
 
         Example:
             >>> import torch
@@ -90,14 +90,14 @@ class PairLogProbs:
         r"""Returns :math:`\log \pi - \log \pi_{ref}` of the chosen and of the rejected.
 
         Args:
-            length_normalized: Divide each by the tokens of its completion.
-            reference_free: Take the reference's log-probabilities for 0.
+            length_normalized: Divide each by the length of its completion.
+            reference_free: Use 0 as the reference's log-probabilities.
 
         Returns:
             Two tensors ``[B]``.
 
         Raises:
-            ValueError: What the two switches ask for was not given.
+            ValueError: The reference or the lengths are needed but missing.
 
         Example:
             >>> import torch
@@ -111,16 +111,16 @@ class PairLogProbs:
             if self.ref_chosen is None or self.ref_rejected is None:
                 raise ValueError(
                     "`ref_chosen` and `ref_rejected` must hold the reference model's "
-                    "log-probabilities; got None. Pass them, or reference_free=True where the "
-                    "loss takes it."
+                    "log-probabilities; got None. Pass them, or reference_free=True if the loss "
+                    "supports it."
                 )
             chosen, rejected = chosen - self.ref_chosen, rejected - self.ref_rejected
         if length_normalized:
             if self.chosen_tokens is None or self.rejected_tokens is None:
                 raise ValueError(
                     "`chosen_tokens` and `rejected_tokens` must hold the lengths of the "
-                    "completions; got None. Pass them, or length_normalized=False where the loss "
-                    "takes it."
+                    "completions; got None. Pass them, or length_normalized=False if the loss "
+                    "supports it."
                 )
             chosen = chosen / self.chosen_tokens.clamp(min=1)
             rejected = rejected / self.rejected_tokens.clamp(min=1)
@@ -137,10 +137,10 @@ class PairLogProbs:
             reference_free: See `log_ratios`.
 
         Returns:
-            Those of the chosen and those of the rejected, ``[B]`` each.
+            Rewards of the chosen and of the rejected completions, ``[B]`` each.
 
         Raises:
-            ValueError: `beta` is out of its range, or see `log_ratios`.
+            ValueError: `beta` is not positive; or see `log_ratios`.
 
         Example:
             >>> import torch

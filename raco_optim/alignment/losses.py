@@ -1,4 +1,4 @@
-"""Preference losses of m objectives that judge the same pairs of completions."""
+"""Preference losses of several objectives on the same pairs of completions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMOOTHED = ("dpo", "simpo", "robust")
 
 
 class LossForm(TypedDict, total=False):
-    """The keyword arguments that say what a preference loss is; `preference_losses` has them."""
+    """Keyword arguments of `preference_losses` that define the loss of a pair."""
 
     loss: PreferenceLoss
     beta: float
@@ -50,8 +50,8 @@ def preference_losses(
     .. math:: L_k = \frac{1}{n_k} \sum_{b : s_{bk} \ne 0} v_{bk} \, \ell(b, s_{bk}),
         \quad n_k = \sum_{b : s_{bk} \ne 0} v_{bk}
 
-    with the weights v of the pairs, 1 by default. With :math:`\rho = \log \pi - \log \pi_{ref}`,
-    the log-ratio of a completion, the loss of a pair :math:`\ell` is
+    with pair weights v, 1 by default. The loss :math:`\ell` of a pair, written with the log-ratio
+    :math:`\rho = \log \pi - \log \pi_{ref}` of a completion, is
 
     .. math::
         \Delta &= s \, (\rho_{chosen} - \rho_{rejected}) = \rho_{winner} - \rho_{loser} \\
@@ -71,55 +71,51 @@ def preference_losses(
             - \log \sigma(-\beta \rho_{loser}) \\
         \text{sft} &: -\rho_{winner}, \quad \rho = \log \pi \text{ per token}
 
-    where z is the mean of :math:`\rho` over the winners (losers) of the objective in the call, at
-    least 0 and without a gradient. All objectives share the log-probabilities, so one forward pass
-    serves them all.
+    where z is the mean of :math:`\rho` over the objective's winners (losers) in this call, at
+    least 0 and without a gradient. All objectives share the log-probabilities of one forward pass.
 
-    A label s between -1 and 1 says how sure it is that the chosen completion is the better one:
-    :math:`P = (1 + s) / 2`. The loss is the mean over what the label may be,
+    A label s between -1 and 1 is uncertain: the chosen completion is better with probability
+    :math:`(1 + s) / 2`, and the loss is its expectation,
 
     .. math:: \ell(b, s) = \frac{1 + s}{2} \ell(b, +1) + \frac{1 - s}{2} \ell(b, -1).
 
-    A tie and a missing label are both 0 in `signs`. Such a pair is in neither sum nor count, and
-    its log-probabilities, NaN or not, reach neither loss nor gradient. So 0 is not the limit of
-    small labels: 0.01 says that the completions are about equally good, and pulls :math:`\Delta`
-    of DPO to about 0; 0 says nothing.
+    A sign of 0 means a tie or no label. Such a pair does not count, and its log-probabilities
+    affect neither the loss nor the gradient, even if they are NaN. A small label is different from
+    0: 0.01 means that both completions are about equally good, so DPO pulls :math:`\Delta` towards
+    0.
 
-    Signs on an accelerator are copied to the host, once per call; it is the only wait. Signs on
-    the CPU cost none.
+    Signs on an accelerator are copied to the CPU once per call; nothing else waits for a device.
 
     Args:
-        log_probs: Of B pairs.
-        signs: ``[B, m]``, any real dtype, in [-1, 1]: +1 where the objective prefers the chosen
-            completion, -1 where it prefers the rejected one, 0 for a tie or no label.
-        pair_weights: v, ``[B, m]``, >= 0. A pair of weight 2 counts as two; one of weight 0 as one
-            without a label. Default: 1.
-        counts: ``[m]``, > 0: divide by these instead of :math:`n_k`. With the sums of the weights
-            of a whole batch, the losses of its micro-batches add up to the loss of the batch, and
-            so do their gradients; not for KTO, whose z is estimated from the pairs of a call.
-        loss (str): ``"dpo"`` (default) or another one of the above. ``"kto"`` takes a pair as one
-            desirable and one undesirable example; see `kto_unpaired_loss` for examples that are no
-            pairs. ``"sft"`` is a term to add to another loss (RPO, MPO).
-        beta (float): Strength of the tie to the reference, > 0, default 0.1; for IPO the tau of
-            its paper.
-        label_smoothing (float): epsilon, in [0, 0.5), default 0: the share of labels that is
-            taken to be wrong. For DPO (conservative DPO), SimPO and robust DPO, whose mean over
-            such wrong labels is the loss of the true ones. It would do nothing new in IPO, where
-            it amounts to the beta ``beta / (1 - 2 * label_smoothing)``.
+        log_probs: Log-probabilities of B pairs.
+        signs: ``[B, m]``, any real dtype, in [-1, 1]: +1 if the objective prefers the chosen
+            completion, -1 if it prefers the rejected one, 0 for a tie or no label.
+        pair_weights: v, ``[B, m]``, >= 0. A pair with weight 2 counts as two pairs, and one with
+            weight 0 as unlabelled. Default: 1.
+        counts: ``[m]``, > 0: divisors instead of :math:`n_k`. If they are the sums of the weights
+            over a batch, the losses and gradients of its micro-batches add up to those of the
+            batch, except for KTO, which estimates z in each call.
+        loss (str): ``"dpo"`` (default) or another name above. ``"kto"`` treats a pair as a
+            desirable and an undesirable example; see `kto_unpaired_loss` for single examples.
+            ``"sft"`` is a term to add to another loss (RPO, MPO).
+        beta (float): Strength of the tie to the reference, > 0, default 0.1; tau in the IPO paper.
+        label_smoothing (float): epsilon, in [0, 0.5), default 0: the fraction of labels assumed
+            to be wrong, for ``"dpo"`` (conservative DPO), ``"simpo"`` and ``"robust"``. For IPO,
+            use the equivalent ``beta / (1 - 2 * label_smoothing)``.
         gamma (float): Target margin of SimPO, >= 0, default 0, in units of :math:`\beta \Delta`.
-        length_normalized (bool | None): Log-ratios per token. None (default) is the
-            custom of the loss: yes for IPO (as its authors do, though not in the paper's formula),
-            SimPO and SFT, no for the others.
-        reference_free (bool): Take the reference's log-probabilities for 0; default False. SimPO
-            and SFT always do.
+        length_normalized (bool | None): Whether to use log-ratios per token. None (default) means
+            True for IPO (like its authors, unlike the formula in their paper), SimPO and SFT, and
+            False for the others.
+        reference_free (bool): Whether to use 0 as the reference's log-probabilities. Default:
+            False; always True for SimPO and SFT.
 
     Returns:
-        m scalars of the dtype of the log-probabilities, None for an objective without a label.
+        m scalars of the dtype of the log-probabilities; None for an objective without a label.
 
     Raises:
         TypeError: `signs` or `pair_weights` is not a tensor.
         ValueError: An argument is out of its range or of the wrong shape, or `log_probs` lacks
-            what the loss needs.
+            the reference or the lengths that the loss needs.
 
     Example:
         >>> import torch
@@ -143,8 +139,8 @@ def preference_losses(
         (RSO), arXiv 2309.06657. IPO: Azar et al., arXiv 2310.12036, Eq. 17. SimPO: Meng et al.,
         arXiv 2405.14734. KTO: Ethayarajh et al., arXiv 2402.01306; for pairs as TRL's former
         ``loss_type="kto_pair"``. APO: D'Oosterlinck et al., arXiv 2408.06266, Eq. 7 and 8. BCO:
-        Jung et al., arXiv 2404.04656, without the reward shift, as TRL's ``"bco_pair"``. SFT: as
-        the term of RPO (Pang et al., arXiv 2404.19733) and MPO (Wang et al., arXiv 2411.10442).
+        Jung et al., arXiv 2404.04656, without the reward shift, as TRL's ``"bco_pair"``. SFT: the
+        term in RPO (Pang et al., arXiv 2404.19733) and MPO (Wang et al., arXiv 2411.10442).
     """
     settings = _checked(**form)
     pairs = log_probs.chosen
@@ -166,28 +162,7 @@ def pair_losses(
     sign: Tensor,
     **form: Unpack[LossForm],
 ) -> Tensor:
-    """Computes the loss of each pair for one objective.
-
-    Args:
-        log_probs: Of B pairs.
-        sign: The objective's column of signs, ``[B]``.
-        **form: As in `preference_losses`.
-
-    Returns:
-        Losses, ``[B]``: 0, without a gradient, where the sign is 0.
-
-    Raises:
-        TypeError: `sign` is not a tensor.
-        ValueError: See `preference_losses`.
-
-    Example:
-        >>> import torch
-        >>> from raco_optim.alignment import PairLogProbs
-        >>> from raco_optim.alignment.losses import pair_losses
-        >>> log_probs = PairLogProbs(torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -4.0]))
-        >>> pair_losses(log_probs, torch.tensor([1, 0]), beta=1.0, reference_free=True)
-        tensor([0.1269, 0.0000])
-    """
+    """Computes the loss of each pair for one objective, ``[B]``; 0 where the sign is 0."""
     settings = _checked(**form)
     [found] = labelled("sign", sign, {"B": len(log_probs.chosen)}, log_probs.chosen)
     losses = _losses(log_probs, found, settings)
@@ -203,15 +178,16 @@ def reward_margins(
     length_normalized: bool | None = None,
     reference_free: bool = False,
 ) -> Tensor:
-    r"""Measures by how much the policy prefers what the objective prefers.
+    r"""Computes the reward margins of the pairs that an objective labels.
 
     .. math:: \beta \Delta = s \, (r_{chosen} - r_{rejected})
 
-    with the implicit rewards that the loss compares, and the sign s of the label. Above 0 the
-    policy orders the pair as the objective does, so the share of such pairs is the accuracy.
+    with the implicit rewards r of the loss and the sign s of the label. The margin is positive if
+    the policy prefers the same completion as the objective; the accuracy is the fraction of
+    positive margins.
 
     Args:
-        log_probs: Of B pairs.
+        log_probs: Log-probabilities of B pairs.
         sign: The objective's column of signs, ``[B]``.
         loss: As in `preference_losses`.
         beta: As in `preference_losses`.
@@ -219,7 +195,7 @@ def reward_margins(
         reference_free: As in `preference_losses`.
 
     Returns:
-        Margins of the labelled pairs, in their order, ``[n]``; detached.
+        Margins of the labelled pairs, in order, ``[n]``; detached.
 
     Raises:
         TypeError: `sign` is not a tensor.
@@ -266,14 +242,14 @@ def _checked(
     label_smoothing = checked_number("label_smoothing", label_smoothing, below=0.5)
     gamma = checked_number("gamma", gamma)
     if label_smoothing and loss not in SMOOTHED:
-        remedy = f"{', '.join(map(repr, SMOOTHED))} have label smoothing."
+        remedy = f"{', '.join(map(repr, SMOOTHED))} support it."
         if loss == "ipo":
-            remedy = f"beta={beta / (1 - 2 * label_smoothing):g} has the effect that it would have."
+            remedy = f"Use beta={beta / (1 - 2 * label_smoothing):g}, which has the same effect."
         raise ValueError(
             f"`label_smoothing` must be 0 for loss {loss!r}; got {label_smoothing}. {remedy}"
         )
     if gamma and loss != "simpo":
-        raise ValueError(f"`gamma` must be 0 for loss {loss!r}; got {gamma}. 'simpo' has a margin.")
+        raise ValueError(f"`gamma` must be 0 for loss {loss!r}; got {gamma}. 'simpo' supports it.")
     if length_normalized is None:
         length_normalized = loss in _PER_TOKEN
     reference_free = reference_free or loss in REFERENCE_FREE
@@ -309,7 +285,7 @@ def _losses(log_probs: PairLogProbs, found: Labelled, settings: _Settings) -> Te
             return torch.sigmoid(-beta * winner) + torch.sigmoid(beta * loser)
         if loss == "apo_down":
             return torch.sigmoid(beta * winner) + torch.sigmoid(-beta * delta)
-        # KTO: each half judges the other; the KL of the losers is the winners' point of reference.
+        # KTO: the KL of the losers is the reference point of the winners, and the other way round.
         desirable = torch.sigmoid(-beta * (winner - z_loser))
         undesirable = torch.sigmoid(-beta * (z_winner - loser))
         return (desirable + undesirable) / 2

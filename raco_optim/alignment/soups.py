@@ -1,4 +1,4 @@
-"""Rewarded soups: one model out of several, by averaging their parameters."""
+"""Rewarded soups: averages of the parameters of several models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raco_optim._checks import checked_weights
 
-# Names that peft gives to parts of a product: LoRA, LoHa, LoKr, VeRA, and rotations.
+# Prefixes of peft's factors: LoRA, LoHa, LoKr, VeRA, and rotations.
 _FACTOR = re.compile(r"\b(lora|hada|lokr|vera|oft|boft|hra)_")
 
 
@@ -21,30 +21,27 @@ def rewarded_soup(
 
     .. math:: \theta = \sum_i w_i \theta_i
 
-    The models must be fine-tuned from the same initial one; else the average means nothing.
+    The models must be fine-tuned from the same model. The factors of LoRA adapters must not be
+    averaged: with the updates :math:`\Delta_i = B_i A_i`,
 
-    LoRA: averaging the factors is not averaging the models. With :math:`\Delta_i = B_i A_i`,
+    .. math:: \left( \sum_i w_i B_i \right) \left( \sum_i w_i A_i \right) \ne \sum_i w_i B_i A_i
 
-    .. math:: \Big( \sum_i w_i B_i \Big) \Big( \sum_i w_i A_i \Big) \ne \sum_i w_i B_i A_i
-
-    so factors are refused: merge each adapter into its model first (in peft,
-    `merge_and_unload`) and average the merged models, as `raco-optim soup` does.
+    Merge each adapter into its model first (in peft, `merge_and_unload`) and average the merged
+    models, as `raco-optim soup` does.
 
     Args:
-        state_dicts: Name of an objective -> state dict of its model. All have the same keys,
-            shapes and dtypes.
-        weights: Name of an objective -> its weight, on the simplex; the same names. A model of
-            weight 0 is not read.
+        state_dicts: Objective -> state dict of its model. All must have the same keys, shapes and
+            dtypes.
+        weights: Objective -> weight, >= 0; they sum to 1. Models with weight 0 are ignored.
 
     Returns:
-        A new state dict, on the devices of the first model's. Floating tensors are averaged in
-        float64 and rounded once, to their own dtype; all others must be equal and are copied.
+        A new state dict, on the devices of the first one. Floating tensors are averaged in float64
+        and rounded once to their dtype; other tensors must be equal and are copied.
 
     Raises:
         TypeError: `state_dicts` or `weights` is not a mapping.
-        ValueError: The names, the keys, a shape or a dtype differ, or so does a tensor that is
-            not floating; the models hold factors of adapters; or the weights are not on the
-            simplex.
+        ValueError: Names, keys, shapes or dtypes differ, or tensors that are not floating; a model
+            holds factors of adapters; or the weights are negative or do not sum to 1.
 
     Example:
         >>> import torch
@@ -74,9 +71,9 @@ def rewarded_soup(
     factors = [key for key in first if _FACTOR.search(key)]
     if factors and len(used) > 1:
         raise ValueError(
-            f"`state_dicts` must hold the weights of whole models; got {factors[0]!r}, a factor of "
-            f"an adapter. The product of averaged factors is not the average of the products: call "
-            f"`merge_and_unload` of each model first."
+            f"`state_dicts` must hold merged models; got {factors[0]!r}, a factor of an adapter. "
+            f"Call `merge_and_unload` of each model first, because averaged factors do not give "
+            f"the average of the models."
         )
     for name, other in used.items():
         _check_alike(first_name, first, name, other)
@@ -100,7 +97,7 @@ def _check_alike(
         odd = sorted(first.keys() ^ other.keys())
         raise ValueError(
             f"`state_dicts` must have equal keys; got {odd[0]!r} in only one of {names} "
-            f"({len(odd)} such keys). Are they of one architecture?"
+            f"({len(odd)} such keys). Do the models have the same architecture?"
         )
     for key, a in first.items():
         b = other[key]
@@ -111,7 +108,7 @@ def _check_alike(
             )
         if not a.is_floating_point() and not torch.equal(a, b.to(a.device)):
             raise ValueError(
-                f"`state_dicts` must have equal tensors where they are not floating; got different "
-                f"ones for {key!r} of {names}. {a.dtype} is not averaged; load quantised models in "
+                f"`state_dicts` must have equal tensors of dtype {a.dtype}, which can't be "
+                f"averaged; got different ones for {key!r} of {names}. Load quantised models in "
                 f"full precision."
             )

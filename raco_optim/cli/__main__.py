@@ -1,4 +1,4 @@
-"""``python -m raco_optim.cli`` is ``raco-optim``."""
+"""Runs ``raco-optim`` as ``python -m raco_optim.cli``."""
 
 import sys
 

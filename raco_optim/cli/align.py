@@ -1,4 +1,4 @@
-"""`raco-optim align`: preference pairs + a model -> an aligned model; killed, it resumes."""
+"""`raco-optim align`: trains a model on preference pairs; after a kill it resumes."""
 
 from __future__ import annotations
 
@@ -30,17 +30,7 @@ SCORES = ("loss", "margin", "accuracy", "labelled")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs `raco-optim align`.
-
-    Args:
-        arguments: What follows ``raco-optim align`` on the command line.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        UsageError: The arguments, the data, the model or the output folder are not usable.
-    """
+    """Runs `raco-optim align`."""
     parsed = parse(arguments, "raco-optim align")
     check_silenced([parsed])
     folder = Path(parsed.config.output_dir)
@@ -58,21 +48,17 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def align(parsed: Parsed, unpack_to: Path, *, save_model: bool) -> dict[str, Any]:
-    """Trains and evaluates, or goes on with a run that was interrupted.
+    """Trains and evaluates, or resumes an interrupted run.
 
     Args:
         parsed: The command line.
-        unpack_to: Where to unpack a .gguf model.
-        save_model: Whether to save model and tokenizer in the output folder when it is over.
+        unpack_to: Folder for an unpacked .gguf model.
+        save_model: Whether to save model and tokenizer to the output folder.
 
     Returns:
-        ``"evaluation"``: loss, margin, accuracy and labelled by objective, empty without data for
-        it; ``"before"``, if the model is saved: the same before training; ``"training"``: steps,
+        ``"evaluation"``: loss, margin, accuracy and labelled by objective, empty without held-out
+        pairs; ``"before"``: the same before training, if `save_model`; ``"training"``: steps,
         seconds, hurting_steps and conflicting_steps.
-
-    Raises:
-        UsageError: The data, the model or the output folder are not usable, or a loss or its
-            gradient became NaN or Inf.
     """
     no_bars()
     train, held_out = load_data(parsed)
@@ -94,7 +80,7 @@ def align(parsed: Parsed, unpack_to: Path, *, save_model: bool) -> dict[str, Any
 
         run = by_first(opened)
         if run["status"] == "finished":
-            tell(f"{folder}: this run is finished; nothing to do.")
+            tell(f"{folder}: this run is already finished.")
             result: dict[str, Any] = run["result"]
             return result
         checkpoint = by_first(lambda: last_checkpoint(folder))
@@ -103,15 +89,15 @@ def align(parsed: Parsed, unpack_to: Path, *, save_model: bool) -> dict[str, Any
         _tell_sizes(trainer, folder)
         run = by_first(lambda: save_run(folder, run, status="training"))
         if checkpoint:
-            tell(f"{folder}: going on from {checkpoint.name}.")
-        # Of a sweep, all points begin with the same scores.
+            tell(f"{folder}: resuming from {checkpoint.name}.")
+        # A sweep keeps no model here: its runs all have the same scores before training.
         trainer.args.eval_on_start = bool(save_model and held_out and not checkpoint)
         with refusals("the training stopped"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         with refusals("the evaluation stopped"):
             evaluation = _scores(trainer.evaluate(), parsed) if held_out else {}
         if save_model:
-            with refusals(f"{folder} cannot be written"):
+            with refusals(f"{folder} can't be written"):
                 trainer.save_model()
                 _name_base(folder, model)
                 trainer.create_model_card(model_name=folder.name)
@@ -125,14 +111,7 @@ def align(parsed: Parsed, unpack_to: Path, *, save_model: bool) -> dict[str, Any
 
 
 def load_data(parsed: Parsed) -> tuple[Dataset, Dataset | None]:
-    """Loads and checks the training pairs and, if there are any, the held-out pairs.
-
-    Args:
-        parsed: The command line.
-
-    Raises:
-        UsageError: A file is not usable.
-    """
+    """Loads and checks the training pairs and, if given, the held-out pairs."""
     objectives, margins = list(parsed.config.objective_weights), parsed.config.margin_objectives
     train = load_pairs(parsed.align.data, "--data", objectives, margins)
     if parsed.align.eval_data is None:
@@ -141,11 +120,7 @@ def load_data(parsed: Parsed) -> tuple[Dataset, Dataset | None]:
 
 
 def data_hashes(parsed: Parsed) -> dict[str, str | None]:
-    """Returns the SHA-256 of the data files, None where there is none.
-
-    Args:
-        parsed: The command line.
-    """
+    """Returns the SHA-256 of the data files; None for held-out pairs that are not given."""
     held_out = parsed.align.eval_data
     return {
         "data_sha256": content_hash(parsed.align.data, "--data"),
@@ -157,21 +132,7 @@ def score_table(
     evaluation: Mapping[str, Mapping[str, float | None]],
     before: Mapping[str, Mapping[str, float | None]] | None = None,
 ) -> Table:
-    """Returns the scores of each objective as a table.
-
-    Args:
-        evaluation: Scores by objective.
-        before: The same before training; None where they are not known.
-
-    Example:
-        >>> from raco_optim.cli.align import score_table
-        >>> before = {"loss": 0.6931, "margin": 0.0, "accuracy": 0.5, "labelled": 8}
-        >>> scores = {"loss": 0.5, "margin": 0.1, "accuracy": 0.75, "labelled": 8}
-        >>> print(score_table({"helpful": scores}, {"helpful": before}).text())
-        Held-out pairs, before -> after training
-          objective            loss          margin        accuracy  labelled
-          helpful    0.693 -> 0.500  0.000 -> 0.100  0.500 -> 0.750         8
-    """
+    """Returns the scores of each objective, and those before training, as a table."""
     rows = []
     for name, scores in evaluation.items():
         cells = [_cell(scores[score]) for score in SCORES]
@@ -198,7 +159,7 @@ def _trainer(
     from raco_optim.integrations.trl import MultiObjectiveDPOTrainer
 
     class Checkpoints(TrainerCallback):  # type: ignore[misc]  # transformers is not type-checked
-        """A checkpoint has no memory of steps that were not logged yet."""
+        """Logs before each checkpoint, which forgets steps that were not logged."""
 
         def on_step_end(
             self, args: object, state: object, control: TrainerControl, **_: object
@@ -230,7 +191,7 @@ def _trainer(
 
 
 def _name_base(folder: Path, model: str) -> None:
-    """Lets adapters name a base model that came from a .gguf file, wherever they are moved."""
+    """Makes adapters on an unpacked .gguf model movable together with it."""
     base = Path(find_base(model) if (Path(model) / "adapter_config.json").is_file() else model)
     unpacked = base.name.startswith("base_model-")
     if is_first() and unpacked and (folder / "adapter_config.json").is_file():
@@ -238,12 +199,12 @@ def _name_base(folder: Path, model: str) -> None:
 
 
 def _tell_sizes(trainer: MultiObjectiveDPOTrainer, folder: Path) -> None:
-    """Says what is trained, and how much room it takes on the disk."""
+    """Prints how many parameters are trained, and the disk space they need."""
     parameters = list(trainer.model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     saved = trained if len(trained) < len(parameters) else parameters
     model = sum(p.numel() * p.element_size() for p in saved)
-    # Adam keeps two numbers a parameter, and other optimizers no more.
+    # Adam stores two numbers per parameter, and other optimizers no more.
     checkpoint = model + 2 * sum(p.numel() * p.element_size() for p in trained)
     limit = trainer.args.save_total_limit
     kept = "no" if trainer.args.save_strategy == "no" else limit or "all"
@@ -251,10 +212,10 @@ def _tell_sizes(trainer: MultiObjectiveDPOTrainer, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     tell(
         f"{folder}: training {sum(p.numel() for p in trained):,} of "
-        f"{sum(p.numel() for p in parameters):,} parameters. The result takes about "
-        f"{_megabytes(model)}, a checkpoint {_megabytes(checkpoint)}; {kept} checkpoints are kept "
-        f"(--save_total_limit); {_megabytes(free)} are free."
-        + (" That is too little: the training may stop." if most > free else "")
+        f"{sum(p.numel() for p in parameters):,} parameters. The result needs about "
+        f"{_megabytes(model)} of disk space, and a checkpoint {_megabytes(checkpoint)}. "
+        f"Checkpoints to keep: {kept} (--save_total_limit). Free: {_megabytes(free)}."
+        + (" This is too little: the training may fail." if most > free else "")
     )
 
 
@@ -281,20 +242,7 @@ def _training(trainer: MultiObjectiveDPOTrainer) -> dict[str, float | None]:
 
 
 def mean_over_steps(history: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """Returns the mean over training steps of what was logged as means since the last log.
-
-    Args:
-        history: The Trainer's logs.
-        name: What was logged.
-
-    Returns:
-        The mean, or None where it was never logged.
-
-    Example:
-        >>> from raco_optim.cli.align import mean_over_steps
-        >>> mean_over_steps([{"step": 2, "hurting": 0.5}, {"step": 3, "hurting": 1.0}], "hurting")
-        0.6666666666666666
-    """
+    """Returns the mean over steps of a value that is logged as means since the last log."""
     total, last = 0.0, 0
     for logs in history:
         if name in logs:

@@ -1,4 +1,4 @@
-"""The command line of a training run -> dataclasses, by the parser of transformers."""
+"""The command line of a training run as dataclasses, with the parser of transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from raco_optim.integrations.trl import MultiObjectiveDPOConfig
 
-# What a run learns does not depend on these.
+# Settings that do not affect the result.
 _WITHOUT_EFFECT = (
     "disable_tqdm",
     "model_name_or_path",
@@ -33,31 +33,31 @@ _WITHOUT_EFFECT = (
     "save_total_limit",
 )
 
-# The options that `--help` shows, beside those of `AlignArguments`.
+# The options that `--help` shows besides `AlignArguments`.
 _MAIN = {
     "weights": "objectives and their weights, as helpful=0.7,harmless=0.3; they sum to 1",
-    "output_dir": "the folder for the result; the same command again goes on there",
-    "method": "how the objectives become one update",
+    "output_dir": "folder for the result; the same command again resumes there",
+    "method": "how to combine the objectives: raco, cagrad, mgda, linear, amopo or modpo",
     "c": "radius of the correction of raco and cagrad",
     "beta": "strength of the pull towards the reference model",
     "loss_type": "loss of each objective: sigmoid (DPO), sigmoid_norm, ipo, simpo, kto_pair, ...",
     "learning_rate": "learning rate",
     "num_train_epochs": "passes over the data",
-    "max_steps": "number of updates, instead of passes",
+    "max_steps": "number of updates, instead of passes over the data",
     "per_device_train_batch_size": "pairs in a batch",
     "gradient_accumulation_steps": "batches in an update",
-    "max_length": "longest prompt and answer, in tokens",
-    "seed": "seed of the run",
+    "max_length": "maximal length of prompt and answer together, in tokens",
+    "seed": "random seed",
     "use_peft": "train LoRA adapters instead of the whole model",
     "lora_r": "rank of the adapters",
     "lora_target_modules": "layers that get adapters, such as all-linear",
     "save_steps": "updates between checkpoints",
-    "save_total_limit": "checkpoints that are kept",
+    "save_total_limit": "number of checkpoints to keep",
     "dtype": "number format of the model, such as bfloat16",
     "report_to": "where to log, such as tensorboard or wandb",
 }
 
-# Option -> least value. What is not listed is checked where it is used.
+# Option -> least value.
 _LEAST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1),
     **dict.fromkeys(("gradient_accumulation_steps", "max_length", "lora_r"), 1),
@@ -69,31 +69,20 @@ _LEAST = {
 
 @dataclass
 class AlignArguments:
-    """What to train, and on what.
-
-    Attributes:
-        model: A folder with a model and its tokenizer, a .gguf file, or a name on the model hub.
-        data: Preference pairs to train on.
-        eval_data: Preference pairs to evaluate on, or None.
-
-    Example:
-        >>> from raco_optim.cli.arguments import AlignArguments
-        >>> AlignArguments("model", ["pairs.jsonl"]).eval_data is None
-        True
-    """
+    """The model to train and its data: options that TRL does not have."""
 
     model: str = field(
         metadata={"help": "A folder with a model and its tokenizer, a .gguf file, or a hub name."}
     )
     data: list[str] = field(
         metadata={
-            "help": "Pairs to train on with the columns prompt, if there is one, chosen, rejected "
-            "and pref_<objective>, in [-1, 1] or null: .jsonl, .json, .csv and .parquet files, "
-            "folders, hub names; a=0.7 b=0.3 mixes two. `raco-optim data` makes such files."
+            "help": "Pairs to train on: .jsonl, .json, .csv or .parquet files, folders or hub "
+            "names (a=0.7 b=0.3 mixes two), with the columns chosen, rejected, optionally prompt, "
+            "and pref_<objective> in [-1, 1] or null. `raco-optim data` makes such files."
         }
     )
     eval_data: list[str] | None = field(
-        default=None, metadata={"help": "Pairs to evaluate on when the training is over."}
+        default=None, metadata={"help": "Pairs to evaluate on after the training."}
     )
 
 
@@ -105,7 +94,7 @@ class Parsed:
         align: Model and data.
         config: Fields of `MultiObjectiveDPOConfig`.
         model: Fields of TRL's `ModelConfig`.
-        silenced: Options that were given and have no effect, with what would give them one.
+        silenced: Given options without effect -> what would give them one.
     """
 
     align: AlignArguments
@@ -114,15 +103,11 @@ class Parsed:
     silenced: dict[str, str]
 
     def settings(self, hashes: dict[str, str | None]) -> dict[str, Any]:
-        """All that decides what the run learns, as JSON holds it.
-
-        Args:
-            hashes: SHA-256 of the data files.
-        """
+        """Returns all settings that affect the result, as JSON values; `hashes` are the data's."""
         training = json.loads(self.config.to_json_string())
         model = dataclasses.asdict(self.model)
         both = {"model": self.align.model, **hashes, **model, **training}
-        if launched_world_size() > 1:  # each takes a batch of its own
+        if launched_world_size() > 1:  # the batch size is per process
             both["processes"] = launched_world_size()
         return {name: value for name, value in both.items() if name not in _WITHOUT_EFFECT}
 
@@ -130,23 +115,8 @@ class Parsed:
 def parse(arguments: Sequence[str], command: str) -> Parsed:
     """Parses a command line of `raco-optim align`; ``--config`` names a YAML file with options.
 
-    Where neither says otherwise, bfloat16 is used on a GPU that has it, gradient checkpointing
-    and pinned memory on a GPU, and two checkpoints are kept; TRL's defaults are all three,
-    everywhere, and any number.
-
-    Args:
-        arguments: What follows the command.
-        command: The command, for its help.
-
-    Raises:
-        UsageError: An argument is unknown, missing or out of its range, or the YAML file cannot be
-            read.
-
-    Example:
-        >>> from raco_optim.cli.arguments import parse
-        >>> parse(["--model", "model", "--data", "pairs.jsonl"], "raco-optim align")
-        Traceback (most recent call last):
-        raco_optim.cli.errors.UsageError: the arguments: `weights` must be a mapping ...
+    Three defaults differ from TRL's: bfloat16 on a GPU that supports it, gradient checkpointing
+    and pinned memory on a GPU only, and two checkpoints instead of all.
     """
     import torch
     from transformers import HfArgumentParser
@@ -188,11 +158,11 @@ def parse(arguments: Sequence[str], command: str) -> Parsed:
     if unknown:
         parser.error(f"there is no {unknown[0]}")
     if model.model_name_or_path is not None:
-        raise UsageError("`--model_name_or_path` is called `--model` here.")
+        raise UsageError("`--model_name_or_path` must be left out. Use `--model`.")
     if config.resume_from_checkpoint is not None or config.save_only_model:
         raise UsageError(
-            "`--resume_from_checkpoint` and `--save_only_model` must be left out: the same command "
-            "again resumes by itself, from whole checkpoints."
+            "`--resume_from_checkpoint` and `--save_only_model` must be left out. Run the same "
+            "command again to resume from its last complete checkpoint."
         )
     _check_numbers({**vars(model), **vars(config)})
     names = {option_name(argument) for argument in given if argument.startswith("--")}
@@ -200,7 +170,7 @@ def parse(arguments: Sequence[str], command: str) -> Parsed:
 
 
 class _ShortHelp(argparse.Action):
-    """Prints the options that matter to most."""
+    """Prints the most important options."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         own = {x.name: x.metadata["help"] for x in dataclasses.fields(AlignArguments)}
@@ -213,19 +183,19 @@ class _ShortHelp(argparse.Action):
             known = "" if default is None or default == -1 else f" (default: {default})"
             body = textwrap.wrap(f"{text}{known}", 64)
             lines += [f"  --{name:29} {body[0]}", *(f"{'':34}{line}" for line in body[1:])]
-        lines += [f"  --{'config':29} a YAML file with such options, one `name: value` a line"]
-        lines += ["", "`--help-all` lists all options, those of TRL and transformers among them."]
+        lines += [f"  --{'config':29} a YAML file with options, one `name: value` per line"]
+        lines += ["", "`--help-all` lists all options, including those of TRL and transformers."]
         parser._print_message("\n".join(lines) + "\n", sys.stdout)
         parser.exit()
 
 
 def _from_yaml(path: str | None) -> list[str]:
-    """The options of a YAML file as arguments, so that all of them are checked alike."""
+    """Returns the options of a YAML file as arguments, so the parser checks them all."""
     if path is None:
         return []
     import yaml
 
-    with refusals("`--config` must be a YAML file that can be read"):
+    with refusals("`--config` must be a readable YAML file"):
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(found, dict):
         raise UsageError(f"`--config` must be a YAML file with `name: value` lines; got {path}.")
@@ -242,7 +212,7 @@ def _from_yaml(path: str | None) -> list[str]:
 
 
 def _mapping(text: str) -> str:
-    """Checks what transformers would take for a mapping, or for a file with one."""
+    """Checks a value that transformers parses as a mapping, or as a file with one."""
     try:
         if Path(text).is_file() or isinstance(json.loads(text), dict):
             return text
@@ -252,16 +222,7 @@ def _mapping(text: str) -> str:
 
 
 def option_name(argument: str) -> str:
-    """Returns the name of the field that an option sets.
-
-    Args:
-        argument: The option as it was given.
-
-    Example:
-        >>> from raco_optim.cli.arguments import option_name
-        >>> option_name("--learning-rate=0.1"), option_name("--no_dataloader_pin_memory")
-        ('learning_rate', 'dataloader_pin_memory')
-    """
+    """Returns the field that an option sets: ``--no_some-field=x`` -> ``some_field``."""
     return argument.partition("=")[0].lstrip("-").replace("-", "_").removeprefix("no_")
 
 
@@ -282,10 +243,10 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
 def _silenced(
     given: set[str], align: AlignArguments, config: MultiObjectiveDPOConfig, model: ModelConfig
 ) -> dict[str, str]:
-    """Which of the given options have no effect, and what they need."""
+    """Returns the given options without effect, and what they need."""
     best = config.load_best_model_at_end or config.save_strategy == "best"
     plateau = config.lr_scheduler_type == "reduce_lr_on_plateau"
-    # The options, what they need, and whether it is there; a trailing * stands for any ending.
+    # Options (* stands for any ending), what they need, and whether it is given.
     rules: list[tuple[str, str, object]] = [
         ("lora_* use_rslora use_dora", "`--use_peft`", model.use_peft),
         ("bnb_4bit_* use_bnb_nested_quant", "`--load_in_4bit`", model.load_in_4bit),
@@ -331,15 +292,8 @@ def _silenced(
 
 
 def check_silenced(all_parsed: Sequence[Parsed]) -> None:
-    """Raises `UsageError` for an option that was given and has no effect in any run.
-
-    Args:
-        all_parsed: The command lines of the runs.
-
-    Raises:
-        UsageError: There is such an option.
-    """
+    """Raises `UsageError` for a given option that has no effect in any run."""
     first, *others = (parsed.silenced for parsed in all_parsed)
     for name, needed in first.items():
         if all(name in other for other in others):
-            raise UsageError(f"`--{name}` has no effect here: it needs {needed}.")
+            raise UsageError(f"`--{name}` has no effect here: it needs {needed}. Leave it out.")

@@ -1,4 +1,4 @@
-"""Records of a grid -> cells of the grid, and values to be minimised."""
+"""Records of a grid: grouped into cells, and converted to costs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,11 @@ COSTS: dict[str, Callable[[float], float]] = {
 
 
 class Cell(NamedTuple):
-    """What the runs of one cell of a grid share; they differ in the seed.
+    """Runs of a grid that differ only in the seed.
 
     Attributes:
         method: Name of the method, with its radius if it has one.
-        weights: Pairs of objective and weight; None for a method that asks for none.
-
-    Example:
-        >>> from raco_optim.cli.cells import Cell
-        >>> Cell("raco (c = 0.4)", (("a", 0.8), ("b", 0.2))).trade_off
-        '0.8 / 0.2'
+        weights: Pairs of objective and weight; None for a method that ignores weights.
     """
 
     method: str
@@ -42,30 +37,12 @@ class Cell(NamedTuple):
 
 
 def objectives_of(record: Record) -> list[str]:
-    """Returns the objectives of a record, in the order of its weights.
-
-    Args:
-        record: A record of `run_grid`.
-
-    Example:
-        >>> from raco_optim.cli.cells import objectives_of
-        >>> objectives_of({"point": {"weights": {"b": 0.5, "a": 0.5}}})
-        ['b', 'a']
-    """
+    """Returns the objectives of a record, in the order of its weights."""
     return list(record["point"]["weights"])
 
 
 def cell_of(record: Record) -> Cell:
-    """Returns the cell that a record belongs to.
-
-    Args:
-        record: A record of `run_grid`.
-
-    Example:
-        >>> from raco_optim.cli.cells import cell_of
-        >>> cell_of({"point": {"method": "mgda", "weights": {"a": 1.0}, "seed": 0, "c": None}})
-        Cell(method='mgda', weights=None)
-    """
+    """Returns the cell of a record."""
     point = record["point"]
     radius = "" if point["c"] is None else f" (c = {point['c']:g})"
     weightless = point["method"] in WITHOUT_WEIGHTS
@@ -73,21 +50,7 @@ def cell_of(record: Record) -> Cell:
 
 
 def group_by_point(records: Sequence[Record]) -> dict[Cell, list[Record]]:
-    """Groups the records of all seeds by method and weights, in the order of the records.
-
-    Args:
-        records: Records of `run_grid`.
-
-    Returns:
-        The records of each cell.
-
-    Example:
-        >>> from raco_optim.cli.cells import group_by_point
-        >>> point = {"method": "linear", "weights": {"a": 1.0}, "c": None}
-        >>> records = [{"point": {**point, "seed": seed}} for seed in range(3)]
-        >>> [len(group) for group in group_by_point(records).values()]
-        [3]
-    """
+    """Groups records that differ only in the seed."""
     groups: dict[Cell, list[Record]] = {}
     for record in records:
         groups.setdefault(cell_of(record), []).append(record)
@@ -95,18 +58,7 @@ def group_by_point(records: Sequence[Record]) -> dict[Cell, list[Record]]:
 
 
 def costs(record: Record, metric: str) -> list[float]:
-    """Returns the record's costs, one per objective; NaN where the record has no value.
-
-    Args:
-        record: A record of `run_grid`.
-        metric: ``"loss"``, ``"accuracy"`` or ``"margin"``.
-
-    Example:
-        >>> from raco_optim.cli.cells import costs
-        >>> record = {"point": {"weights": {"a": 1.0}}, "evaluation": {"a": {"accuracy": 0.75}}}
-        >>> costs(record, "accuracy")
-        [0.25]
-    """
+    """Returns the costs of a record, one per objective; NaN for a missing value."""
     values = (record["evaluation"][name][metric] for name in objectives_of(record))
     return [math.nan if value is None else COSTS[metric](value) for value in values]
 
@@ -119,7 +71,7 @@ def finite(records: Sequence[Record], metric: str) -> list[Record]:
         metric: ``"loss"``, ``"accuracy"`` or ``"margin"``.
 
     Example:
-        >>> from raco_optim.cli.cells import finite
+        >>> from raco_optim.cli.statistics import finite
         >>> record = {"point": {"weights": {"a": 1.0}}, "evaluation": {"a": {"loss": None}}}
         >>> finite([record], "loss")
         []

@@ -8,24 +8,14 @@ from collections.abc import Iterator, Sequence
 from raco_optim.cli.errors import OneLineErrors, UsageError
 from raco_optim.cli.models import Loaded, asking_options, check_asking, load, on_text
 
-_HELP = "/reset forgets the conversation; /exit, or the end of the input, leaves."
+_HELP = "/reset starts a new conversation; /exit or Control-D ends."
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs `raco-optim chat`.
-
-    Args:
-        arguments: What follows ``raco-optim chat`` on the command line.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        UsageError: The model cannot be loaded, or an option is out of its range.
-    """
+    """Runs `raco-optim chat`."""
     parser = OneLineErrors(
         prog="raco-optim chat",
-        description=f"Talks to a model or to adapters, as `raco-optim align` saves them. {_HELP}",
+        description=f"Chats with a model or with adapters that `raco-optim align` saved. {_HELP}",
         allow_abbrev=False,
     )
     parser.add_argument("model", help="the folder, or a name on the model hub")
@@ -34,8 +24,8 @@ def main(arguments: Sequence[str]) -> int:
     check_asking(options)
     loaded = load(options.model)
     plain = on_text([options.model]) or loaded.tokenizer.chat_template is None
-    how = "as text, without a chat template" if plain else "by the model's chat template"
-    sys.stderr.write(f"{options.model}, asked {how}. {_HELP}\n")
+    how = "plain text, without a chat template" if plain else "the model's chat template"
+    sys.stderr.write(f"{options.model}, prompted with {how}. {_HELP}\n")
     turns: list[dict[str, str]] = []
     for line in _lines():
         if line == "/exit":
@@ -43,13 +33,13 @@ def main(arguments: Sequence[str]) -> int:
         if line == "/reset":
             turns.clear()
         elif line.startswith("/"):
-            sys.stderr.write(f"there is no {line.split()[0]}. {_HELP}\n")
+            sys.stderr.write(f"unknown command {line.split()[0]}. {_HELP}\n")
         elif line:
             turns.append({"role": "user", "content": line})
             try:
                 said = _said(loaded, turns, plain, options.max_new_tokens, options.temperature)
             except UsageError as error:
-                sys.stderr.write(f"{error} /reset starts again.\n")
+                sys.stderr.write(f"{error} /reset starts a new conversation.\n")
                 turns.pop()
             else:
                 turns.append({"role": "assistant", "content": said})
@@ -59,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
 def _said(
     loaded: Loaded, turns: list[dict[str, str]], plain: bool, length: int, temperature: float
 ) -> str:
-    """Prints an answer as it comes, and returns it."""
+    """Prints an answer as it is generated, and returns it."""
     from transformers import TextStreamer
 
     prompt = loaded.encode("\n".join(turn["content"] for turn in turns) if plain else turns)
@@ -68,7 +58,7 @@ def _said(
 
 
 def _lines() -> Iterator[str]:
-    """What a user types, or what comes through a pipe."""
+    """Yields the lines that a user types or a pipe sends."""
     terminal = sys.stdin.isatty()
     if terminal:
         import readline  # noqa: F401  # lets `input` edit the line

@@ -1,4 +1,4 @@
-"""Columns of preference pairs: those that training reads, checked value by value."""
+"""Columns of preference pairs that training reads, checked value by value."""
 
 from __future__ import annotations
 
@@ -16,31 +16,13 @@ if TYPE_CHECKING:
     from datasets import Features
 
 _TEXTS = ("prompt", "chosen", "rejected")
-# What TRL hands to the chat template, or refuses.
+# Columns that TRL passes to the chat template, or refuses.
 _FOR_TEMPLATES = ("tools", "chat_template_kwargs", "image", "images")
 _PREFIX = "pref_"
 
 
 def row_of(record: Record, source: Source, columns: Sequence[str]) -> dict[str, Any]:
-    """Returns the row of the data set that a record is.
-
-    Args:
-        record: A record.
-        source: Where it is from.
-        columns: Those that are read.
-
-    Raises:
-        ValueError: A text is neither a text nor messages, or tools are not JSON.
-
-    Example:
-        >>> from raco_optim.cli.columns import row_of
-        >>> from raco_optim.cli.readers import Record
-        >>> from raco_optim.cli.sources import Source
-        >>> csv = Source("a.csv", "--data", lambda: iter([]), lambda: "", texts_only=True)
-        >>> cells = {"chosen": "NA", "pref_a": "", "id": "7"}
-        >>> row_of(Record("record 1", cells), csv, ["chosen", "pref_a"])
-        {'chosen': 'NA', 'pref_a': None}
-    """
+    """Returns the given columns of a record, decoded; raises `ValueError` for a bad text."""
     row: dict[str, Any] = {}
     for column in columns:
         value = record.fields.get(column)
@@ -55,20 +37,20 @@ def row_of(record: Record, source: Source, columns: Sequence[str]) -> dict[str, 
 
 
 def _tools(text: str) -> str | None:
-    """The text, which TRL parses when it prepares the data; an empty cell is null."""
+    """Checks that tools are JSON, which TRL parses later; an empty cell is null."""
     try:
         if text:
             json.loads(text)
     except ValueError as error:
         raise ValueError(
-            f"column `tools` must hold a list of tools, as JSON where it is a text; got "
-            f"{text!r:.60} ({error}). Put null where there are none, or leave the column out"
+            f"column `tools` must hold a list of tools, or JSON text of one; got {text!r:.60} "
+            f"({error}). Use null for no tools, or leave the column out"
         ) from error
     return text or None
 
 
 def _number(cell: str | None) -> float | str | None:
-    """A cell of a CSV file; an empty one is null."""
+    """Returns a CSV cell as a number if it is one; an empty cell is null."""
     try:
         return float(cell) if cell else None
     except ValueError:
@@ -76,23 +58,7 @@ def _number(cell: str | None) -> float | str | None:
 
 
 class Columns:
-    """The columns of all sources: which there are, and whether each value is right.
-
-    Args:
-        objectives: Objectives that the data must label.
-        margins: Objectives that must have a column ``margin_<objective>``.
-
-    Example:
-        >>> from raco_optim.cli.columns import Columns
-        >>> from raco_optim.cli.readers import numbered
-        >>> from raco_optim.cli.sources import Source
-        >>> rows = [{"chosen": "a", "rejected": "b", "pref_x": 1, "id": 7}]
-        >>> columns = Columns(["x"], [])
-        >>> columns.read(Source("a.jsonl", "--data", lambda: numbered(iter(rows)), lambda: ""))
-        1
-        >>> columns.names
-        ['chosen', 'rejected', 'pref_x']
-    """
+    """Reads all sources, checks every value, and learns which columns there are."""
 
     def __init__(self, objectives: Sequence[str], margins: Sequence[str]) -> None:
         from raco_optim.integrations import preference_data as known
@@ -106,28 +72,18 @@ class Columns:
         self._needed = ("chosen", "rejected", *map(known.margin_column, margins))
         self._present: dict[str, None] = {}  # columns of any record, in order
         self._labelled = dict.fromkeys(self._labels, 0)
-        self._first: tuple[str, bool, bool] | None = None  # where, with a prompt, messages
+        self._first: tuple[str, bool, bool] | None = None  # place, has a prompt, is messages
         self._repeats_prompt = True
         self._types = _Types()
 
     @property
     def names(self) -> list[str]:
-        """Those that training reads."""
+        """The columns that training reads."""
         known = (*_TEXTS, *_FOR_TEMPLATES, *self._readers)
         return [column for column in known if column in self._present]
 
     def read(self, source: Source) -> int:
-        """Reads and checks the records of a source.
-
-        Args:
-            source: Where they are.
-
-        Returns:
-            How many there are.
-
-        Raises:
-            UsageError: One of them is not right, or there is none.
-        """
+        """Reads and checks the records of a source; returns how many there are."""
         count, self._hint = 0, ""
         for count, record in enumerate(source.records(), start=1):
             self._present.update(dict.fromkeys(record.fields))
@@ -145,7 +101,7 @@ class Columns:
                 raise source.refusal(error, record.place) from error
         if not count:
             raise UsageError(
-                f"`{source.option}` must hold at least one pair; got {source.name}, which has none."
+                f"`{source.option}` must hold at least one pair; got {source.name}, which is empty."
             )
         return count
 
@@ -159,7 +115,7 @@ class Columns:
         start, with_prompt, messages = self._first
         if ("prompt" in texts) != with_prompt:
             raise ValueError(
-                f"all pairs must have a prompt, or none; here it is "
+                f"either all pairs or none must have a prompt; here it is "
                 f"{'null' if with_prompt else 'given'}, unlike in {start}"
             )
         for name, found in is_messages.items():
@@ -167,7 +123,7 @@ class Columns:
                 kinds = ("a text", "a list of messages")
                 raise ValueError(
                     f"texts and messages must not be mixed: `{name}` is {kinds[found]} here, and "
-                    f"`chosen` is {kinds[messages]} in {start}. `raco-optim data` makes them alike"
+                    f"`chosen` is {kinds[messages]} in {start}. Convert with `raco-optim data`"
                 )
         self._check_prompt(texts)
         for name, value in row.items():
@@ -186,47 +142,35 @@ class Columns:
                     "`chosen` and `rejected` must begin with the same message: the prompt"
                 )
             if prompt is not None and chosen[: len(prompt)] == prompt:
-                raise ValueError("`chosen` repeats the prompt: leave out one of them")
+                raise ValueError("`chosen` must not repeat the prompt. Leave out one of them")
         elif not (prompt and all(str(x).startswith(str(prompt)) for x in (chosen, rejected))):
             self._repeats_prompt = False
 
     def check(self, sources: Sequence[Source]) -> None:
-        """Checks what all records have in common.
-
-        Args:
-            sources: Those that were read.
-
-        Raises:
-            UsageError: An objective is missing or labels no pair, or all pairs repeat their prompt.
-        """
+        """Raises `UsageError` if an objective has no column or label, or prompts are repeated."""
         option, names = sources[0].option, ", ".join(source.name for source in sources)
         for column, objective in self._labels.items():
             if column not in self._present:
                 found = [x.removeprefix(_PREFIX) for x in self._present if x.startswith(_PREFIX)]
                 raise UsageError(
                     f"`--weights` must name objectives of the data; got {objective!r}. {names} has "
-                    f"{', '.join(found) or 'none'} (columns {_PREFIX}<objective>)."
+                    f"{', '.join(found) or 'none'} (from columns {_PREFIX}<objective>)."
                     f"{'' if found else self._hint}"
                 )
             if not self._labelled[column]:
                 raise UsageError(
                     f"`{option}` must label at least one pair for every objective; got {names}, "
-                    f"where {column!r} is 0 or null throughout. Leave the objective out of "
-                    f"`--weights`."
+                    f"where {column!r} is always 0 or null. Leave the objective out of `--weights`."
                 )
         if self._first and not self._first[2] and self._repeats_prompt:
             raise UsageError(
-                f"`{option}` must not have the prompt twice; got {names}, where all of `chosen` "
-                f"and `rejected` begin with it. Leave out the column `prompt`, or run `raco-optim "
+                f"`{option}` must not repeat the prompt; got {names}, where every `chosen` and "
+                f"`rejected` begins with it. Leave out the column `prompt`, or run `raco-optim "
                 f"data` first."
             )
 
     def features(self) -> Features:
-        """Returns the types of the columns.
-
-        Raises:
-            ValueError: The values of a column have none in common.
-        """
+        """Returns the types of the columns."""
         from datasets import Features, Value
 
         found = self._types.features()
@@ -244,7 +188,7 @@ def _hint(record: Record) -> str:
 
 
 class _Types:
-    """Types of values that have parts, from all values: some parts come late, or are null first."""
+    """Types of nested values, from all records: parts may be missing or null in the first ones."""
 
     _MANY = 1000
 

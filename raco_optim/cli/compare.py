@@ -22,18 +22,7 @@ from raco_optim.cli.tables import NOTHING, Table
 
 @dataclass
 class Case:
-    """A prompt, and what came of it.
-
-    Attributes:
-        prompt: A text, or the turns of a conversation.
-        answers: One of each model.
-        scores: Name of a score -> its value for each answer; None where there is none.
-
-    Example:
-        >>> from raco_optim.cli.compare import Case
-        >>> Case([{"role": "user", "content": "Hi"}]).text
-        'user: Hi'
-    """
+    """A prompt with the answers and scores of each model; None for a missing score."""
 
     prompt: str | Turns
     answers: list[Answer] = field(default_factory=list)
@@ -41,35 +30,25 @@ class Case:
 
     @property
     def text(self) -> str:
-        """The prompt, for people."""
+        """The prompt as text."""
         if isinstance(self.prompt, str):
             return self.prompt
         return "\n".join(f"{turn['role']}: {turn['content']}" for turn in self.prompt)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs `raco-optim compare`.
-
-    Args:
-        arguments: What follows ``raco-optim compare`` on the command line.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        UsageError: A model, the prompts, a reward model, the judge or the output is not usable.
-    """
+    """Runs `raco-optim compare`."""
     parser = OneLineErrors(
         prog="raco-optim compare",
-        description="Lets several models answer the same prompts, and scores each answer by what "
-        "the models have learned to prefer.",
+        description="Lets several models answer the same prompts, and scores each answer with the "
+        "rewards that the models learned.",
         allow_abbrev=False,
     )
     parser.add_argument("models", nargs="+", help="folders, or names on the model hub")
     parser.add_argument(
         "--prompts",
         required=True,
-        help="a .txt file with one prompt a line, or a data file with a column `prompt`",
+        help="a .txt file with one prompt per line, or a data file with a column `prompt`",
     )
     parser.add_argument(
         "--reward_model",
@@ -81,8 +60,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--judge",
         metavar="COMMAND",
-        help="a command that reads a line of JSON (prompt, answer, model) for each answer from its "
-        "input and prints a line with a score for each",
+        help="a command that reads one line of JSON (prompt, answer, model) per answer from its "
+        "input, and prints one score per line",
     )
     parser.add_argument("--output", type=Path, help="an HTML page to write")
     asking_options(parser, temperature=0.0)
@@ -109,23 +88,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def read_prompts(name: str) -> list[str | Turns]:
-    """Reads prompts: texts, or lists of messages.
-
-    Args:
-        name: A .txt file with one prompt a line, or data with a column ``prompt``.
-
-    Returns:
-        At least one prompt; what occurs several times is there once.
-
-    Raises:
-        UsageError: It cannot be read, or holds no prompt.
-
-    Example:
-        >>> from raco_optim.cli.compare import read_prompts
-        >>> read_prompts("no_such_file.txt")
-        Traceback (most recent call last):
-        raco_optim.cli.errors.UsageError: `--prompts` no_such_file.txt: [Errno 2] No such file ...
-    """
+    """Reads distinct prompts from a .txt file, a line each, or from a column ``prompt``."""
     found: list[str | Turns] = []
     if Path(name).suffix == ".txt":
         with refusals(f"`--prompts` {name}"):
@@ -143,7 +106,7 @@ def read_prompts(name: str) -> list[str | Turns]:
                 found.append(prompt)
     distinct = {str(prompt): prompt for prompt in found}
     if not distinct:
-        raise UsageError(f"`--prompts` must hold at least one prompt; got {name}, which has none.")
+        raise UsageError(f"`--prompts` must hold at least one prompt; got {name}, which is empty.")
     return list(distinct.values())
 
 
@@ -159,16 +122,7 @@ def _is_prompt(value: object) -> bool:
 
 
 def as_asked(loaded: Loaded, prompt: str | Turns, *, plain: bool) -> str | Turns:
-    """Returns a prompt as the models were trained on it: a text, or turns for a chat template.
-
-    Args:
-        loaded: The model.
-        prompt: The prompt.
-        plain: Whether a text is to remain one.
-
-    Raises:
-        UsageError: It is a conversation, and the model has no chat template.
-    """
+    """Returns a prompt in the form of the training data: a text (`plain`), or messages."""
     has_template = loaded.tokenizer.chat_template is not None
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}] if has_template and not plain else prompt
@@ -209,13 +163,7 @@ def _score(
 
 
 def case_table(number: int, case: Case, models: Sequence[str]) -> Table:
-    """Returns a prompt's answers, a column each, and under them their scores.
-
-    Args:
-        number: Its number.
-        case: The prompt with its answers.
-        models: Names of the models.
-    """
+    """Returns a table with a column per model: its answer and scores for a prompt."""
     rows = [["answer", *(answer.text for answer in case.answers)]]
     rows += [[score, *map(_number, values)] for score, values in case.scores.items()]
     return Table(f"{number}. {case.text}", ["", *models], rows, wrapped=True)
@@ -235,7 +183,7 @@ def _number(value: float | None) -> str:
 
 
 def _text(table: Table, width: int) -> str:
-    """The table for a terminal, with long cells on several lines."""
+    """Returns the table as text for a terminal, long cells wrapped."""
     columns = len(table.header)
     first = min(28, max(len(row[0]) for row in table.rows))
     each = max(16, (width - first - 2) // (columns - 1) - 2)

@@ -1,4 +1,4 @@
-"""`raco-optim data`: records of a data set -> pairs with a label for each objective."""
+"""`raco-optim data`: converts data sets to pairs with a label for each objective."""
 
 from __future__ import annotations
 
@@ -28,19 +28,13 @@ from raco_optim.cli.tables import Table
 
 @dataclass
 class Summary:
-    """What came of a conversion.
+    """Counts of a conversion.
 
     Attributes:
-        records: How many were read.
-        pairs: How many were written.
-        left_out: What was not, by reason.
-        labels: By objective, how many pairs prefer the first answer, the second, and neither.
-
-    Example:
-        >>> from raco_optim.cli.convert import Summary
-        >>> print(Summary(records=2, left_out=Counter({"pairs of equal answers": 2})).text())
-        records: 2, pairs: 0
-        left out: pairs of equal answers: 2
+        records: Records that were read.
+        pairs: Pairs that were written.
+        left_out: Reason -> number of records or pairs that were left out.
+        labels: Objective -> pairs that prefer the first answer, the second, or neither.
     """
 
     records: int = 0
@@ -49,11 +43,7 @@ class Summary:
     labels: dict[str, Counter[str]] = field(default_factory=dict)
 
     def count(self, labels: dict[str, Label]) -> None:
-        """Adds a pair.
-
-        Args:
-            labels: Its labels.
-        """
+        """Counts a pair with its labels."""
         self.pairs += 1
         for name, label in labels.items():
             strength = label.strength
@@ -61,7 +51,7 @@ class Summary:
             self.labels.setdefault(name, Counter())["" if strength is None else side] += 1
 
     def text(self) -> str:
-        """The summary for a terminal."""
+        """Returns the summary as text."""
         lines = [f"records: {self.records}, pairs: {self.pairs}"]
         if self.labels:
             rows = []
@@ -75,36 +65,21 @@ class Summary:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs `raco-optim data`.
-
-    Args:
-        arguments: What follows ``raco-optim data`` on the command line.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        UsageError: The records are not of a layout that is known, one of them is not as it should
-            be, no pair comes of them, or the output cannot be written.
-
-    Example:
-        >>> from raco_optim.cli.convert import main
-        >>> main(["missing.jsonl", "--output", "pairs.jsonl"])
-        Traceback (most recent call last):
-        raco_optim.cli.errors.UsageError: `data` must be a file; got missing.jsonl, which is no ...
-    """
+    """Runs `raco-optim data`."""
     options = _parser().parse_args(arguments)
     output = options.output
     if not output.name.endswith((".jsonl", ".jsonl.gz")):
         raise UsageError(f"`--output` must be a .jsonl or .jsonl.gz file; got {output}.")
     if output.exists() and not options.overwrite:
-        raise UsageError(f"`--output` {output} is there already. Add --overwrite to replace it.")
+        raise UsageError(f"`--output` {output} already exists. Add --overwrite to replace it.")
     layout = None if options.layout is None else _layout(options.layout)
     if options.strength and layout and not layout[1].scaled:
         raise UsageError(f"`--strength` needs `largest` for every score in {layout[0]}.")
     sources = open_sources(options.data, "data")
     if any(source.share is not None for source in sources):
-        raise UsageError("`data` must be without shares; `raco-optim align --data` mixes files.")
+        raise UsageError(
+            "`data` must be names without shares. Mix files with `raco-optim align --data`."
+        )
     check_writable(output, "--output")
     summary = Summary()
     with _written(output) as file:
@@ -112,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
             for pair in pairs_of(source, layout, options.objective, summary):
                 labels = _labels(pair, options.strength)
                 if not any(label.strength for label in pair.labels.values()):
-                    summary.left_out["pairs that no objective tells apart"] += 1
+                    summary.left_out["pairs without a preference"] += 1
                     continue
                 row = {**_texts(pair, source, as_messages=options.format == "messages"), **labels}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -129,23 +104,10 @@ def pairs_of(
     """Reads the pairs of one source.
 
     Args:
-        source: Where the records are.
-        layout: The layout and its name, or None to recognise it by the first record.
-        objective: The name of the objective where the layout has one without a name.
-        summary: Counts records and what is left out.
-
-    Raises:
-        UsageError: A record is not as it should be, or the layout is not recognised.
-
-    Example:
-        >>> from raco_optim.cli.convert import Summary, pairs_of
-        >>> from raco_optim.cli.readers import Record
-        >>> from raco_optim.cli.sources import Source
-        >>> fields = {"context": "Hi", "response1": "Hello", "response2": "Hey"}
-        >>> records = [Record("line 1", {**fields, "overall_preference": -1})]
-        >>> source = Source("a.jsonl", "data", lambda: iter(records), lambda: "")
-        >>> [pair.labels["overall"].strength for pair in pairs_of(source, None, None, Summary())]
-        [0.3333333333333333]
+        source: The records.
+        layout: The layout and its name; None to recognise it by the first record.
+        objective: Name for the objective of a layout that does not name it.
+        summary: Counts records and pairs.
     """
     place = ""
 
@@ -156,7 +118,7 @@ def pairs_of(
             check_fields(name, known, record.fields)
             summary.records += 1
             yield record.fields
-        place = ""  # what comes now is of several records
+        place = ""  # from here on, errors concern several records
 
     try:
         first = next(source.records(), None)
@@ -174,7 +136,7 @@ def pairs_of(
                 label = pair.labels.pop("")
                 pair.labels[objective or _objective(source.name)] = label
             elif objective:
-                raise ValueError(f"{name} names its objectives itself: leave out `--objective`")
+                raise ValueError(f"the layout {name} names its objectives. Leave out `--objective`")
             yield pair
     except UsageError:
         raise
@@ -185,21 +147,21 @@ def pairs_of(
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineErrors(
         prog="raco-optim data",
-        description="Makes pairs with a label for each objective of the records of a data set.",
+        description="Converts a data set to preference pairs with a label for each objective.",
     )
     add = parser.add_argument
-    add("data", nargs="+", help=f"{FORMATS} files (the first three also .gz), folders, hub names")
+    add("data", nargs="+", help=f"{FORMATS} files (the first three also .gz), folders or hub names")
     add("--output", type=Path, required=True, help="the .jsonl or .jsonl.gz file to write")
     add(
         "--layout",
-        help=f"{', '.join(LAYOUTS)}, or a .yaml or .json file with rules; by default it is "
-        "recognised by the fields of the first record",
+        help=f"{', '.join(LAYOUTS)}, or a .yaml or .json file with rules (default: recognise it by "
+        "the fields of the first record)",
     )
-    add("--objective", help="the objective of data with one label, such as hh-rlhf's")
+    add("--objective", help="name of the objective, for data such as hh-rlhf without a name")
     add(
         "--strength",
         choices=("soft", "weight"),
-        help="keep how much better an answer is, in the label or as the weight of the pair",
+        help="keep the strength of a preference: in a soft label, or as the weight of the pair",
     )
     add(
         "--format",
@@ -207,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         default="messages",
         help="messages for a chat template (default), or text with Human: and Assistant:",
     )
-    add("--overwrite", action="store_true", help="replace the output if it is there")
+    add("--overwrite", action="store_true", help="replace an existing output file")
     return parser
 
 
@@ -223,19 +185,19 @@ def _layout(name: str) -> tuple[str, Layout]:
 
 
 def _objective(source: str) -> str:
-    """That of a file of HH-RLHF, whose folders are called helpful-base, harmless-base, ..."""
+    """Returns the objective that a path of HH-RLHF names: helpful-base, harmless-base, ..."""
     for part in reversed(Path(source.lower()).parts):
         found = [name for name in ("helpful", "harmless") if name in part]
         if len(found) == 1:
             return found[0]
     raise ValueError(
-        "nothing says what `chosen` is better at: name it by `--objective` (the folders of hh-rlhf "
-        "say it, as harmless-base/train.jsonl.gz)"
+        "the data do not name their objective. Name it with `--objective`, or use a path with the "
+        "name, such as harmless-base/train.jsonl.gz of hh-rlhf"
     )
 
 
 def _labels(pair: Pair, strength: str | None) -> dict[str, float | None]:
-    """Columns of labels and, where a pair has one, of weights."""
+    """Returns the columns of labels and, if a pair has any, of weights."""
     columns: dict[str, float | None] = {}
     for name, (value, given, weight) in pair.labels.items():
         keeps = not value or given or strength == "soft"
@@ -270,7 +232,7 @@ def _lines(summary: Summary) -> list[str]:
 
 @contextlib.contextmanager
 def _written(path: Path) -> Iterator[IO[str]]:
-    """A file that is there in the end, or not at all."""
+    """Opens a file that appears only when it is complete."""
     path = path.resolve()
     temporary = path.with_name(f".{path.name}.part")
     try:
@@ -285,7 +247,7 @@ def _written(path: Path) -> Iterator[IO[str]]:
             os.fsync(raw.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UsageError(f"`--output` {path} cannot be written ({error.strerror}).") from error
+        raise UsageError(f"`--output` {path} can't be written ({error.strerror}).") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""`raco-optim data`; and what `--data` of other commands names -> a data set that was checked."""
+"""Preference pairs that `--data` names, as a checked data set; and `raco-optim data`."""
 
 from __future__ import annotations
 
@@ -26,31 +26,17 @@ def load_pairs(
     objectives: Sequence[str],
     margins: Sequence[str],
 ) -> Dataset:
-    """Loads preference pairs and checks all of them before any model is loaded.
+    """Loads preference pairs and checks all of them.
 
     Args:
-        names: Files, folders or data sets on the hub, as `open_sources` takes them, with the
-            columns ``chosen`` and ``rejected``, ``prompt`` if there is one, and
-            ``pref_<objective>`` with numbers in [-1, 1] or null.
-        option: The option that named them, for the messages.
+        names: Files, folders or data sets on the hub; see `open_sources`.
+        option: The option that named them, for messages.
         objectives: Objectives that the data must label.
         margins: Objectives that must have a column ``margin_<objective>`` (MODPO).
 
     Returns:
-        The data set, with the columns that training reads: where several sources have different
-        ones, a value that is missing is null. Of a mixture, as many pairs as the shares allow
-        without taking one twice.
-
-    Raises:
-        UsageError: A source cannot be read, is empty, lacks a column or an objective, or holds
-            something else than pairs and preferences.
-
-    Example:
-        >>> from raco_optim.cli.data import load_pairs
-        >>> load_pairs("pairs.txt", "--data", ["helpful"], [])
-        Traceback (most recent call last):
-        raco_optim.cli.errors.UsageError: `--data` must be a .jsonl, .json, .csv or .parquet file; \
-got pairs.txt.
+        The columns that training reads; null if a source lacks one. A mixture has as many pairs as
+        its shares allow without repeats.
     """
     import datasets
 
@@ -71,30 +57,14 @@ got pairs.txt.
                 "names": tuple(names),
                 "columns": tuple(columns.names),
                 "taken": tuple(zip(taken, counts, strict=True)),
-                # What is stored is found again by these; it must not be that of an older file.
+                # datasets caches by these arguments; a changed file must not hit the cache.
                 "stamp": (fingerprint(sources), version_of("raco_optim")),
             },
         )
 
 
 def content_hash(names: str | Path | Sequence[str], option: str) -> str:
-    """Returns a hash of what `load_pairs` reads; of one file, the SHA-256 of its bytes.
-
-    Args:
-        names: As for `load_pairs`.
-        option: The option that named them, for the messages.
-
-    Raises:
-        UsageError: A source cannot be read.
-
-    Example:
-        >>> import pathlib, tempfile
-        >>> from raco_optim.cli.data import content_hash
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = (path := pathlib.Path(folder, "a.jsonl")).write_text("{}")
-        ...     content_hash(path, "--data")[:8]
-        '44136fa3'
-    """
+    """Returns a hash of the data that `load_pairs` reads; for one file its SHA-256."""
     return fingerprint(open_sources(_as_list(names), option))
 
 
@@ -103,7 +73,7 @@ def _as_list(names: str | Path | Sequence[str]) -> list[str]:
 
 
 def _taken(sources: Sequence[Source], counts: Sequence[int]) -> list[int]:
-    """How many pairs of each source there are in the largest mixture without repeats."""
+    """Returns the pairs per source in the largest mixture without repeats."""
     shares = [source.share for source in sources]
     if None in shares:
         return list(counts)
@@ -117,7 +87,7 @@ def _rows(
     taken: tuple[tuple[int, int], ...],
     stamp: object,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the data set; always the same ones of a mixture."""
+    """Yields the rows of the data set; a mixture always has the same ones."""
     del stamp
     for source, (some, count) in zip(open_sources(names, "--data"), taken, strict=True):
         chosen = set(random.Random(0).sample(range(count), some))

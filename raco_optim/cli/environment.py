@@ -1,4 +1,4 @@
-"""Where a run took place: versions and machine."""
+"""Versions and machine of a run."""
 
 from __future__ import annotations
 
@@ -11,16 +11,7 @@ PACKAGES = ("raco_optim", "torch", "transformers", "trl", "peft", "datasets")
 
 
 def version_of(package: str) -> str | None:
-    """Returns the version of an installed distribution, or None.
-
-    Args:
-        package: Name of the distribution, as for pip.
-
-    Example:
-        >>> from raco_optim.cli.environment import version_of
-        >>> version_of("no such package") is None
-        True
-    """
+    """Returns the version of an installed distribution, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -28,15 +19,7 @@ def version_of(package: str) -> str | None:
 
 
 def ask_hub(name: str, kind: Literal["model", "dataset"]) -> None:
-    """Raises what the model hub answers if it lacks a repository, or is not to be reached.
-
-    The loaders would try for a minute, and print each failure. Nothing is asked offline, where one
-    error says so.
-
-    Args:
-        name: Of the repository.
-        kind: What it is to hold.
-    """
+    """Raises the hub's error if it lacks a repository; the loaders would retry for a minute."""
     import huggingface_hub
 
     if not huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -44,17 +27,7 @@ def ask_hub(name: str, kind: Literal["model", "dataset"]) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Describes what a result depends on beside its settings; nothing is imported for it.
-
-    Returns:
-        Versions of Python and of the packages that are installed, platform, cores and, on CUDA,
-        the device: what JSON can hold.
-
-    Example:
-        >>> from raco_optim.cli.environment import environment
-        >>> sorted(environment())
-        ['cores', 'device', 'packages', 'platform', 'python']
-    """
+    """Describes the environment of a result: versions, platform, cores and device."""
     import torch
 
     return {

@@ -1,4 +1,4 @@
-"""Records of a grid -> pictures, as PNG bytes."""
+"""Figures of a grid's results, as PNG bytes."""
 
 from __future__ import annotations
 
@@ -17,30 +17,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Objectives that are drawn; a larger matrix is not read.
+# A larger matrix of panels would be unreadable.
 OBJECTIVES = 6
 PANELS = {"loss": "Held-out loss", "accuracy": "Held-out accuracy"}
 
 
 def trade_off_figure(records: Sequence[Record]) -> bytes:
-    """Draws held-out losses and accuracies of each two objectives (of `OBJECTIVES` at most).
+    """Draws held-out losses and accuracies of every two objectives (of `OBJECTIVES` at most).
 
-    Two objectives have two panels side by side. Of more, the panels are a matrix: losses are below
-    the diagonal, accuracies above it.
-
-    Args:
-        records: Records with finite values and two objectives or more.
-
-    Returns:
-        A PNG file.
-
-    Example:
-        >>> from raco_optim.cli.figures import trade_off_figure
-        >>> point = {"method": "linear", "weights": {"a": 0.5, "b": 0.5}, "seed": 0, "c": None}
-        >>> scores = {"loss": 0.5, "margin": 0.1, "accuracy": 0.75, "labelled": 4}
-        >>> records = [{"point": point, "evaluation": {"a": scores, "b": scores}}]
-        >>> trade_off_figure(records)[1:4]
-        b'PNG'
+    Two objectives give two panels side by side; more give a matrix of panels, losses below the
+    diagonal and accuracies above it.
     """
     names = objectives_of(records[0])[:OBJECTIVES]
     m = len(names)
@@ -69,21 +55,7 @@ def trade_off_figure(records: Sequence[Record]) -> bytes:
 
 
 def hypervolume_figure(records: Sequence[Record]) -> bytes:
-    """Draws each method's hypervolumes: every seed, the mean and its interval.
-
-    Args:
-        records: Records with finite values.
-
-    Returns:
-        A PNG file.
-
-    Example:
-        >>> from raco_optim.cli.figures import hypervolume_figure
-        >>> point = {"method": "linear", "weights": {"a": 1.0}, "seed": 0, "c": None}
-        >>> scores = {"loss": 0.5, "margin": 0.1, "accuracy": 0.75, "labelled": 4}
-        >>> hypervolume_figure([{"point": point, "evaluation": {"a": scores}}])[1:4]
-        b'PNG'
-    """
+    """Draws the hypervolumes of each method: every seed, the mean and its interval."""
     looks = _looks(records)
     with style():
         figure = new_figure((9.2, 1.3 + 0.36 * len(looks)))
@@ -92,7 +64,7 @@ def hypervolume_figure(records: Sequence[Record]) -> bytes:
             found = hypervolumes(records, metric)
             for y, (method, drawn) in enumerate(looks.items()):
                 values = list(found[method].values())
-                if not values:  # no seed has all of the trade-offs
+                if not values:  # no seed has all trade-offs
                     continue
                 colour = drawn["color"]
                 mean, low, high = bootstrap_interval(values)
@@ -120,7 +92,7 @@ def _draw_trade_offs(
             [statistics.fmean(column) for column in _columns(group, metric, pair)]
             for _, group in groups
         ]
-        # With two objectives the weights have an order, and a line shows it.
+        # Only with two objectives do the weights have an order, shown by a line.
         two = len(objectives_of(records[0])) == 2
         axes.plot(
             *zip(*means, strict=True),

@@ -1,4 +1,4 @@
-"""A grid of runs -> one JSONL file, a line a run; killed at any time, it goes on where it was."""
+"""Runs a grid of trainings into one JSONL file, a line per run; after a kill it resumes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
     "run_grid",
 ]
 
-# Methods that have a radius, and methods that ask for no weights.
+# Methods that have a radius, and methods that ignore weights.
 WITH_RADIUS = ("raco", "cagrad")
 WITHOUT_WEIGHTS = ("mgda",)
 
@@ -52,7 +52,7 @@ class Point:
 
     @property
     def label(self) -> str:
-        """The point in one line, for people."""
+        """The point in one line of text."""
         weights = ",".join(f"{name}={weight:g}" for name, weight in self.weights.items())
         radius = "" if self.c is None else f" c={self.c:g}"
         return f"{self.method}{radius} {weights} seed={self.seed}"
@@ -64,14 +64,14 @@ def grid_points(
     seeds: Iterable[int],
     radii: Sequence[float] = (0.4,),
 ) -> list[Point]:
-    """Returns methods x weights x seeds, and the radii for the methods that have one.
+    """Returns all combinations of methods, weights and seeds, and of radii for methods with one.
 
-    A method that asks for no weights runs once a seed, under equal weights. Seeds change slowest,
-    so that a grid that is stopped early has all methods for the first seeds.
+    A method that ignores weights runs once per seed, with equal weights. Seeds change slowest, so a
+    grid that is stopped early has all methods for the first seeds.
 
     Args:
         methods: Names of the methods.
-        weights: Weights by objective, one mapping a trade-off; all with the same objectives.
+        weights: Mappings from objective to weight, one per trade-off, with equal objectives.
         seeds: Seeds.
         radii: Values of c.
 
@@ -106,28 +106,27 @@ def run_grid(
     settings: Mapping[str, Any],
     run: Callable[[Point], dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Runs what the file has no record of yet, and appends one record a run.
+    """Runs the points that the file has no record of, and appends a record after each run.
 
-    A record is on the disk before the next run starts. So a process killed at any time loses the
-    run in progress and nothing else; called again, it starts there. The end of a record that was
-    cut short is dropped.
+    Each record is on the disk before the next run starts. After a kill, call it again: it repeats
+    only the run in progress, and drops an incomplete last record.
 
     Args:
-        path: The JSONL file; it is made if there is none.
-        points: What to run, in this order.
-        settings: All that the runs have in common and that JSON can hold. Compared with those of
-            the records in the file: one file holds results of one setting.
+        path: The JSONL file; created if missing.
+        points: The runs, in this order.
+        settings: Everything that all runs share, as JSON values. It must equal the settings of the
+            records in the file.
         run: Trains and evaluates at a point; returns ``"evaluation"`` (loss, margin, accuracy and
-            labelled by objective), ``"training"`` and, if there is more to keep, ``"extra"``.
-            Numbers may be NumPy's or 0-d tensors. NaN and Inf are kept as null, and what JSON can't
-            hold as its ``repr``, with a message.
+            labelled by objective), ``"training"`` and optionally ``"extra"``. Numbers may be
+            NumPy's or 0-d tensors. NaN and Inf become null, and values that JSON can't hold their
+            ``repr``, with a message.
 
     Returns:
         The records of `points`, in this order.
 
     Raises:
-        UsageError: The file holds something else or runs with other settings, cannot be written,
-            or another process writes it. It is left as it was.
+        UsageError: The file holds something else or runs with other settings, can't be written,
+            or another process writes it. The file is unchanged.
         ValueError: A point occurs twice, JSON can't hold a point or the settings, or `run` returns
             something else.
 
@@ -169,17 +168,19 @@ def run_grid(
 
 
 def _as_text(where: str, value: object) -> str:
-    """Keeps what JSON can't hold as text: the run is over, and must not be lost."""
-    sys.stderr.write(f"{where} is a {type(value).__name__}, which JSON can't hold: kept as text.\n")
+    """Keeps a value that JSON can't hold as text; the run is over and must not be lost."""
+    sys.stderr.write(
+        f"{where} is a {type(value).__name__}, which JSON can't hold; saved as text.\n"
+    )
     return repr(value)
 
 
 def records_so_far(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Reads what a grid can go on with.
+    """Reads the records that a grid can continue from.
 
     Args:
-        path: The JSONL file; there may be none.
-        settings: Those of the grid; see `run_grid`.
+        path: The JSONL file; it need not exist.
+        settings: The settings of the grid; see `run_grid`.
 
     Raises:
         UsageError: The file holds something else or runs with other settings.
@@ -208,6 +209,6 @@ def _check_settings(path: Path, found: Mapping[str, Any], asked: Mapping[str, An
             for settings in (found, asked)
         )
         raise UsageError(
-            f"{path} holds runs with other settings ({there}) than those asked for ({here}). "
-            f"Choose another file, or ask for the same settings."
+            f"{path} holds runs with other settings ({there}) than this command ({here}). "
+            f"Choose another file, or use the same settings."
         )

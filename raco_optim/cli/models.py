@@ -1,4 +1,4 @@
-"""Models that options name: for the trainer to load, and loaded, to talk to."""
+"""Models: resolved for the trainer, or loaded to answer prompts."""
 
 from __future__ import annotations
 
@@ -25,40 +25,21 @@ Turns = Sequence[dict[str, str]]  # of a conversation: role and content
 
 
 def loadable_model(name: str, folder: Path) -> str:
-    """Returns a folder or a name that ``from_pretrained`` takes.
+    """Returns a hub name, or the absolute path of a folder, that ``from_pretrained`` accepts.
 
-    A .gguf file is unpacked to float32, once: it takes a while to read, and what was read from one
-    can be neither trained nor saved as it is.
-
-    Args:
-        name: A folder with a model and its tokenizer, a .gguf file, or a name on the model hub.
-        folder: Where to unpack a .gguf file.
-
-    Returns:
-        The name on the hub, or the absolute path of a folder: adapters keep it.
-
-    Raises:
-        UsageError: There is no such file, or it cannot be read.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from raco_optim.cli.models import loadable_model
-        >>> loadable_model("missing.gguf", Path("unpacked"))
-        Traceback (most recent call last):
-        raco_optim.cli.errors.UsageError: `--model` must be a model; got missing.gguf, which is no \
-file.
+    A .gguf file is unpacked to `folder` once; see `unpack_gguf`.
     """
     file = Path(name)
     if file.suffix == ".gguf" and not file.is_file():
-        raise UsageError(f"`--model` must be a model; got {name}, which is no file.")
+        raise UsageError(f"`--model` must be a model; got {name}, which does not exist.")
     if (file.is_absolute() or name.startswith(".")) and not file.exists():
-        raise UsageError(f"`--model` must be a model; got {name}, which is no folder.")
+        raise UsageError(f"`--model` must be a model; got {name}, which does not exist.")
     if file.suffix != ".gguf":
         if file.is_dir():
             return str(file.resolve())
         check_on_hub(name)
         return name
-    with refusals(f"`--model` {name} cannot be used"):
+    with refusals(f"`--model` {name} can't be used"):
         unpacked = folder.resolve() / f"base_model-{sha256(file)[:12]}"
         if not unpacked.is_dir():
             unpack_gguf(file, unpacked)
@@ -66,7 +47,7 @@ file.
 
 
 def check_on_hub(name: str) -> None:
-    """Raises unless the hub, or the cache of what came from it, has the model."""
+    """Raises `UsageError` unless the model is on the hub or in its local cache."""
     import huggingface_hub
 
     try:
@@ -74,13 +55,13 @@ def check_on_hub(name: str) -> None:
             ask_hub(name, "model")
     except Exception as error:
         raise UsageError(
-            f"a model must be a folder, or a name on the hub; got {name}, which is no folder here "
-            f"and cannot be found on the hub ({one_line(error)})."
+            f"a model must be a folder or a name on the hub; got {name}, which is neither a folder "
+            f"here nor found on the hub ({one_line(error)})."
         ) from error
 
 
 def no_bars() -> None:
-    """Switches off the bars of loading, saving and preparing data; that of the training stays."""
+    """Hides the progress bars of loading, saving and preparing data, not of training."""
     import datasets
     from transformers.utils import logging
 
@@ -89,35 +70,23 @@ def no_bars() -> None:
 
 
 def asking_options(parser: argparse.ArgumentParser, temperature: float) -> None:
-    """Adds the options of the commands that let models answer.
-
-    Args:
-        parser: The parser of the command.
-        temperature: The default.
-    """
+    """Adds the options of commands that let models answer."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument(
-        "--max_new_tokens", type=int, default=256, metavar="N", help="longest answer, in tokens"
+        "--max_new_tokens", type=int, default=256, metavar="N", help="longest answer in tokens"
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=temperature,
         metavar="T",
-        help="0 for the most likely token each time, more for more variety",
+        help="0 always picks the most likely token; higher values give more variety",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
 
 
 def check_asking(options: argparse.Namespace) -> None:
-    """Checks these options, and seeds the sampling.
-
-    Args:
-        options: What the parser returned.
-
-    Raises:
-        UsageError: One of them is out of its range.
-    """
+    """Checks these options, and seeds the sampling."""
     if options.max_new_tokens < 1:
         raise UsageError(f"`--max_new_tokens` must be at least 1; got {options.max_new_tokens}.")
     if not 0 <= options.temperature < math.inf:
@@ -129,19 +98,14 @@ def check_asking(options: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that was loaded to be asked.
+    """A model that can answer prompts.
 
     Attributes:
-        name: The folder, as it was named, or a name on the model hub.
-        run: What `raco-optim align` wrote down about it; empty for any other model.
+        name: The folder, or the name on the model hub.
+        run: The content of `RUN_FILE` in its folder; empty for a model of another program.
         model: The model, with its adapters.
         tokenizer: Its tokenizer.
-        start: What it was trained from, a path or a name; None if that is not known.
-
-    Example:
-        >>> from raco_optim.cli.models import Loaded
-        >>> Loaded("aligned", {}, None, None, None).name
-        'aligned'
+        start: Path or name of the model that training started from; None if unknown.
     """
 
     name: str
@@ -152,19 +116,12 @@ class Loaded:
 
     @property
     def device(self) -> torch.device:
-        """Where its parameters are."""
+        """The device of its parameters."""
         found: torch.device = self.model.device
         return found
 
     def encode(self, prompt: str | Turns) -> Tensor:
-        """Returns the tokens of a text, or of a conversation in the model's chat template, ``[n]``.
-
-        Args:
-            prompt: The text, or the turns.
-
-        Raises:
-            UsageError: The template refuses the turns, or they leave no room for an answer.
-        """
+        """Returns the tokens ``[n]`` of a text, or of a conversation in the chat template."""
         with refusals(f"the prompt for {self.name}"):
             if isinstance(prompt, str):
                 ids = self.tokenizer(prompt)["input_ids"]
@@ -174,29 +131,26 @@ class Loaded:
                 )
         if not 0 < len(ids) < self.longest:
             raise UsageError(
-                f"the prompt must have at least one token and less than {self.longest}, which "
-                f"{self.name} can hold; got {len(ids)}."
+                f"the prompt must have at least one token and fewer than {self.longest}, the "
+                f"limit of {self.name}; got {len(ids)}."
             )
         return torch.tensor(ids, device=self.device)
 
     @property
     def longest(self) -> int:
-        """Most tokens of a prompt and its answer."""
+        """The largest number of tokens of a prompt and its answer."""
         return int(getattr(self.model.config, "max_position_embeddings", None) or 2**31)
 
     def answer(
         self, prompt: Tensor, max_new_tokens: int, temperature: float, streamer: object = None
     ) -> Tensor:
-        """Returns the tokens of an answer, with the one that ends it if it came to an end, ``[n]``.
+        """Returns the tokens ``[n]`` of an answer, including the end token if it was generated.
 
         Args:
-            prompt: What `encode` returned.
-            max_new_tokens: Most tokens of the answer.
-            temperature: 0 for the most likely token each time; else that of sampling.
-            streamer: Gets the tokens as they come; see `transformers.TextStreamer`.
-
-        Raises:
-            UsageError: The model cannot answer; there is too little memory, say.
+            prompt: The result of `encode`.
+            max_new_tokens: Maximal length of the answer.
+            temperature: 0 for the most likely tokens, otherwise the temperature of sampling.
+            streamer: Receives tokens as they are generated; see `transformers.TextStreamer`.
         """
         config = self.model.generation_config
         ends = config.eos_token_id
@@ -204,7 +158,7 @@ class Loaded:
         drawn: dict[str, Any] = dict.fromkeys(("temperature", "top_p", "top_k"))
         if temperature:
             drawn = {"temperature": temperature, "top_p": 1.0, "top_k": 0}
-        with torch.inference_mode(), refusals(f"{self.name} cannot answer"):
+        with torch.inference_mode(), refusals(f"{self.name} can't answer"):
             found = self.model.generate(
                 input_ids=prompt[None],
                 attention_mask=torch.ones_like(prompt[None]),
@@ -219,22 +173,12 @@ class Loaded:
         return answer
 
     def text(self, tokens: Tensor) -> str:
-        """Returns the text of an answer.
-
-        Args:
-            tokens: Its tokens.
-        """
+        """Returns the text of an answer's tokens."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
 def log_probability(model: Any, prompt: Tensor, answer: Tensor) -> float:  # noqa: ANN401
-    """Returns log pi(answer | prompt) of a model.
-
-    Args:
-        model: The model.
-        prompt: Tokens, ``[n]``.
-        answer: Tokens, ``[k]``.
-    """
+    """Returns log pi(answer | prompt) of a model, from tokens ``[n]`` and ``[k]``."""
     with torch.inference_mode():
         logits = model(input_ids=torch.cat([prompt, answer])[None]).logits[0, len(prompt) - 1 : -1]
         log_probs = logits.float().log_softmax(-1)
@@ -242,14 +186,7 @@ def log_probability(model: Any, prompt: Tensor, answer: Tensor) -> float:  # noq
 
 
 def load(name: str) -> Loaded:
-    """Loads a model with its tokenizer: a folder with a model or with adapters, or a hub name.
-
-    Args:
-        name: The folder, or the name on the model hub.
-
-    Raises:
-        UsageError: There is none, or it cannot be loaded.
-    """
+    """Loads a model, or adapters with their model, and the tokenizer from a folder or the hub."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     no_bars()
@@ -260,7 +197,7 @@ def load(name: str) -> Loaded:
         check_on_hub(name)
     run = read_run(name)
     if run and run.get("status") != "finished":
-        raise UsageError(f"{name} holds a run that is not finished. Run `raco-optim align` again.")
+        raise UsageError(f"{name} holds an unfinished run. Run `raco-optim align` again.")
     adapters = has_adapters(name)
     with refusals(f"loading {name}"):
         base = find_base(name) if adapters else name
@@ -279,11 +216,7 @@ def load(name: str) -> Loaded:
 
 @contextlib.contextmanager
 def reference_of(loaded: Loaded) -> Iterator[Any]:
-    """Gives the reference model of a run, None if there is none.
-
-    Args:
-        loaded: The run's model. It is its own reference, without its adapters, while this lasts.
-    """
+    """Yields the reference model of a run, or None; adapters are off while it lasts."""
     start = loaded.start
     if has_adapters(loaded.name) and not has_adapters(start or ""):
         with loaded.model.disable_adapter():
@@ -292,36 +225,20 @@ def reference_of(loaded: Loaded) -> Iterator[Any]:
         yield load(start).model
     else:
         if start is not None:
-            sys.stderr.write(f"{loaded.name}: no implicit reward, as {start} is not there.\n")
+            sys.stderr.write(f"{loaded.name}: no implicit reward, because {start} is missing.\n")
         yield None
 
 
 def read_run(name: str) -> dict[str, Any]:
-    """Returns what `raco-optim align` wrote down in a folder; nothing for any other model.
-
-    Args:
-        name: The folder, or a name on the model hub.
-
-    Raises:
-        UsageError: It cannot be read.
-
-    Example:
-        >>> from raco_optim.cli.models import read_run
-        >>> read_run("no/such-folder")
-        {}
-    """
+    """Returns the content of `RUN_FILE` in a model's folder; empty if there is none."""
     file = Path(name, RUN_FILE)
-    with refusals(f"{file} cannot be read"):
+    with refusals(f"{file} can't be read"):
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return found if isinstance(found, dict) else {}
 
 
 def on_text(names: Sequence[str]) -> bool:
-    """Returns whether any of the models was trained on texts rather than on conversations.
-
-    Args:
-        names: Their folders.
-    """
+    """Returns whether any of the models was trained on texts instead of conversations."""
     return any(read_run(name).get("data_format") == "text" for name in names)
 
 
@@ -330,9 +247,5 @@ def _dtype(run: dict[str, Any]) -> str:
 
 
 def has_adapters(name: str) -> bool:
-    """Returns whether a folder holds adapters, as peft saves them.
-
-    Args:
-        name: The folder.
-    """
+    """Returns whether a folder holds adapters, as peft saves them."""
     return Path(name, "adapter_config.json").is_file()

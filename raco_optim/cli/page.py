@@ -1,4 +1,4 @@
-"""Tables and pictures -> one HTML page that needs nothing beside itself."""
+"""Tables and pictures as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -30,18 +30,7 @@ p { max-width: 50rem; } .note { font-size: 0.85rem; opacity: 0.8; }
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture with what it shows.
-
-    Attributes:
-        title: Heading.
-        png: The PNG file.
-        text: What it shows, for who does not see it and under it for who does.
-
-    Example:
-        >>> from raco_optim.cli.page import Picture
-        >>> Picture("Front", b"", "Nothing.").title
-        'Front'
-    """
+    """A PNG picture with a title and a caption, which is also its alternative text."""
 
     title: str
     png: bytes
@@ -49,43 +38,17 @@ class Picture:
 
 
 def check_page(path: Path, option: str) -> None:
-    """Raises `UsageError` unless a page can be written at `path`, at most over an earlier one.
-
-    Args:
-        path: The file to be written later.
-        option: The option that named it, for the message.
-
-    Raises:
-        UsageError: It cannot be written, or is a file of something else.
-
-    Example:
-        >>> import pathlib, tempfile
-        >>> from raco_optim.cli.page import check_page
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     (path := pathlib.Path(folder, "thesis.html")).touch()
-        ...     check_page(path, "--output")  # an empty file may be replaced
-    """
+    """Raises `UsageError` unless a page can be written at `path`; only pages are replaced."""
     check_writable(path, option)
     if path.exists() and path.stat().st_size and _MARK.encode() not in path.read_bytes()[:1000]:
         raise UsageError(
-            f"`{option}` must be a new file or a page that raco-optim wrote; got {path}, which is "
-            f"neither. Choose another name."
+            f"`{option}` must be a new file or a page that raco-optim wrote; got {path}, another "
+            f"file. Choose another name."
         )
 
 
 def page(title: str, summary: str, parts: Sequence[Table | Picture]) -> str:
-    """Returns an HTML page. All that is shown is escaped; nothing is fetched and no script runs.
-
-    Args:
-        title: Heading of the page.
-        summary: A paragraph under it.
-        parts: What follows, in this order.
-
-    Example:
-        >>> from raco_optim.cli.page import page
-        >>> "&lt;b&gt;" in page("Report on <b>", "Short.", [])
-        True
-    """
+    """Returns an HTML page; all text is escaped, nothing is fetched, no script runs."""
     body = "\n".join(_table(p) if isinstance(p, Table) else _picture(p) for p in parts)
     return f"""<!DOCTYPE html>
 <html lang="en">

@@ -1,4 +1,4 @@
-"""`raco-optim align` in several processes (torchrun): the first keeps the run's folder."""
+"""`raco-optim align` in several processes (torchrun): the first one writes and prints."""
 
 from __future__ import annotations
 
@@ -14,43 +14,21 @@ T = TypeVar("T")
 
 
 def is_first(*, on_this_machine: bool = False) -> bool:
-    """Returns whether this is the first process, which speaks and writes for all.
-
-    Args:
-        on_this_machine: Whether the first one on this machine is meant.
-
-    Example:
-        >>> from raco_optim.cli.processes import is_first
-        >>> is_first()
-        True
-    """
+    """Returns whether this is the first process, of all or on this machine."""
     rank = os.environ.get("LOCAL_RANK" if on_this_machine else "RANK", "0")
     return launched_world_size() == 1 or rank == "0"
 
 
 def tell(text: str) -> None:
-    """Writes a line to stderr, once.
-
-    Args:
-        text: The line.
-    """
+    """Writes a line to stderr in the first process."""
     if is_first():
         sys.stderr.write(f"{text}\n")
 
 
 def by_first(action: Callable[[], T]) -> T:
-    """Lets the first process do something, and returns in all of them what it returned.
+    """Runs an action in the first process, and returns its result in all of them.
 
-    Args:
-        action: What to do.
-
-    Raises:
-        UsageError: There was an error; the first process raises that, all others its message.
-
-    Example:
-        >>> from raco_optim.cli.processes import by_first
-        >>> by_first(lambda: 3)
-        3
+    If it fails, the first process raises the error, and all others a `UsageError` with its message.
     """
     if launched_world_size() == 1:
         return action()

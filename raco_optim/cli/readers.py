@@ -1,4 +1,4 @@
-"""Files -> records, one after the other: each is what its file says, and no type is guessed."""
+"""Reads files record by record, without guessing types."""
 
 from __future__ import annotations
 
@@ -12,33 +12,14 @@ from typing import IO, Any, NamedTuple, cast
 
 
 class Record(NamedTuple):
-    """One record, and where it stands in its source.
-
-    Attributes:
-        place: Such as "line 3".
-        fields: Values by name.
-
-    Example:
-        >>> from raco_optim.cli.readers import Record
-        >>> Record("line 3", {"prompt": "Hi"}).place
-        'line 3'
-    """
+    """The fields of a record, and its place in the source, such as "line 3"."""
 
     place: str
     fields: dict[str, Any]
 
 
 def numbered(records: Iterator[Any]) -> Iterator[Record]:
-    """Gives records their numbers as places.
-
-    Args:
-        records: Records, the first of which has the number 1.
-
-    Example:
-        >>> from raco_optim.cli.readers import numbered
-        >>> list(numbered(iter([{"prompt": "Hi"}])))
-        [Record(place='record 1', fields={'prompt': 'Hi'})]
-    """
+    """Yields records with places: "record 1", "record 2", ..."""
     return (Record(f"record {number}", fields) for number, fields in enumerate(records, start=1))
 
 
@@ -61,13 +42,13 @@ def _json(path: Path) -> Iterator[Record]:
     with _binary(path) as file:
         text = file.read()
     if not text.lstrip(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from _jsonl(path)  # as such files are often called .json
+        yield from _jsonl(path)  # JSONL files are often called .json
         return
     yield from numbered(iter(json.loads(text)))
 
 
 def _csv(path: Path) -> Iterator[Record]:
-    """Every cell is a text: what looks like a null, such as "NA", is an answer like others."""
+    """Reads every cell as text: a cell such as "NA" may be an answer."""
     with _binary(path) as file:
         rows = csv.reader(_decoded(file), strict=True)
         names = next(rows, [])
@@ -76,15 +57,15 @@ def _csv(path: Path) -> Iterator[Record]:
         for number, row in enumerate(filter(None, rows), start=1):
             if len(row) != len(names):
                 raise ValueError(
-                    f"record {number} must have {len(names)} cells, as the first line has; got "
+                    f"record {number} must have {len(names)} cells like the first line; got "
                     f"{len(row)}"
                 )
             yield Record(f"record {number}", dict(zip(names, row, strict=True)))
 
 
 def _decoded(file: IO[bytes]) -> Iterator[str]:
-    """Lines with their line ends, which may be part of a cell."""
-    csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is less than a long answer
+    """Yields lines with their line ends, which may be part of a cell."""
+    csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is too small for a long answer
     for number, line in enumerate(file):
         yield line.decode("utf-8" if number else "utf-8-sig")
 

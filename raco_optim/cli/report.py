@@ -1,4 +1,4 @@
-"""`raco-optim report`: JSONL files of a grid -> tables in the terminal and one HTML page."""
+"""`raco-optim report`: tables in the terminal and one HTML page from the results of a grid."""
 
 from __future__ import annotations
 
@@ -20,34 +20,17 @@ BASELINE = "linear"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs `raco-optim report`.
-
-    Args:
-        arguments: What follows ``raco-optim report`` on the command line.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        UsageError: There is nothing to report, the records do not belong together, or the page
-            cannot be written.
-
-    Example:
-        >>> from raco_optim.cli.report import main
-        >>> main(["no such file", "--output", "report.html"])
-        Traceback (most recent call last):
-        raco_optim.cli.errors.UsageError: no such file cannot be read (No such file or directory).
-    """
+    """Runs `raco-optim report`."""
     parser = OneLineErrors(
         prog="raco-optim report",
-        description="Tables, plots and one HTML page of a grid's results.",
+        description="Makes tables, plots and an HTML page from the results of a sweep.",
     )
     parser.add_argument(
-        "files", nargs="+", type=Path, help="JSONL files, such as `raco-optim sweep` makes"
+        "files", nargs="+", type=Path, help="JSONL files that `raco-optim sweep` wrote"
     )
     parser.add_argument("--output", type=Path, required=True, help="the HTML page to write")
     options = parser.parse_args(arguments)
-    import matplotlib  # noqa: F401  # at once, rather than after the tables
+    import matplotlib  # noqa: F401  # fail now, not after the tables
 
     page.check_page(options.output, "--output")
     text, html = report(checked_records(options.files))
@@ -58,31 +41,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def checked_records(paths: Sequence[Path]) -> list[Record]:
-    """Reads files whose records can be compared with each other.
-
-    Args:
-        paths: Files that `run_grid` wrote.
-
-    Returns:
-        All records, in order.
-
-    Raises:
-        UsageError: A file has no record, two records differ in their settings or objectives or
-            repeat each other, or one lacks a value.
-
-    Example:
-        >>> import os, pathlib
-        >>> from raco_optim.cli.report import checked_records
-        >>> checked_records([pathlib.Path(os.devnull)])
-        Traceback (most recent call last):
-        raco_optim.cli.errors.UsageError: /dev/null holds no record. Run `raco-optim sweep` first.
-    """
+    """Reads files; raises `UsageError` unless all records can be compared."""
     found: list[Record] = []
     seen: dict[str, Path] = {}
     for path in paths:
         records = read_records(path)
         if not records:
-            raise UsageError(f"{path} holds no record. Run `raco-optim sweep` first.")
+            raise UsageError(f"{path} is empty. Run `raco-optim sweep` first.")
         for record in records:
             _check_values(path, record)
             expected = (found or records)[0]
@@ -97,23 +62,19 @@ def checked_records(paths: Sequence[Path]) -> list[Record]:
 
 
 def report(records: Sequence[Record]) -> tuple[str, str]:
-    """Returns the tables as text, and the page as HTML.
-
-    Args:
-        records: Records that belong together; see `checked_records`.
-
-    Raises:
-        UsageError: No record has a finite value everywhere.
-    """
+    """Returns the tables as text, and the page as HTML."""
     usable = list(records)
     for metric in METRICS:
         usable = finite(usable, metric)
     if not usable:
-        raise UsageError("no run has a finite loss, accuracy and margin for every objective.")
+        raise UsageError(
+            "at least one run must have a finite loss, accuracy and margin for every objective; "
+            "none has."
+        )
     left_out = [Point(**r["point"]).label for r in records if r not in usable]
     summary = f"{_summary(usable)} {_told_apart(usable)}".strip()
     if left_out:
-        summary += f" Left out, for want of a finite value: {'; '.join(left_out)}."
+        summary += f" Left out because of values that are not finite: {'; '.join(left_out)}."
     differences = tables.difference_table(usable, BASELINE)
     shown = [
         *tables.result_tables(usable),
@@ -132,7 +93,7 @@ def report(records: Sequence[Record]) -> tuple[str, str]:
 
 
 def _told_apart(records: Sequence[Record]) -> str:
-    """Says which methods these seeds do not tell apart."""
+    """Says which methods these seeds do not distinguish."""
     methods = {cell_of(record).method for record in records}
     if len(methods) < 2:
         return ""
@@ -140,13 +101,13 @@ def _told_apart(records: Sequence[Record]) -> str:
     pairs = indistinguishable(records, "loss")
     test = "in the hypervolume of their losses (sign-flip test over seeds, Holm's correction, 5 %)"
     if not pairs:
-        return f"Each two methods can be told apart {test}."
+        return f"These seeds distinguish all methods {test}."
     if len(pairs) == math.comb(len(methods), 2):
         least = math.ceil(1 + math.log2(len(pairs) / 0.05))
         few = f": {len(methods)} methods need at least {least} seeds" if seeds < least else ""
-        return f"No two methods can be told apart with these seeds {test}{few}."
+        return f"These seeds distinguish no two methods {test}{few}."
     text = "; ".join(f"{a} and {b}" for a, b in pairs)
-    return f"These seeds do not tell apart {test}: {text}."
+    return f"These seeds do not distinguish {test}: {text}."
 
 
 def _summary(records: Sequence[Record]) -> str:
@@ -162,7 +123,7 @@ def _summary(records: Sequence[Record]) -> str:
         f"{count(map(id, records), 'run')} of {methods} with {seeds}. "
         f"Labelled held-out pairs: {labelled}. "
         f"Values are means ± standard deviations over seeds. The distance to the front is the "
-        f"Euclidean distance to the nearest of the runs here that no other run dominates."
+        f"Euclidean distance to the nearest run that no other run dominates."
     )
 
 
@@ -171,20 +132,20 @@ def _pictures(records: Sequence[Record]) -> list[page.Picture]:
         page.Picture(
             "Hypervolumes",
             figures.hypervolume_figure(records),
-            "Hypervolume of each method: a tick for each seed, the mean, and its 95% bootstrap "
-            "interval over seeds as a bar.",
+            "Hypervolume of each method: a tick for each seed, the mean, and as a bar its 95% "
+            "bootstrap interval over seeds.",
         )
     ]
     names = objectives_of(records[0])
     if len(names) == 1:  # no trade-off
         return pictures
     most = figures.OBJECTIVES
-    of = "each two" if len(names) <= most else f"the first {most} of {len(names)}"
+    of = "every two" if len(names) <= most else f"the first {most} of {len(names)}"
     where = "left and right" if len(names) == 2 else "below and above the diagonal"
     text = (
-        f"Held-out losses and accuracies ({where}) of {of} objectives. Small: a run; large, with "
-        f"its weights: the mean over seeds; ringed: runs that no other run dominates in all "
-        f"{len(names)} objectives."
+        f"Held-out losses and accuracies ({where}) of {of} objectives. Small points are runs, "
+        f"large points means over seeds, labelled with their weights. No other run dominates a "
+        f"ringed run in all {len(names)} objectives."
     )
     return [page.Picture("Trade-offs", figures.trade_off_figure(records), text), *pictures]
 
@@ -199,7 +160,7 @@ def _check_values(path: Path, record: Record) -> None:
         for part in (*METRICS, "labelled"):
             _check_number(path, label, f"{part} of {name!r}", scores[part])
         if scores["labelled"] is None:
-            raise UsageError(f"{path}: the run {label} has no number of labelled for {name!r}.")
+            raise UsageError(f"{path}: the run {label} has no labelled count for {name!r}.")
     for part in ("hurting_steps", "conflicting_steps", "seconds"):
         _check_number(path, label, part, record["training"].get(part))
 
@@ -215,14 +176,14 @@ def _check_alike(first: Path, expected: Record, path: Path, record: Record) -> N
     if set(objectives_of(record)) != set(objectives_of(expected)):
         raise UsageError(
             f"{path} holds a run with the objectives {', '.join(objectives_of(record))}, but "
-            f"{first} one with {', '.join(objectives_of(expected))}. Report on them apart."
+            f"{first} one with {', '.join(objectives_of(expected))}. Make separate reports."
         )
     a, b = expected["settings"], record["settings"]
     differing = [name for name in {**a, **b} if a.get(name) != b.get(name)]
     if differing:
         raise UsageError(
             f"{path} holds a run with other settings than {first}: they differ in "
-            f"{', '.join(differing)}. Report on them apart."
+            f"{', '.join(differing)}. Make separate reports."
         )
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, where it stands, and from where it goes on."""
+"""The folder of a run: its settings, its state, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -18,33 +18,24 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def open_run(folder: Path, settings: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Starts a run in an empty folder, or recognises it; another run's folder is not touched.
+    """Starts a run in an empty folder, or recognises a run with the same settings.
+
+    A folder whose run never reached training may be taken over; anything else is refused.
 
     Args:
-        folder: A folder that holds nothing, a run with the same settings, or one that never got as
-            far as training.
-        settings: All that decides what the run learns, as JSON holds it.
-        about: What else to write down about a new run.
+        folder: An existing folder.
+        settings: All settings that affect the result, as JSON values.
+        about: Other entries for a new run.
 
     Returns:
-        What is known of the run: ``status`` ("prepared", "training" or "finished"), ``settings``,
-        what `about` says and, when it is finished, ``result``.
-
-    Raises:
-        UsageError: The folder holds another run or other files.
-
-    Example:
-        >>> import pathlib, tempfile
-        >>> from raco_optim.cli.runs import open_run
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     open_run(pathlib.Path(folder), {"seed": 0}, {"data": "pairs.jsonl"})
-        {'status': 'prepared', 'data': 'pairs.jsonl', 'settings': {'seed': 0}}
+        The run: ``status`` ("prepared", "training" or "finished"), ``settings``, the entries of
+        `about` and, if finished, ``result``.
     """
     choose = "Choose another `--output_dir`."
     present = {path.name for path in folder.iterdir()} - {f".{RUN_FILE}.part"}
     if present and RUN_FILE not in present:
         some = ", ".join(sorted(present)[:3])
-        raise UsageError(f"{folder} holds files of something else ({some}). {choose}")
+        raise UsageError(f"{folder} holds other files ({some}). {choose}")
     if present:
         run = _read(folder / RUN_FILE, choose)
         found = run["settings"]
@@ -53,7 +44,7 @@ def open_run(folder: Path, settings: Mapping[str, Any], about: Mapping[str, Any]
             return run
         if run["status"] != "prepared":
             what = ", ".join(
-                f"{name} is {found.get(name)!r} there and {settings.get(name)!r} here"
+                f"{name} was {found.get(name)!r} and is now {settings.get(name)!r}"
                 for name in differing
             )
             raise UsageError(f"{folder} holds another run: {what}. {choose}")
@@ -61,47 +52,14 @@ def open_run(folder: Path, settings: Mapping[str, Any], about: Mapping[str, Any]
 
 
 def save_run(folder: Path, run: Mapping[str, Any], **changes: object) -> dict[str, Any]:
-    """Writes down where a run stands.
-
-    Args:
-        folder: The folder of the run.
-        run: What `open_run` returned.
-        **changes: Entries of it that are new.
-
-    Returns:
-        The run with the changes.
-
-    Example:
-        >>> import pathlib, tempfile
-        >>> from raco_optim.cli.runs import open_run, save_run
-        >>> result = {"evaluation": {}, "training": {"steps": 4}}
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     run = open_run(pathlib.Path(folder), {}, {})
-        ...     _ = save_run(pathlib.Path(folder), run, status="finished", result=result)
-        ...     open_run(pathlib.Path(folder), {}, {})["result"] == result
-        True
-    """
+    """Writes the run with the given changes to its folder, and returns it."""
     changed = {**run, **changes}
     write_atomically(folder / RUN_FILE, json.dumps(changed, indent=1) + "\n")
     return changed
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Returns the last whole checkpoint of a run, or None.
-
-    One that lacks a file, or has a file that was cut short, is renamed, and that is said, so that
-    nobody resumes from it and nothing is lost.
-
-    Args:
-        folder: The folder of the run.
-
-    Example:
-        >>> import pathlib, tempfile
-        >>> from raco_optim.cli.runs import last_checkpoint
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     last_checkpoint(pathlib.Path(folder)) is None
-        True
-    """
+    """Returns the last complete checkpoint, or None; renames incomplete ones."""
     found = {
         int(number[1]): path
         for path in folder.iterdir()
@@ -112,7 +70,7 @@ def last_checkpoint(folder: Path) -> Path | None:
             return path
         aside = _free_name(path)
         path.rename(aside)
-        sys.stderr.write(f"{path} is not whole: passed over, and kept as {aside.name}.\n")
+        sys.stderr.write(f"{path} is incomplete; renamed to {aside.name}.\n")
     return None
 
 
@@ -120,7 +78,7 @@ def _read(path: Path, choose: str) -> dict[str, Any]:
     try:
         run = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read ({one_line(error)}). {choose}") from error
+        raise UsageError(f"{path} can't be read ({one_line(error)}). {choose}") from error
     if not isinstance(run, dict) or not isinstance(run.get("settings"), dict) or not _stands(run):
         raise UsageError(f"{path} does not describe a run. {choose}")
     return run
@@ -146,13 +104,13 @@ def _is_whole(checkpoint: Path) -> bool:
                 return False
         for path in checkpoint.iterdir():
             if path.suffix == ".safetensors":
-                with safe_open(path, "pt"):  # compares the size with the header
+                with safe_open(path, "pt"):  # checks the size
                     pass
             elif path.suffix in (".bin", ".pt", ".pth") and zipfile.ZipFile(path).testzip():
                 return False
-    except Exception:  # every reader has its own kinds
+    except Exception:  # the readers raise many kinds
         return False
-    # Without them the Trainer would go on, from an optimizer that knows nothing.
+    # Without these files the Trainer would silently resume with a new optimizer.
     has_weights = any(name.endswith(".safetensors") for name in names)
     return {"optimizer.pt", "scheduler.pt"} <= names and has_weights
 

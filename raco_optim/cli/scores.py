@@ -17,19 +17,7 @@ from raco_optim.cli.models import Loaded, Turns, log_probability, reference_of
 
 
 class Answer(NamedTuple):
-    """An answer of a model.
-
-    Attributes:
-        text: The answer.
-        prompt: Tokens of its prompt, as the model was asked.
-        tokens: Its tokens, with the one that ends it.
-
-    Example:
-        >>> import torch
-        >>> from raco_optim.cli.scores import Answer
-        >>> Answer("Hi", torch.tensor([1]), torch.tensor([2])).text
-        'Hi'
-    """
+    """The text of an answer, the tokens of its prompt, and its tokens."""
 
     text: str
     prompt: Tensor
@@ -37,20 +25,12 @@ class Answer(NamedTuple):
 
 
 def implicit_rewards(loaded: Loaded, answers: Sequence[Answer]) -> dict[str, list[float | None]]:
-    r"""Returns the reward that a run has learned, for each answer.
+    r"""Returns the implicit reward of a trained model for each answer.
 
     .. math:: \beta \log \frac{\pi(y \mid x)}{\pi_\text{ref}(y \mid x)}
 
-    per token for the loss types that are normalised by length. A run that was trained on one
-    objective alone has that objective's reward; any other, that of its weights.
-
-    Args:
-        loaded: The run's model.
-        answers: Those of all models, which must have the same tokens.
-
-    Returns:
-        Name of the reward -> its values; empty for a model without a reference: one that
-        `raco-optim align` has not trained, or with a loss that needs none.
+    It is divided by the number of tokens if the loss is. The result maps the name of the reward to
+    its values, and is empty if the model has no reference model.
     """
     from raco_optim.alignment.losses import REFERENCE_FREE
     from raco_optim.integrations.trl_config import LOSS_TYPES
@@ -81,15 +61,9 @@ def implicit_rewards(loaded: Loaded, answers: Sequence[Answer]) -> dict[str, lis
 def reward_model_scores(
     name: str, answers: Sequence[tuple[str | Turns, str]]
 ) -> dict[str, list[float | None]]:
-    """Returns the scores of a sequence classifier, one a label.
+    """Returns the scores of a sequence classifier by label.
 
-    Args:
-        name: Its folder, or a name on the model hub.
-        answers: Prompts and answers. They are passed in the classifier's chat template, or, if it
-            has none, as one text.
-
-    Raises:
-        UsageError: It cannot be loaded or used.
+    Prompt and answer are passed in its chat template or, if it has none, as one text.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -114,26 +88,13 @@ def reward_model_scores(
 
 
 def judge_scores(command: str, rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Returns the scores that a command prints, a line each.
-
-    Args:
-        command: The command, with its arguments.
-        rows: What it reads from its input, as a line of JSON each.
-
-    Raises:
-        UsageError: It cannot be started, fails, or prints something else than as many numbers.
-
-    Example:
-        >>> from raco_optim.cli.scores import judge_scores
-        >>> judge_scores("wc -l", [{"prompt": "Hi", "answer": "Hello"}])
-        [1.0]
-    """
+    """Runs a command that reads a line of JSON per answer and prints a score for each."""
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     with refusals(f"`--judge` {command}"):
         done = subprocess.run(shlex.split(command), input=lines, capture_output=True, text=True)
     if done.returncode:
         *_, last = done.stderr.splitlines() or [""]
-        raise UsageError(f"`--judge` {command} ended with {done.returncode}: {last}")
+        raise UsageError(f"`--judge` {command} failed with exit code {done.returncode}: {last}")
     printed = done.stdout.split()
     try:
         scores = list(map(float, printed))
@@ -141,6 +102,6 @@ def judge_scores(command: str, rows: Sequence[Mapping[str, Any]]) -> list[float]
         scores = []
     if len(scores) != len(rows) or not all(map(math.isfinite, scores)):
         raise UsageError(
-            f"`--judge` must print {len(rows)} numbers, one a line; got {done.stdout[:80]!r}."
+            f"`--judge` must print {len(rows)} numbers, one per line; got {done.stdout[:80]!r}."
         )
     return scores

@@ -1,4 +1,4 @@
-"""`raco-optim soup`: the weighted average of models that were trained on one objective each."""
+"""`raco-optim soup`: the weighted average of models trained on one objective each."""
 
 from __future__ import annotations
 
@@ -14,39 +14,30 @@ from raco_optim.cli.models import load
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs `raco-optim soup`.
-
-    Args:
-        arguments: What follows ``raco-optim soup`` on the command line.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        UsageError: A model cannot be loaded, the models or the weights do not belong together, or
-            the output folder cannot be written.
-    """
+    """Runs `raco-optim soup`."""
     parser = OneLineErrors(
         prog="raco-optim soup",
-        description="Averages models that were trained from the same one (rewarded soups). "
-        "Adapters are merged into their model first: averaged factors give another model.",
+        description="Averages models that were trained from the same model (rewarded soups). "
+        "Adapters are merged into their model first.",
         allow_abbrev=False,
     )
     parser.add_argument("models", nargs="+", help="folders with models or adapters")
     parser.add_argument(
-        "--weights", nargs="+", type=float, required=True, help="one a model; they sum to 1"
+        "--weights", nargs="+", type=float, required=True, help="one per model; they sum to 1"
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="a new folder for the model")
     options = parser.parse_args(arguments)
     count = len(options.weights)
     if count != len(options.models) or count != len(set(options.models)):
         raise UsageError(
-            f"`--weights` must have one number for each of different models; got {count} for "
-            f"{' '.join(options.models)}."
+            f"`--weights` must have one number per model, and the models must differ; got {count} "
+            f"for {' '.join(options.models)}."
         )
     make_folder(options.output_dir, "--output_dir")
     if any(options.output_dir.iterdir()):
-        raise UsageError(f"`--output_dir` must be empty; got {options.output_dir}.")
+        raise UsageError(
+            f"`--output_dir` must be a new or an empty folder; got {options.output_dir}."
+        )
     with held(options.output_dir, "--output_dir"):
         _save(options.models, options.weights, options.output_dir)
     sys.stdout.write(f"model and tokenizer: {options.output_dir}\n")
@@ -61,7 +52,7 @@ def _save(names: Sequence[str], weights: Sequence[float], folder: Path) -> None:
         starts |= {loaded.start: None} if loaded.start else {}
         if len(starts) > 1:
             raise UsageError(
-                f"the models must have been trained from the same one; got {' and '.join(starts)}."
+                f"the models must be trained from the same model; got {' and '.join(starts)}."
             )
         with refusals(f"merging the adapters of {name}"):
             dtype, model = loaded.model.dtype, loaded.model.float()
@@ -70,6 +61,6 @@ def _save(names: Sequence[str], weights: Sequence[float], folder: Path) -> None:
         states[name] = model.state_dict()
     with refusals(f"the average of {' '.join(names)}"):
         model.load_state_dict(rewarded_soup(states, dict(zip(names, weights, strict=True))))
-    with refusals(f"{folder} cannot be written"):
+    with refusals(f"{folder} can't be written"):
         model.to(dtype).save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)

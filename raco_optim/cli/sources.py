@@ -1,4 +1,4 @@
-"""Files, folders and data sets on the hub -> records, one after the other, however many."""
+"""Reads files, folders and data sets on the hub as records, one at a time."""
 
 from __future__ import annotations
 
@@ -28,20 +28,15 @@ _HELD_OUT = re.compile(
 
 @dataclass(frozen=True)
 class Source:
-    """A file or a data set that records are read from.
+    """A file or data set.
 
     Attributes:
-        name: What the user called it, or the path of a file in a folder that was named.
-        option: The option that named it, for the messages.
+        name: The user's name for it, or its path in a named folder.
+        option: The option that named it, for messages.
         open: Starts reading.
         digest: Returns a hash of the content.
         texts_only: Whether every value is a text, as in a CSV file.
-        share: Its share of a mixture, or None to take all of it.
-
-    Example:
-        >>> from raco_optim.cli.sources import Source
-        >>> Source("a.jsonl", "--data", lambda: iter([]), lambda: "").share is None
-        True
+        share: Its share of a mixture; None to use all of it.
     """
 
     name: str
@@ -52,56 +47,36 @@ class Source:
     share: float | None = None
 
     def records(self) -> Iterator[Record]:
-        """Reads the records, and checks that they are some.
-
-        Raises:
-            UsageError: The source cannot be read, or a record is not a mapping.
-        """
+        """Reads the records; raises `UsageError` if that fails or one is not a mapping."""
         try:
             for place, fields in self.open():
                 if not isinstance(fields, dict):
-                    error = ValueError(f"a record has names and values; got {fields!r:.60}")
+                    error = ValueError(f"a record must have names and values; got {fields!r:.60}")
                     raise self.refusal(error, place)
                 yield Record(place, fields)
         except (UsageError, ImportError):
             raise
         except RecursionError as error:
             raise self.refusal(ValueError("a record is nested too deeply")) from error
-        except Exception as error:  # every reader has its own kinds
+        except Exception as error:  # the readers raise many kinds
             raise self.refusal(error) from error
 
     def refusal(self, error: Exception, place: str = "") -> UsageError:
-        """Returns the error for a source that cannot be used.
-
-        Args:
-            error: What is wrong.
-            place: The record that is wrong.
-        """
+        """Returns the `UsageError` for a bad source, or for the record at `place`."""
         where = f", {place}" if place else ""
-        return UsageError(f"`{self.option}` cannot be used: {self.name}{where}: {one_line(error)}")
+        return UsageError(f"`{self.option}` can't be used: {self.name}{where}: {one_line(error)}")
 
 
 def open_sources(names: Sequence[str], option: str) -> list[Source]:
-    """Finds out what names mean: files, folders of files, or data sets on the hub.
+    """Resolves names to files, folders of files, or data sets on the hub.
 
     Args:
-        names: Paths, or ``owner/name``, ``owner/name:split`` or ``owner/name/folder:split`` for the
-            hub. ``=0.3`` behind each makes them shares of a mixture.
-        option: The option that named them, for the messages.
+        names: Paths, or ``owner/name``, ``owner/name:split`` or ``owner/name/folder:split`` on the
+            hub. With ``=0.3`` after each name they are shares of a mixture.
+        option: The option that named them, for messages.
 
     Returns:
-        One source a file or data set, in the order of the names; those of a folder sorted.
-
-    Raises:
-        UsageError: A name is no such thing, a file is empty or of an unknown kind, a folder holds
-            no data or training and held-out data side by side, or the shares are not usable.
-
-    Example:
-        >>> from raco_optim.cli.sources import open_sources
-        >>> open_sources(["pairs.txt"], "--data")
-        Traceback (most recent call last):
-        raco_optim.cli.errors.UsageError: `--data` must be a .jsonl, .json, .csv or .parquet file; \
-got pairs.txt.
+        One source per file or data set, in the order of the names; the files of a folder sorted.
     """
     with refusals(f"`{option}` {' '.join(names)}", OSError):
         shares = [_share(name, option) for name in names]
@@ -113,28 +88,16 @@ got pairs.txt.
     given = [share for _, share in shares if share is not None]
     if given and (len(given) < len(shares) or abs(sum(given) - 1) > 1e-6):
         raise UsageError(
-            f"`{option}` must have a share behind every name, and they must sum to 1; got "
+            f"`{option}` must have a share after every name, and the shares must sum to 1; got "
             f"{' '.join(names)}."
         )
     if given and len(found) > len(shares):
-        raise UsageError(f"`{option}` must be files where there are shares, not folders of files.")
+        raise UsageError(f"`{option}` with shares must be files, not folders of files.")
     return found
 
 
 def fingerprint(sources: Sequence[Source]) -> str:
-    """Returns a hash of the contents of sources; that of one file is the SHA-256 of its bytes.
-
-    Args:
-        sources: Those that `open_sources` returned.
-
-    Raises:
-        UsageError: One of them cannot be read.
-
-    Example:
-        >>> from raco_optim.cli.sources import Source, fingerprint
-        >>> fingerprint([Source("a.jsonl", "--data", lambda: iter([]), lambda: "abc")])
-        'abc'
-    """
+    """Returns a hash of the contents of sources; for one file its SHA-256."""
     parts = []
     for source in sources:
         try:
@@ -167,7 +130,7 @@ def _named(name: str, option: str) -> list[Source]:
         return _folder(path, option)
     if _suffix(path) in READERS or path.is_absolute() or not _HUB_NAME.fullmatch(name):
         if _suffix(path) in READERS or "." not in path.name:
-            raise UsageError(f"`{option}` must be a file; got {name}, which is no such file.")
+            raise UsageError(f"`{option}` must be a file; got {name}, which does not exist.")
         raise UsageError(f"`{option}` must be a {FORMATS} file; got {name}.")
     return [_on_the_hub(name, option)]
 
@@ -191,7 +154,8 @@ def _suffix(path: Path) -> str:
 def _folder(folder: Path, option: str) -> list[Source]:
     if (folder / "dataset_dict.json").is_file():
         raise UsageError(
-            f"`{option}` must be one split; got {folder}, which has several. Name a folder in it."
+            f"`{option}` must be one split; got {folder}, which has several. Name one of its "
+            f"folders."
         )
     if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
 
@@ -215,8 +179,8 @@ def _folder(folder: Path, option: str) -> list[Source]:
     held_out = [x for x in files if _HELD_OUT.search(str(x.relative_to(folder)).lower())]
     if 0 < len(held_out) < len(files):
         raise UsageError(
-            f"`{option}` must not mix data for training with held-out data; got the folder "
-            f"{folder}, which has {held_out[0].relative_to(folder)} beside others. Name the files."
+            f"`{option}` must not mix training data with held-out data; got the folder {folder}, "
+            f"which has {held_out[0].relative_to(folder)} among others. Name the files."
         )
     return [_file(path, option) for path in files]
 
@@ -236,7 +200,7 @@ def _on_the_hub(name: str, option: str) -> Source:
         except Exception as error:  # no network, no such name, no such split, a gated set
             raise UsageError(
                 f"`{option}` must be a file, a folder or a data set on the hub; got {name}, which "
-                f"is no file and no folder, and cannot be loaded from the hub ({one_line(error)})."
+                f"is neither a file nor a folder, and the hub failed ({one_line(error)})."
             ) from error
 
     return _stored(name, option, load)

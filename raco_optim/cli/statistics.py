@@ -1,7 +1,7 @@
-"""Records of a grid -> groups, intervals, hypervolumes, distances, paired differences.
+"""Statistics of a grid's results: intervals, hypervolumes, distances, paired differences.
 
-Values are taken as costs, to be minimised: the loss as it is, 1 - accuracy, and -margin. Intervals
-are bootstrapped over seeds; with few seeds they are narrower than their level says.
+All values are costs to minimise: the loss, 1 - accuracy, and -margin. Intervals are bootstrapped
+over seeds; with few seeds they are too narrow for their level.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Difference(NamedTuple):
     Attributes:
         cell: The method and the weights.
         objective: The objective; None for the weighted sum over all.
-        interval: Mean of the differences over the seeds that both have, with its interval.
-        seeds: How many these are.
+        interval: Mean and interval of the differences over common seeds.
+        seeds: Number of common seeds.
 
     Example:
         >>> from raco_optim.cli.cells import Cell
@@ -70,13 +70,13 @@ class Difference(NamedTuple):
 def bootstrap_interval(
     values: Sequence[float], seed: int = 0, level: float = 0.95, resamples: int = 10_000
 ) -> Interval:
-    """Computes the mean and its percentile bootstrap interval.
+    """Computes a mean and its percentile bootstrap interval.
 
     Args:
-        values: Independent values, one a seed; at least one.
+        values: Independent values, one per seed; at least one.
         seed: Seed of the resampling.
-        level: Coverage in (0, 1).
-        resamples: How often the values are drawn with replacement.
+        level: Coverage, in (0, 1).
+        resamples: Number of bootstrap samples.
 
     Returns:
         The mean with the quantiles (1 - level) / 2 and (1 + level) / 2 of the resampled means.
@@ -105,14 +105,14 @@ def bootstrap_interval(
 
 
 def frame(records: Sequence[Record], metric: str) -> tuple[list[float], list[float]]:
-    """Returns the best and the worst corner of the box that `hypervolumes` measures in.
+    """Returns the best and the worst corner of the box in which `hypervolumes` measures.
 
-    For the accuracy they are an error of 0 and of 1 in every objective, whatever the runs. Losses
-    and margins have no bounds: there the box holds all of these records and a tenth of their range
-    beyond the worst, hence volumes compare within one set of records only.
+    For the accuracy the box is the unit cube. Losses and margins have no bounds: their box contains
+    all records and extends beyond the worst by a tenth of their range, so these volumes are
+    comparable only within one set of records.
 
     Args:
-        records: Records with finite values, of all methods that are compared.
+        records: Records with finite values, of all methods to compare.
         metric: ``"loss"``, ``"accuracy"`` or ``"margin"``.
 
     Example:
@@ -129,17 +129,17 @@ def frame(records: Sequence[Record], metric: str) -> tuple[list[float], list[flo
 
 
 def hypervolumes(records: Sequence[Record], metric: str) -> dict[str, dict[int, float]]:
-    """Computes what each method's set of trade-offs dominates, for each seed.
+    """Computes the hypervolume of each method's trade-offs, for each seed.
 
-    A seed for which a run is missing at some of the method's weights is left out: its set would be
-    smaller than that of the others.
+    A seed that lacks a run at one of the method's weights is left out, because its volume would be
+    too small.
 
     Args:
         records: Records with finite values; see `finite`.
         metric: ``"loss"``, ``"accuracy"`` or ``"margin"``.
 
     Returns:
-        By method, as in `Cell.method`, and seed: the hypervolume as a share of the box of `frame`.
+        By method, as in `Cell.method`, and seed: the hypervolume as a fraction of `frame`'s box.
 
     Raises:
         ImportError: There are three objectives or more and moocore is not installed.
@@ -172,7 +172,7 @@ def hypervolumes(records: Sequence[Record], metric: str) -> dict[str, dict[int, 
 
 
 def front(records: Sequence[Record], metric: str) -> list[bool]:
-    """Marks the records that no other one dominates.
+    """Marks the records that no other record dominates.
 
     Args:
         records: Records with finite values; see `finite`.
@@ -189,7 +189,7 @@ def front(records: Sequence[Record], metric: str) -> list[bool]:
 
 
 def front_distances(records: Sequence[Record], metric: str) -> list[float]:
-    """Computes each record's Euclidean distance to the best-known front, that of all records.
+    """Computes the Euclidean distance of each record to the front of all records.
 
     Args:
         records: Records with finite values; see `finite`.
@@ -211,10 +211,10 @@ def front_distances(records: Sequence[Record], metric: str) -> list[float]:
 def paired_difference(
     records: Sequence[Record], metric: str, baseline: str = "linear"
 ) -> list[Difference]:
-    """Computes what each method changes against the baseline, at equal weights and equal seeds.
+    """Computes the cost of each method minus that of a baseline, at equal weights and seeds.
 
-    The difference of a pair of runs is free of what the seed does to both. Of the costs, so below
-    zero is better.
+    Pairing by seed removes the variation that a seed causes in both runs. A difference below zero
+    is better.
 
     Args:
         records: Records with finite values; see `finite`.
@@ -222,8 +222,8 @@ def paired_difference(
         baseline: The method to compare with.
 
     Returns:
-        One difference per cell and objective, and one of the weighted sum ``w . cost`` (objective
-        None); none for what the baseline has no run for.
+        One difference per cell and objective, and one for the weighted sum ``w . cost`` (objective
+        None). Cells without a matching run of the baseline are left out.
 
     Example:
         >>> from raco_optim.cli.statistics import paired_difference
@@ -254,18 +254,10 @@ def paired_difference(
 
 
 def sign_flip_p_value(differences: Sequence[float]) -> float:
-    """Computes the two-sided p-value of paired differences: are they as large with random signs?
+    """Computes the two-sided p-value of the sign-flip test on paired differences.
 
-    Args:
-        differences: One a seed. All their signs are tried up to 12 of them; beyond, 4096 at random.
-
-    Returns:
-        The share of the signs for which the sum is as far from 0; at least 2^(1 - n) for n seeds.
-
-    Example:
-        >>> from raco_optim.cli.statistics import sign_flip_p_value
-        >>> sign_flip_p_value([1.0, 2.0, 3.0])
-        0.25
+    It is the fraction of sign patterns (all of them for up to 12 differences, otherwise 4096 random
+    ones) whose sum is at least as far from 0; at least 2^(1 - n) for n differences.
     """
     x = np.array(differences)
     if len(x) <= 12:
@@ -280,15 +272,15 @@ def sign_flip_p_value(differences: Sequence[float]) -> float:
 def indistinguishable(
     records: Sequence[Record], metric: str, level: float = 0.05
 ) -> list[tuple[str, str]]:
-    """Returns the pairs of methods whose hypervolumes these seeds do not tell apart.
+    """Returns the pairs of methods whose hypervolumes these seeds do not distinguish.
 
-    The hypervolumes of two methods are compared seed by seed with the sign-flip test, and the
-    p-values of all pairs are corrected for their number by Holm's method.
+    The sign-flip test compares two methods seed by seed; Holm's method corrects the p-values for
+    the number of pairs.
 
     Args:
         records: Records with finite values.
         metric: ``"loss"``, ``"accuracy"`` or ``"margin"``.
-        level: Most errors of the first kind, over all pairs.
+        level: Family-wise error rate.
 
     Example:
         >>> from raco_optim.cli.statistics import indistinguishable

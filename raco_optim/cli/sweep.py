@@ -1,4 +1,4 @@
-"""`raco-optim sweep`: weights x methods x seeds -> one JSONL file; killed, it goes on."""
+"""`raco-optim sweep`: runs of all weights, methods and seeds in one JSONL file; it resumes."""
 
 from __future__ import annotations
 
@@ -24,49 +24,39 @@ from raco_optim.integrations.gguf import name_base
 
 COMMAND = "raco-optim sweep"
 
-# Name of the folder of a run.
+# The names of the folders of runs.
 _RUN = re.compile(r"[0-9a-f]{16}")
 
-# What the grid sets for each run; the other settings are those of all runs.
+# Settings that the grid varies.
 _OF_A_POINT = ("weights", "method", "c", "seed")
 _SET_HERE = {"--method": "--methods", "--seed": "--seeds", "--output_dir": "--output"}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs `raco-optim sweep`.
-
-    Args:
-        arguments: What follows ``raco-optim sweep`` on the command line.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        UsageError: The arguments, the data, the model or the output are not usable.
-    """
+    """Runs `raco-optim sweep`."""
     options, training = _parser().parse_known_args(arguments)
     for argument in training:
         name = f"--{option_name(argument)}"
         if argument.startswith("--") and name in _SET_HERE:
-            raise UsageError(f"`{name}` is set for each run: use `{_SET_HERE[name]}`.")
+            raise UsageError(f"`{name}` must be left out. Use `{_SET_HERE[name]}`.")
     check_writable(options.output, "--output")
     weights = _weights(training, options.weights)
     _check_methods(options.methods)
     points = grid_points(options.methods, weights, options.seeds, options.c)
-    # All of them are checked before the first one takes its time.
+    # Check all runs before the first one starts.
     parsed = {point.method: _parsed(training, vars(point), Path("none")) for point in points}
     check_silenced(list(parsed.values()))
     for of_method in parsed.values():
         if of_method.align.eval_data is None:
-            raise UsageError("`--eval_data` must be given: a sweep compares held-out results.")
+            raise UsageError("`--eval_data` must be given, because a sweep compares results on it.")
         load_data(of_method)
     models = options.output.with_name(f"{options.output.name}.models")
     records = sweep(options.output, points, training, models if options.keep_models else None)
     kept = sum("model" in record["extra"] for record in records)
     if options.keep_models and kept < len(records):
         sys.stderr.write(
-            f"{len(records) - kept} of {len(records)} runs were over before `--keep_models` was "
-            f"given, and left no model. The report has the commands that train them again.\n"
+            f"{len(records) - kept} of {len(records)} runs finished before `--keep_models` was "
+            f"given, so their models are gone. The report lists the commands to train them again.\n"
         )
     sys.stdout.write(f"\n{len(points)} runs: {options.output}\n")
     if kept:
@@ -80,21 +70,15 @@ def main(arguments: Sequence[str]) -> int:
 def sweep(
     path: Path, points: Sequence[Point], training: Sequence[str], models: Path | None
 ) -> list[dict[str, Any]]:
-    """Runs what the file has no record of, each run in a folder of its own.
+    """Runs the points that the file has no record of, each in a folder next to the file.
 
-    A folder stays until the record is on the disk, so that a run which was interrupted resumes.
+    A folder remains until its record is on the disk, so an interrupted run resumes.
 
     Args:
-        path: The JSONL file. The runs are in the folder of its name with ``.runs`` behind.
-        points: What to run.
-        training: The options of `raco-optim align` that all runs share.
-        models: The folder for the models, or None to keep none.
-
-    Returns:
-        The records of the points, in this order.
-
-    Raises:
-        UsageError: See `run_grid` and `raco_optim.cli.align.align`.
+        path: The JSONL file; the folders are in ``<path>.runs``.
+        points: The runs.
+        training: Options of `raco-optim align` that all runs share.
+        models: Folder for the models; None to keep none.
     """
     work = path.with_name(f"{path.name}.runs")
 
@@ -103,7 +87,7 @@ def sweep(
         for other in work.glob("*"):
             if _RUN.fullmatch(other.name) and other != folder:
                 shutil.rmtree(other)
-        # The Trainer of the run before is in a cycle of references, and so is its model.
+        # Frees the model of the previous Trainer, which is in a reference cycle.
         gc.collect()
         parsed = _parsed(training, vars(point), folder)
         result = align(parsed, work, save_model=models is not None)
@@ -115,7 +99,7 @@ def sweep(
                 extra["model"] = str(_keep(folder, models, point, parsed))
         return {**result, "extra": extra}
 
-    # With a method that adds nothing to the settings of its own.
+    # The method "linear" has no settings of its own.
     common = _parsed(training, {**vars(points[0]), "method": "linear", "c": None}, work)
     settings = common.settings(data_hashes(common))
     records = run_grid(
@@ -124,19 +108,19 @@ def sweep(
     for own in work.glob("*"):
         if _RUN.fullmatch(own.name) or own.name.startswith("base_model-"):
             shutil.rmtree(own)
-    with contextlib.suppress(OSError):  # there is none, or somebody else put something into it
+    with contextlib.suppress(OSError):  # missing, or not empty
         work.rmdir()
     return records
 
 
 def _keep(folder: Path, models: Path, point: Point, parsed: Parsed) -> Path:
-    """Copies the result of a run, without its checkpoints, to a folder that is named after it."""
+    """Copies the result of a run, without its checkpoints, to a folder named after the run."""
     if not any(folder.glob("*.safetensors")):
-        raise UsageError(f"{folder} is over and kept no model. Remove it, and start again.")
+        raise UsageError(f"{folder} is finished but has no model. Remove it and start again.")
     kept, partial = models / _name(point), models / f".{_name(point)}.part"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(folder, partial, ignore=shutil.ignore_patterns("*checkpoint-*"))
-    for base in folder.parent.glob("base_model-*"):  # of all runs, from a .gguf file
+    for base in folder.parent.glob("base_model-*"):  # shared by all runs, from a .gguf file
         if not (models / base.name).exists():
             shutil.copytree(base, models / base.name)
         if parsed.model.use_peft:
@@ -151,7 +135,7 @@ def _name(point: Point) -> str:
 
 
 def _without(arguments: Sequence[str], names: Collection[str]) -> list[str]:
-    """Leaves out options, with their values."""
+    """Removes options and their values from arguments."""
     found, wanted = [], True
     for argument in arguments:
         if argument.startswith("--"):
@@ -163,10 +147,10 @@ def _without(arguments: Sequence[str], names: Collection[str]) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineErrors(
         prog=COMMAND,
-        description="Trains and evaluates at each of weights x methods x seeds; one JSONL line a "
-        "run. The same command again goes on where it was stopped.",
-        epilog="All other options are those of `raco-optim align`, such as --model, --data and "
-        "--eval_data, which are needed, and hold for every run; see `raco-optim align --help-all`.",
+        description="Trains and evaluates with all combinations of weights, methods and seeds, and "
+        "writes one line of JSON per run. Run the same command again to resume.",
+        epilog="All other options go to every run: --model, --data and --eval_data, which are "
+        "required, and the options that `raco-optim align --help-all` lists.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -174,15 +158,15 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="A=X,B=Y",
-        help="one trade-off each: helpful=0.8,harmless=0.2 helpful=0.5,harmless=0.5",
+        help="one or more trade-offs: helpful=0.8,harmless=0.2 helpful=0.5,harmless=0.5",
     )
     parser.add_argument(
         "--methods",
         nargs="+",
         required=True,
-        help="raco, cagrad, linear, mgda, amopo, modpo; mgda asks for no weights and runs once",
+        help="raco, cagrad, linear, mgda, amopo, modpo; mgda ignores weights and runs once",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default: 0")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds (default: 0)")
     parser.add_argument(
         "--c", nargs="+", type=float, default=[0.4], help="radii of raco and cagrad (default: 0.4)"
     )
@@ -190,13 +174,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--keep_models",
         action="store_true",
-        help="keep the model of each run in a folder beside the results",
+        help="keep the model of each run in a folder next to the results",
     )
     return parser
 
 
 def _weights(training: Sequence[str], given: Sequence[str]) -> list[dict[str, float]]:
-    """The trade-offs by objective, all in the order of the first."""
+    """Returns the trade-offs by objective, all in the order of the first."""
     point = {"method": "linear", "seed": 0, "c": None}
     found = [
         _parsed(training, {**point, "weights": weights}, Path("none")).config.objective_weights
@@ -206,15 +190,15 @@ def _weights(training: Sequence[str], given: Sequence[str]) -> list[dict[str, fl
     for weights in found:
         if set(weights) != set(first):
             raise UsageError(
-                f"`--weights` must name the same objectives each time; got {', '.join(first)} and "
-                f"{', '.join(weights)}."
+                f"`--weights` must name the same objectives in all trade-offs; got "
+                f"{', '.join(first)} and {', '.join(weights)}."
             )
     return [{name: weights[name] for name in first} for weights in found]
 
 
 def _check_methods(given: Sequence[str]) -> None:
-    """`raco-optim align` would say what is wrong with `--method`, which nobody gave."""
-    from raco_optim.integrations.trl_config import METHODS  # needs TRL, which is there by now
+    """Checks `--methods` here, because `raco-optim align` would refer to `--method`."""
+    from raco_optim.integrations.trl_config import METHODS
 
     for method in given:
         if method not in METHODS:

@@ -1,4 +1,4 @@
-"""Records of a grid -> tables of text, which the terminal and the page show alike."""
+"""Tables of a grid's results, for the terminal and the page."""
 
 from __future__ import annotations
 
@@ -24,22 +24,14 @@ METRICS = ("loss", "accuracy", "margin")
 
 @dataclass(frozen=True)
 class Table:
-    """A table of strings with what the reader has to know.
+    """A table of strings.
 
     Attributes:
-        title: What it shows.
+        title: Heading.
         header: Names of the columns.
-        rows: Cells, as many a row as there are columns.
-        note: What the numbers are.
+        rows: Cells, one per column in each row.
+        note: Explanation of the numbers.
         wrapped: Whether the cells are texts, which a page may wrap.
-
-    Example:
-        >>> from raco_optim.cli.tables import Table
-        >>> print(Table("Runs", ["method", "loss"], [["linear", "0.5"]], "Made up.").text())
-        Runs
-          method  loss
-          linear   0.5
-        Made up.
     """
 
     title: str
@@ -49,7 +41,7 @@ class Table:
     wrapped: bool = False
 
     def text(self) -> str:
-        """The table for a terminal, the first column flush left."""
+        """Returns the table as text for a terminal."""
         lines = [self.header, *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         body = [
@@ -64,37 +56,13 @@ class Table:
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Returns the mean and, of two values or more, the standard deviation, as text.
-
-    Args:
-        values: One value a seed, at least one.
-        digits: Digits behind the point.
-
-    Example:
-        >>> from raco_optim.cli.tables import spread
-        >>> spread([1.0, 2.0])
-        '1.500 ± 0.707'
-    """
+    """Returns the mean and, for two values or more, the standard deviation as text."""
     mean = f"{statistics.fmean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def result_tables(records: Sequence[Record]) -> list[Table]:
-    """Returns what was reached on held-out pairs, one table a metric.
-
-    Args:
-        records: Records with finite values.
-
-    Example:
-        >>> from raco_optim.cli.tables import result_tables
-        >>> point = {"method": "linear", "weights": {"a": 1.0}, "seed": 0, "c": None}
-        >>> scores = {"loss": 0.5, "margin": 0.1, "accuracy": 0.75, "labelled": 4}
-        >>> print(result_tables([{"point": point, "evaluation": {"a": scores}}])[1].text())
-        Held-out accuracy (higher is better)
-          method  weights  seeds      a  distance to front
-          linear        1      1  0.750              0.000
-        Weights in the order a.
-    """
+    """Returns one table per metric of the held-out results."""
     names = objectives_of(records[0])
     better = {"loss": "lower", "accuracy": "higher", "margin": "higher"}
     tables = []
@@ -122,18 +90,7 @@ def result_tables(records: Sequence[Record]) -> list[Table]:
 
 
 def hypervolume_table(records: Sequence[Record]) -> Table:
-    """Returns the hypervolume of each method, with its bootstrap interval over seeds.
-
-    Args:
-        records: Records with finite values.
-
-    Example:
-        >>> from raco_optim.cli.tables import hypervolume_table
-        >>> point = {"method": "linear", "weights": {"a": 1.0}, "seed": 0, "c": None}
-        >>> scores = {"loss": 0.5, "margin": 0.1, "accuracy": 0.75, "labelled": 4}
-        >>> hypervolume_table([{"point": point, "evaluation": {"a": scores}}]).rows
-        [['linear', '1', '1', '1.000', '0.750']]
-    """
+    """Returns the hypervolume of each method, with its bootstrap interval over seeds."""
     points: dict[str, int] = {}
     for cell in group_by_point(records):
         points[cell.method] = points.get(cell.method, 0) + 1
@@ -152,25 +109,15 @@ def hypervolume_table(records: Sequence[Record]) -> Table:
         "Hypervolume (higher is better)",
         ["method", "trade-offs", "seeds", "of losses", "of accuracies"],
         rows,
-        "Mean over seeds [95% bootstrap interval over seeds]: the share of a box that is "
-        "dominated. For accuracies it is the unit cube; for losses it goes from the best of all "
-        f"runs ({best}) to the worst plus a tenth of the range ({worst}), so that these values "
-        "compare within this table only. A method with more trade-offs can dominate more.",
+        "Mean over seeds [95% bootstrap interval over seeds] of the dominated fraction of a box. "
+        "For accuracies the box is the unit cube. For losses it extends from the best of all runs "
+        f"({best}) to the worst plus a tenth of the range ({worst}); compare these values only "
+        "within this table. A method with more trade-offs can dominate more.",
     )
 
 
 def difference_table(records: Sequence[Record], baseline: str = "linear") -> Table:
-    """Returns the paired differences of the held-out losses against a baseline.
-
-    Args:
-        records: Records with finite values.
-        baseline: The method to compare with.
-
-    Example:
-        >>> from raco_optim.cli.tables import difference_table
-        >>> difference_table([], "linear").rows
-        []
-    """
+    """Returns the paired differences of the held-out losses from a baseline."""
     names = objectives_of(records[0]) if records else []
     rows: dict[tuple[str, str], list[str]] = {}
     for difference in paired_difference(records, "loss", baseline):
@@ -178,26 +125,17 @@ def difference_table(records: Sequence[Record], baseline: str = "linear") -> Tab
         row = rows.setdefault(key, [*key, str(difference.seeds)])
         row.append(_interval(difference.interval, signed=True))
     return Table(
-        f"Held-out loss minus that of {baseline} (below 0 is better)",
+        f"Held-out loss, difference from {baseline} (below 0 is better)",
         ["method", "weights", "pairs", *names, "weighted sum"],
         list(rows.values()),
-        "Of runs with the same weights and seed. Mean [95% bootstrap interval over seeds]. With "
-        "few seeds the intervals are too narrow, and among many some miss 0 by chance.",
+        "Mean [95% bootstrap interval over seeds] over pairs of runs with the same weights and "
+        "seed. With few seeds the intervals are too narrow, and among many intervals some miss 0 "
+        "by chance.",
     )
 
 
 def step_table(records: Sequence[Record]) -> Table:
-    """Returns what happened to the gradients while training, and how long it took.
-
-    Args:
-        records: Records of `run_grid`.
-
-    Example:
-        >>> from raco_optim.cli.tables import step_table
-        >>> point = {"method": "raco", "weights": {"a": 1.0}, "seed": 0, "c": 0.4}
-        >>> step_table([{"point": point, "training": {"hurting_steps": 0.25}}]).rows
-        [['raco (c = 0.4)', '1', '25.0 %', '-', '-']]
-    """
+    """Returns how often gradients conflicted or an update hurt, and the training times."""
 
     def mean(group: Sequence[Record], name: str, unit: str, factor: float = 1.0) -> str:
         values = [r["training"].get(name) for r in group]
@@ -217,24 +155,14 @@ def step_table(records: Sequence[Record]) -> Table:
             ]
             for cell, group in group_by_point(records).items()
         ],
-        "Hurting: steps whose combined gradient, followed downhill, raises the loss of an "
-        "objective to first order. Conflicting: steps on which the gradients of two objectives "
-        f"have a negative inner product. {NOTHING}: not recorded.",
+        "Hurting: steps whose update raises the loss of an objective to first order. Conflicting: "
+        "steps on which the gradients of two objectives have a negative inner product. "
+        f"{NOTHING}: not recorded.",
     )
 
 
 def model_table(records: Sequence[Record]) -> Table:
-    """Returns where the model of each run is, or the command that trains it again.
-
-    Args:
-        records: Records of `raco-optim sweep`, or of `run_grid`, which may not say it.
-
-    Example:
-        >>> from raco_optim.cli.tables import model_table
-        >>> point = {"method": "linear", "weights": {"a": 1.0}, "seed": 0, "c": None}
-        >>> model_table([{"point": point, "extra": {"model": "kept"}}]).rows
-        [['linear', '1', '0', 'kept']]
-    """
+    """Returns the model of each run, or the command that trains it again."""
     rows = []
     for record in records:
         cell, extra = cell_of(record), record.get("extra", {})
@@ -242,24 +170,14 @@ def model_table(records: Sequence[Record]) -> Table:
         rows.append([cell.method, cell.trade_off, str(record["point"]["seed"]), where])
     return Table(
         "Models",
-        ["method", "weights", "seed", "folder, or command that trains it again"],
+        ["method", "weights", "seed", "folder, or command to train it again"],
         rows,
         wrapped=True,
     )
 
 
 def mapping_table(title: str, mappings: Iterable[Mapping[str, Any]]) -> Table:
-    """Returns names and values; where the mappings differ, all values of a name.
-
-    Args:
-        title: What they are.
-        mappings: As JSON holds them.
-
-    Example:
-        >>> from raco_optim.cli.tables import mapping_table
-        >>> mapping_table("Environment", [{"cores": 2}, {"cores": 4}]).rows
-        [['cores', '2; 4']]
-    """
+    """Returns names and values; if the mappings differ, all values of a name."""
     values: dict[str, dict[str, None]] = {}
     for mapping in mappings:
         for name, value in mapping.items():
@@ -269,16 +187,7 @@ def mapping_table(title: str, mappings: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def interval_text(values: Sequence[float]) -> str:
-    """Returns the mean and its bootstrap interval as text; `NOTHING` of no value.
-
-    Args:
-        values: One value a seed.
-
-    Example:
-        >>> from raco_optim.cli.tables import interval_text
-        >>> interval_text([1.0, 1.0])
-        '1.000 [1.000, 1.000]'
-    """
+    """Returns the mean and its bootstrap interval as text; `NOTHING` without a value."""
     return _interval(bootstrap_interval(values)) if values else NOTHING
 
 

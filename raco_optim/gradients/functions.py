@@ -19,7 +19,7 @@ def per_loss_gradients(
 ) -> list[Gradient]:
     r"""Computes the gradient of every loss with respect to every parameter.
 
-    .. math:: g_i = \nabla_\theta L_i, \quad i = 1, \dots, m
+    .. math:: g_i = \nabla_\theta L_i, \quad i = 1, \ldots, m
 
     The gradients stay lists of per-parameter tensors and are never copied into one
     ``[m, n]`` matrix. The last backward pass frees the graph; with callables each graph is

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,17 +102,16 @@ def find_uses(losses: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> 
     return found
 
 
-def walk_graph(root: Any, walked: set[Any]) -> Iterator[Any]:  # noqa: ANN401  # a node of autograd
-    """Yields the nodes behind a node, but for those in `walked`, to which it adds them."""
-    stack = [] if root is None or root in walked else [root]
-    walked.update(stack)
-    while stack:
-        node = stack.pop()
-        yield node
+def walk_graph(root: Any, walked: set[Any]) -> list[Any]:  # noqa: ANN401  # a node of autograd
+    """Returns the nodes behind a node, but for those in `walked`, to which it adds them."""
+    nodes = [] if root is None or root in walked else [root]
+    walked.update(nodes)
+    for node in nodes:  # which grows
         for child, _ in node.next_functions:
             if child is not None and child not in walked:
                 walked.add(child)
-                stack.append(child)
+                nodes.append(child)
+    return nodes
 
 
 def _walk(roots: Sequence[Any]) -> tuple[_Consumers, dict[Any, int]]:

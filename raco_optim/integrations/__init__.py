@@ -1,1 +1,1 @@
-"""Trainers of other libraries, driven by `raco_optim`; each module needs its library installed."""
+"""Trainers of other libraries that use `raco_optim`; each module needs its library installed."""

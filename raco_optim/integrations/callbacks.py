@@ -1,4 +1,4 @@
-"""What surrounds the steps: a log of them in the output folder, one progress bar, no noise."""
+"""Callbacks of the trainer: a log of the steps in the output folder, and one progress bar."""
 
 from __future__ import annotations
 
@@ -18,23 +18,18 @@ STEP_LOG = "steps.jsonl"
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hides that TRL and peft use a name which transformers has replaced."""
+    """Hides transformers' warning about a deprecated name that TRL and peft use."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
         yield
 
 
 def add_to(trainer: Trainer, *, step_log: bool) -> None:
-    """Adds a log of the steps, and replaces the Trainer's own progress bar.
-
-    Args:
-        trainer: The trainer.
-        step_log: Whether its steps have reports.
-    """
+    """Replaces the Trainer's progress bar and, with `step_log`, logs the reports of the steps."""
     from transformers import ProgressCallback, TrainerCallback
 
     class OneBar(ProgressCallback):  # type: ignore[misc]  # transformers is not type-checked
-        """The Trainer's progress bar, without a second one for an evaluation in the training."""
+        """The Trainer's progress bar, without a second one for evaluations during training."""
 
         def on_prediction_step(self, *args: Any, **others: Any) -> None:  # noqa: ANN401
             if self.training_bar is None:
@@ -50,10 +45,9 @@ def add_to(trainer: Trainer, *, step_log: bool) -> None:
 
 
 class _StepLog:
-    """Keeps the reports of all steps in the output folder, for `raco_optim.plot`.
+    """Writes the reports of all steps to the output folder, for `raco_optim.plot`.
 
-    A run that goes on from a checkpoint goes on with the file; another run in the same folder moves
-    it out of the way first.
+    A run that resumes from a checkpoint appends to the file; a new run renames an existing one.
     """
 
     def __init__(self) -> None:

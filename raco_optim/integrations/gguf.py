@@ -1,4 +1,4 @@
-"""A .gguf file -> a model that can be trained, and adapters that can be moved together with it."""
+"""Makes a .gguf file trainable, and adapters that can move together with their base model."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ __all__ = ["find_base", "name_base", "unpack_gguf"]
 
 
 def unpack_gguf(file: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
-    """Writes the model and the tokenizer of a .gguf file as float32 that can be trained and saved.
+    """Converts a .gguf file to a model folder in float32 that can be trained and saved.
 
-    transformers reads a .gguf file too, but it takes a while each time, and the result is marked as
-    quantized: it can be neither trained nor saved. The folder is written once and loads fast.
+    transformers reads .gguf files too, but slowly, and marks the model as quantized, which can
+    be neither trained nor saved.
 
     Args:
-        file: The .gguf file.
-        folder: The folder to write, for ``from_pretrained``. It must not exist; it is written whole
-            or not at all.
+        file: The .gguf file of a language model and its tokenizer.
+        folder: The folder to write, for ``from_pretrained``. It must not exist. An error leaves no
+            partial folder.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: transformers cannot read the file: it is cut short, say, or of a model that
-            transformers does not know.
-        OSError: The folder cannot be written; nothing of it is left.
+        FileNotFoundError: `file` does not exist.
+        ValueError: transformers can't read the file, for example because it is truncated or
+            transformers does not know the model.
+        OSError: The folder can't be written.
 
     Example:
         >>> from raco_optim.integrations.gguf import unpack_gguf
@@ -51,10 +51,10 @@ def unpack_gguf(file: str | os.PathLike[str], folder: str | os.PathLike[str]) ->
         )
     except Exception as error:  # the reader has many kinds
         raise ValueError(
-            f"`file` must be a whole .gguf file of a language model; got {str(file)!r}, which "
+            f"`file` must be a complete .gguf file of a language model; got {str(file)!r}, which "
             f"can't be read ({type(error).__name__}: {error})."
         ) from error
-    # The weights are dequantized by now, but what is marked as quantized is not trained or saved.
+    # The weights are dequantized by now; transformers refuses to save while these marks remain.
     model.hf_quantizer = None
     model.is_quantized = False
     model.config.__dict__.pop("quantization_config", None)
@@ -68,18 +68,19 @@ def unpack_gguf(file: str | os.PathLike[str], folder: str | os.PathLike[str]) ->
 
 
 def name_base(adapters: str | os.PathLike[str], base: str | os.PathLike[str]) -> None:
-    """Lets adapters name a base model in or beside their folder by its path from there.
+    """Rewrites the base model's path in saved adapters so that both can be moved together.
 
-    peft saves the path that the base model was loaded from, which is wrong once both are moved.
-    peft's loaders take a path as one from the working directory: `find_base` joins it to the
-    folder. A base model elsewhere is named by its absolute path.
+    peft saves the path that it loaded the base model from, which is wrong after a move. This
+    function replaces it with a path relative to the adapters if the base model is in or beside
+    their folder, and with an absolute path otherwise. `find_base` resolves it; peft itself
+    resolves relative paths from the working directory.
 
     Args:
-        adapters: A folder with adapters, as peft saves them.
+        adapters: A folder with adapters saved by peft.
         base: The folder of the base model.
 
     Raises:
-        FileNotFoundError: `adapters` holds none.
+        FileNotFoundError: `adapters` holds no ``adapter_config.json``.
 
     Example:
         >>> import json, pathlib, tempfile
@@ -97,23 +98,23 @@ def name_base(adapters: str | os.PathLike[str], base: str | os.PathLike[str]) ->
     name = base.as_posix()
     if base.is_relative_to(folder.parent):
         name = Path(os.path.relpath(base, folder)).as_posix()
-        # With a dot in front it can't be taken for a name on the hub.
+        # The leading dot tells a path from a name on the hub.
         name = name if name.startswith(".") else f"./{name}"
     entries["base_model_name_or_path"] = name
     config.write_text(json.dumps(entries, indent=2 if len(entries) > 1 else None), encoding="utf-8")
 
 
 def find_base(adapters: str | os.PathLike[str]) -> str:
-    """Returns the base model that adapters name, by a path that is right in any working directory.
+    """Returns the base model of saved adapters, as a path valid in any working directory.
 
     Args:
-        adapters: A folder with adapters, as peft or `name_base` left them.
+        adapters: A folder with adapters saved by peft, with or without `name_base`.
 
     Returns:
-        A path, or a name on the model hub.
+        An absolute path, or a name on the model hub.
 
     Raises:
-        FileNotFoundError: `adapters` holds none.
+        FileNotFoundError: `adapters` holds no ``adapter_config.json``.
 
     Example:
         >>> import pathlib, tempfile

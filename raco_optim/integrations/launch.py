@@ -1,4 +1,4 @@
-"""How a training may be launched: in one process or in several."""
+"""Checks before a training starts, in one process or in several."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from raco_optim.wrapper.parameters import Parameters
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
-# Settings that must be the same in all processes: what is minimised, on which pairs, and when the
-# processes meet.
+# Settings that must be equal in all processes: the loss, the batches, and when the processes
+# communicate.
 _SETTINGS = (
     *("weights", "method", "c", "solver", "nonfinite", "modpo_objective", "loss_type", "beta"),
     *(
@@ -37,16 +37,15 @@ _SETTINGS = (
 
 
 def current_group() -> Group | None:
-    """Returns the processes that train together; None for a process on its own."""
+    """Returns the processes that train together; None if there is only one."""
     group = Group()
     return group if group.is_distributed else None
 
 
 def check_processes(args: TrainingArguments) -> None:
-    """Raises `ValueError` if the Trainer does not see the processes, or would not keep them equal.
+    """Raises `ValueError` if the Trainer misses processes or gives them unequal batches.
 
-    Args:
-        args: Its settings; with several processes, batches are set to be made by each on its own.
+    With several processes it makes each load its batches (``dispatch_batches=False``).
     """
     group = current_group()
     number = max(launched_world_size(), 1 if group is None else group.world_size)
@@ -61,24 +60,24 @@ def check_processes(args: TrainingArguments) -> None:
     batches = args.accelerator_config
     if not batches.even_batches:
         raise ValueError(
-            "`accelerator_config` must leave `even_batches` at True with several processes, which "
-            "need as many batches each; got False."
+            "`accelerator_config` must have `even_batches` at True, because all processes need the "
+            "same number of batches; got False."
         )
     if batches.dispatch_batches:
         raise ValueError(
-            "`accelerator_config` must leave `dispatch_batches` off, because the batches of the "
-            "processes differ in their length and can't be joined; got True."
+            "`accelerator_config` must have `dispatch_batches` off, because the batches of the "
+            "processes differ in length and can't be joined; got True."
         )
     batches.dispatch_batches = False  # None is True for a stream
 
 
 def check_stored(dataset: object, group: Group | None) -> None:
-    """Raises `ValueError` if other processes can't read what TRL stores beside a data set."""
+    """Raises `ValueError` if TRL can't share reference log-probabilities between processes."""
     if group is not None and isinstance(dataset, Dataset) and not dataset.cache_files:
         raise ValueError(
-            "`precompute_ref_log_probs` must be False for a data set in memory, with several "
-            "processes: each computes some, and TRL hands them round in a file beside that of the "
-            "data set. Load the data set from a file (datasets.load_dataset)."
+            "`precompute_ref_log_probs` must be False with several processes and a data set in "
+            "memory, because TRL shares the log-probabilities in a file next to the data set's; "
+            "got True. Load the data set from a file (datasets.load_dataset)."
         )
 
 
@@ -89,7 +88,7 @@ def check_whole(trainer: Trainer) -> None:
 
 
 def average_gradients(model: nn.Module, group: Group) -> None:
-    """Averages what ``.grad`` of the parameters holds over the processes."""
+    """Averages ``.grad`` of the parameters over the processes."""
     for p in model.parameters():
         if p.grad is not None:
             with group.contact():
@@ -98,13 +97,7 @@ def average_gradients(model: nn.Module, group: Group) -> None:
 
 
 def check_start(trainer: Trainer, group: Group | None, resume: str | bool | None) -> None:
-    """Raises `ValueError`, in all processes, if the training is not to start.
-
-    Args:
-        trainer: The trainer.
-        group: The processes; None for one on its own.
-        resume: Whether to go on from a checkpoint, or from which.
-    """
+    """Raises `ValueError` in all processes if they disagree or the folder holds another run."""
     args = trainer.args
     models = [trainer.model] if trainer.ref_model is None else [trainer.model, trainer.ref_model]
     settings = {f"`{name}`": vars(args)[name] for name in _SETTINGS}
@@ -118,8 +111,7 @@ def check_start(trainer: Trainer, group: Group | None, resume: str | bool | None
         if found and not resume:
             raise ValueError(
                 f"`output_dir` must not hold another run; got {args.output_dir} with {found[0]}. "
-                f"Pass resume_from_checkpoint=True to go on with that run, or choose another "
-                f"folder."
+                f"Pass resume_from_checkpoint=True to continue that run, or choose another folder."
             )
 
 

@@ -1,4 +1,4 @@
-"""What a method minimises (log-probabilities and preferences -> losses), and its optimizer."""
+"""The methods of the trainer: the losses of each, and its optimizer."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def multi_objective(
     """Wraps an optimizer for a method that combines the gradients of the objectives.
 
     Args:
-        args: Says which method.
+        args: Settings, including the method.
         inner: The optimizer.
         model: The model.
-        one_pass: Whether one backward pass serves all objectives, where it can.
-        scaled: Whether a `GradScaler` scales the losses, and skips steps.
+        one_pass: Whether to use one backward pass for all objectives where the layers allow it.
+        scaled: Whether a `GradScaler` scales the losses and skips steps.
     """
     weights = args.objective_weights
     options: AllOptions = {"nonfinite": "propagate" if scaled else args.nonfinite}
@@ -52,10 +52,10 @@ def multi_objective(
 
 
 def unscale_report(optimizer: MultiObjectiveOptimizer, scale: float, nonfinite: str) -> None:
-    """Divides what the last step reports by the scale of its losses; counts an overflow.
+    """Divides the last report's losses and Gram matrix by the loss scale; counts an overflow.
 
     Raises:
-        FloatingPointError: A loss is NaN or Inf, which no scale mends, with ``nonfinite="raise"``.
+        FloatingPointError: With ``nonfinite="raise"``, if a loss itself is NaN or Inf.
     """
     report, progress = optimizer.report, optimizer._core.progress
     losses, gram = report.losses / scale, report.gram / scale**2
@@ -79,15 +79,15 @@ def losses(
     *,
     training: bool,
 ) -> list[Tensor | None]:
-    """One loss per objective, None where it labels no pair.
+    """Returns one loss per objective; None if it labels no pair.
 
     Args:
-        args: Says which losses: those of the method in training, of `loss_type` in evaluation.
-        log_probs: Of B pairs.
-        preferences: Of the same pairs.
-        counts: Sums of the weights of the labelled pairs of the accumulated batch, ``[m]``; None
-            for this one.
-        training: Whether the losses are minimised.
+        args: Settings: the method decides the losses in training, `loss_type` in evaluation.
+        log_probs: Log-probabilities of B pairs.
+        preferences: Preferences over the same pairs.
+        counts: Total weight of the labelled pairs of the accumulated batch, ``[m]``; None to
+            count these B pairs alone.
+        training: Whether the model is trained or evaluated.
     """
     signs, pair_weights, margins = preferences
     if training and args.method == "amopo":
@@ -124,7 +124,7 @@ def losses(
 def margins_of_labelled(
     args: MultiObjectiveDPOConfig, log_probs: PairLogProbs, signs: Tensor, *, training: bool
 ) -> list[Tensor]:
-    """The reward margins of the pairs that each objective labels."""
+    """Returns, per objective, the reward margins of the pairs that it labels."""
     _, form = args.loss_forms[0]
     loss, per_token = form["loss"], form["length_normalized"]
     if training and args.method == "amopo":  # SimPO without a target margin
@@ -138,12 +138,12 @@ def margins_of_labelled(
 
 
 def loss_weights(args: MultiObjectiveDPOConfig, *, training: bool) -> list[float]:
-    """Returns the weights of the losses; MODPO's one loss has them inside."""
+    """Returns the weights of the losses; MODPO's single loss contains them already."""
     weights = list(args.objective_weights.values())
     return [1.0] * len(weights) if training and args.method == "modpo" else weights
 
 
 def weighted(losses: Iterable[Tensor | None], weights: Iterable[float]) -> Tensor | None:
-    """Returns the weighted sum of the losses that are there, None if there are none."""
+    """Returns the weighted sum of the losses that are not None; None if all are."""
     terms = [w * loss for w, loss in zip(weights, losses, strict=True) if loss is not None]
     return functools.reduce(lambda total, term: total + term, terms) if terms else None

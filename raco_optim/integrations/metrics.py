@@ -1,4 +1,4 @@
-"""Sums over the batches of all processes, and the means that a log shows."""
+"""Metrics of a training: sums over the batches of all processes, logged as means."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from raco_optim.alignment import PairLogProbs
 from raco_optim.distributed.group import Group
 from raco_optim.report import StepReport
 
-# Those of TRL, by what they are means over.
+# TRL's metrics that are means over pairs, and those that are means over tokens.
 OF_PAIRS = (
     *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
     *("logps/chosen", "logps/rejected"),
 )
 OF_TOKENS = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
-_OF_OBJECTIVES = 5  # sums for each
+_OF_OBJECTIVES = 5  # sums per objective
 _LOWER = {"loss": True, "margin": False, "accuracy": False}
 
 
 def lower_is_better(metric: str, objectives: Sequence[str] | Mapping[str, float]) -> bool | None:
-    """Whether a metric of the objectives should be low; None for one that is not theirs."""
+    """Returns whether a metric of an objective should be low; None for any other metric."""
     for kind, lower in _LOWER.items():
         for name in objectives:
             key = f"{kind}/{name}"
@@ -36,13 +36,7 @@ def lower_is_better(metric: str, objectives: Sequence[str] | Mapping[str, float]
 def evaluation_metrics(
     objectives: Sequence[str], sets: Sequence[str], *, auxiliary: bool
 ) -> list[str]:
-    """Names what an evaluation gives to choose a model by, without ``eval_``.
-
-    Args:
-        objectives: Names of the objectives.
-        sets: Names of the data sets, where there are several.
-        auxiliary: Whether the model has an auxiliary loss.
-    """
+    """Returns the metrics of an evaluation, without ``eval_``, by which to choose a model."""
     own = ["loss", *(f"{kind}/{name}" for name in objectives for kind in _LOWER)]
     own += [*OF_PAIRS, *OF_TOKENS, *(["aux_loss"] if auxiliary else [])]
     return [f"{one}_{key}" for one in sets for key in own] if sets else own
@@ -54,24 +48,24 @@ def objective_sums(
     weights: Sequence[Tensor],
     divisors: Tensor,
 ) -> Tensor:
-    """Sums over the labelled pairs of a batch, ``[m, 5]``; they add up over batches.
+    """Sums the metrics of each objective over the labelled pairs of a batch.
 
     Args:
-        losses: m losses, each a weighted sum over labelled pairs divided by its divisor; None for
-            one that was not computed.
-        margins: m vectors with the reward margins of the labelled pairs.
-        weights: m vectors with the weights of these pairs.
+        losses: m losses, each a weighted sum over labelled pairs divided by its divisor; None if
+            the method does not compute it.
+        margins: m vectors of reward margins of the labelled pairs.
+        weights: m vectors of weights of the same pairs.
         divisors: ``[m]``.
 
     Returns:
-        A row per objective: weighted sums of loss, margin, and whether the margin is positive (0
-        counts half), sum of the weights, pairs; on the device of the margins.
+        ``[m, 5]``, on the device of the margins: weighted sums of the losses, the margins and
+        the correct pairs (a margin of 0 counts half), the total weight and the number of pairs.
     """
     zero = margins[0].new_zeros((), dtype=torch.float64)
     rows = []
     for loss, margin, weight, divisor in zip(losses, margins, weights, divisors, strict=True):
         margin, weight = margin.detach().double(), weight.to(margin.device, torch.float64)
-        unknown = zero + (math.nan if len(margin) else 0.0)  # labelled, but not minimised (MODPO)
+        unknown = zero + (math.nan if len(margin) else 0.0)  # MODPO has one loss only
         rows.append(
             torch.stack(
                 [
@@ -94,18 +88,18 @@ def common_sums(
     beta: float,
     pairs: int,
 ) -> Tensor:
-    """Sums for the metrics of TRL, ``[k]``; they add up over batches.
+    """Sums TRL's metrics over a batch.
 
     Args:
-        outputs: What the model returned for the batch.
+        outputs: The model's output for the batch.
         inputs: The batch.
-        log_probs: Of its B pairs.
-        beta: Of the rewards.
-        pairs: How many of the pairs count, from the first on.
+        log_probs: Log-probabilities of its B pairs.
+        beta: Scale of the rewards.
+        pairs: Number of pairs that count, from the first one.
 
     Returns:
-        Sums of `OF_PAIRS` and `OF_TOKENS`, numbers of pairs, of tokens of the chosen and of the
-        rejected, all tokens of the input, the auxiliary loss, and 1 where there is one.
+        ``[k]``: the sums of `OF_PAIRS` and `OF_TOKENS`, the numbers of pairs, chosen tokens,
+        rejected tokens and input tokens, the auxiliary loss, and 1 if there is one.
     """
     with torch.no_grad():
         real = torch.zeros(len(log_probs.chosen), device=log_probs.chosen.device)
@@ -139,7 +133,7 @@ def common_sums(
 
 
 def common_means(sums: Tensor) -> dict[str, float]:
-    """Returns the metrics of TRL from their sums, but for the number of tokens."""
+    """Returns TRL's metrics from their sums, except the number of tokens."""
     values = sums.tolist()
     named = dict(zip((*OF_PAIRS, *OF_TOKENS), values, strict=False))
     pairs, chosen, rejected, _, auxiliary, batches = values[len(named) :]
@@ -154,14 +148,12 @@ _INPUT_TOKENS = -3
 
 
 class Log:
-    """Gathers what is logged of the objectives, over the pairs of all processes, and of the steps.
-
-    Pairs of training and of evaluation are kept apart.
+    """Collects metrics over the pairs of all processes, for training and for evaluation.
 
     Args:
         weights: Weights of the objectives in evaluations.
-        group: The processes; None for one on its own.
-        device: Where sums are kept, and sent to other processes.
+        group: The processes; None for a single one.
+        device: Device of the sums.
     """
 
     def __init__(
@@ -177,11 +169,11 @@ class Log:
         self._skipped = 0
 
     def begin(self, *, training: bool) -> None:
-        """Begins a step or an evaluation, and drops the pairs of one that was not ended."""
+        """Starts a step or an evaluation; drops the sums of an unfinished one."""
         self._here[training] = self._zero
 
     def add(self, of_objectives: Tensor, common: Tensor, *, training: bool) -> None:
-        """Takes a batch of this process; see `objective_sums` and `common_sums`."""
+        """Adds `objective_sums` and `common_sums` of a batch of this process."""
         sums = torch.cat([x.to(self._zero.device).flatten() for x in (of_objectives, common)])
         self._here[training] = self._here[training] + sums
 
@@ -195,7 +187,7 @@ class Log:
         self._here[training] = self._zero
 
     def add_step(self, report: StepReport) -> None:
-        """Takes the report of a training step; the pairs of a skipped one are dropped."""
+        """Adds the report of a training step; drops the pairs of a skipped step."""
         self._skipped = report.skipped
         if report.skip:
             self.begin(training=True)
@@ -205,7 +197,7 @@ class Log:
                 self._steps.setdefault(key, []).append(value)
 
     def clear(self) -> None:
-        """Forgets what was not logged of the training."""
+        """Drops training metrics that were not logged yet."""
         self._everywhere.pop(True, None)
         self._steps.clear()
 
@@ -217,15 +209,15 @@ class Log:
         training: bool,
         auxiliary: float = 0.0,
     ) -> None:
-        """Adds the means since the last call.
+        """Adds the means since the last call to `logs`.
 
         Args:
-            logs: What the Trainer is about to log.
-            history: What it has logged, also before it went on from a checkpoint.
-            training: Whether it logs the training.
-            auxiliary: The factor of the auxiliary loss.
+            logs: The values that the Trainer is about to log.
+            history: All values it has logged, including those before a checkpoint.
+            training: Whether these are values of the training.
+            auxiliary: Factor of the auxiliary loss.
         """
-        # "eval_", or "eval_<name>_" where there are several data sets.
+        # "eval_", or "eval_<name>_" if there are several data sets.
         prefix = "" if training else next((k[:-4] for k in logs if k.endswith("_loss")), "eval_")
         tokens = next((x["num_tokens"] for x in reversed(history) if "num_tokens" in x), 0)
         if True in self._everywhere:
@@ -237,7 +229,7 @@ class Log:
             common = common_means(sums[-_COMMON:])
             common["num_tokens"] = tokens
             logs.update({prefix + key: value for key, value in common.items()})
-            if not training:  # over all pairs; the Trainer's is a mean over batches
+            if not training:  # the mean over pairs; the Trainer's is a mean over batches
                 logs[f"{prefix}loss"] = auxiliary * common.get("aux_loss", 0.0) + math.fsum(
                     w * means.get(f"loss/{name}", math.nan)
                     for name, w in self._weights.items()
@@ -251,7 +243,7 @@ class Log:
 
 
 def objective_means(names: Sequence[str], sums: Tensor) -> dict[str, float]:
-    """Means over the labelled pairs, and their number; nothing for an objective without any."""
+    """Returns the number of labelled pairs per objective and, if there are any, the means."""
     means = {}
     for name, row in zip(names, sums.view(-1, _OF_OBJECTIVES).tolist(), strict=True):
         loss, margin, right, weight, pairs = row
@@ -265,7 +257,7 @@ def objective_means(names: Sequence[str], sums: Tensor) -> dict[str, float]:
 
 
 def step_values(report: StepReport) -> dict[str, float]:
-    """Returns the numbers of a report by name, NaN where undefined; none of absent objectives."""
+    """Returns the numbers of a report by name; NaN where undefined, no absent objectives."""
     found = {
         "clip_angle": report.clip_angle,
         "gap": math.nan if report.gap is None else float(report.gap),

@@ -1,4 +1,4 @@
-"""What the model card says of a training with several objectives."""
+"""The section on objectives in the model card of a trained model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ARTICLE = """@article{{{key},
 
 
 class Paper(NamedTuple):
-    """Where a method was introduced."""
+    """The paper that introduced a method."""
 
     name: str
     title: str
@@ -25,14 +25,14 @@ class Paper(NamedTuple):
     authors: str
 
     def entry(self) -> dict[str, str]:
-        """Returns what TRL's model card takes."""
+        """Returns the fields that TRL's model card takes."""
         year = self.id[:2]
         key = f"{self.authors.partition(',')[0].split()[0].lower()}{20}{year}{self.name.lower()}"
         citation = _ARTICLE.format(key=key, year=year, **self._asdict())
         return {"title": self.title, "id": self.id, "citation": citation}
 
 
-# Method -> its paper; the weighted sum of DPO losses has TRL's own entry, that of DPO.
+# Method -> its paper. The weighted sum of DPO losses keeps TRL's entry, the DPO paper.
 PAPERS = {
     "raco": Paper(
         "RACO",
@@ -69,12 +69,7 @@ PAPERS = {
 
 
 def section(args: MultiObjectiveDPOConfig, history: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a section on method, objectives and weights, with held-out scores if there are any.
-
-    Args:
-        args: The settings.
-        history: The Trainer's logs.
-    """
+    """Returns a section on method, objectives and weights, with held-out scores from `history`."""
     settings = [f"method `{args.method}`", f"loss `{' + '.join(args.loss_type)}`"]
     if args.method in ("raco", "cagrad"):
         settings.insert(1, f"radius c = {args.c:g}")

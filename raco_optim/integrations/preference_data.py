@@ -1,4 +1,4 @@
-"""Preferences as columns of a data set: checks before training, and tensors in a batch."""
+"""Preferences in the columns of a data set: checked before training, tensors in a batch."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ SIGNS = "signs"
 MARGINS = "margins"
 PAIR_WEIGHTS = "pair_weights"
 _TEXTS = ("chosen", "rejected")
-# By how the name of a column begins, why it is needed.
+# Prefix of a missing column -> why it is needed.
 _REMEDIES = (
     ("pref_", "Every objective in `weights` needs one, with numbers in [-1, 1] or null."),
-    ("margin_", "MODPO needs the reward margins of every objective but its own."),
-    ("", "A pair is a chosen and a rejected answer, and their prompt if it is not within them."),
+    ("margin_", "MODPO needs the reward margins of all objectives but `modpo_objective`."),
+    ("", "A pair is a chosen and a rejected answer, with the prompt inside or in a column."),
 )
 
 
 def sign_column(objective: str) -> str:
-    """Names the column with the preferences of an objective: numbers in [-1, 1], or null."""
+    """Returns the column of an objective's preferences: numbers in [-1, 1], or null."""
     return f"pref_{objective}"
 
 
 def weight_column(objective: str) -> str:
-    """Names the column, which may be missing, with the weights of the pairs for an objective."""
+    """Returns the optional column of the weights of the pairs for an objective."""
     return f"weight_{objective}"
 
 
 def margin_column(objective: str) -> str:
-    """Names the column with its reward of ``chosen`` minus that of ``rejected``."""
+    """Returns the column of an objective's reward margins, r(chosen) - r(rejected)."""
     return f"margin_{objective}"
 
 
 def preference_columns(objectives: Iterable[str], margins: Iterable[str]) -> list[str]:
-    """Names the columns that are read: preferences of all, margins of some (MODPO)."""
+    """Returns the columns to read: preferences of `objectives`, reward margins of `margins`."""
     return [*map(sign_column, objectives), *map(margin_column, margins)]
 
 
 class Preferences(NamedTuple):
-    """What the objectives say of B pairs, on the host.
+    """Preferences of m objectives over B pairs, on the CPU.
 
     Attributes:
-        signs: ``[B, m]`` in [-1, 1], 0 without a label.
+        signs: ``[B, m]`` in [-1, 1]; 0 where there is no label.
         weights: ``[B, m]``, >= 0.
-        margins: ``[B, m]``, for MODPO, else None.
+        margins: ``[B, m]`` for MODPO, else None.
     """
 
     signs: Tensor
@@ -63,12 +63,12 @@ class Preferences(NamedTuple):
 
     @classmethod
     def of(cls, batch: Mapping[str, Tensor]) -> Preferences:
-        """Takes them from a batch."""
+        """Reads the preferences from a batch."""
         signs, weights = batch[SIGNS].cpu(), batch[PAIR_WEIGHTS].cpu()
         return cls(signs * (weights > 0), weights, batch.get(MARGINS))
 
     def sums(self) -> Tensor:
-        """Sums of the weights of the pairs that each objective labels, ``[m]``, float64."""
+        """Returns the total weight of the pairs that each objective labels, ``[m]``, float64."""
         return (self.weights.double() * (self.signs != 0)).sum(0)
 
 
@@ -78,13 +78,7 @@ def for_the_model(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class PreferenceCollator:
-    """Adds the preferences of a batch to what another collator makes of it.
-
-    Args:
-        collator: Makes the batch of the other columns.
-        objectives: m names, in the order of the weights.
-        margins: Objectives whose reward margins are added too (MODPO).
-    """
+    """Adds preferences, and reward margins for MODPO, to the batches of another collator."""
 
     def __init__(
         self,
@@ -110,7 +104,7 @@ class PreferenceCollator:
         batch[SIGNS] = table(sign_column, as_label)
         batch[PAIR_WEIGHTS] = table(weight_column, as_weight)
         if self.margins:
-            # In the order of the weights; an objective without margins has 0, which is not read.
+            # `modpo_objective` has no margins; its zeros are never read.
             read = {margin_column(objective) for objective in self.margins}
             batch[MARGINS] = table(
                 margin_column, lambda x, c: as_margin(x, c) if c in read else 0.0
@@ -119,11 +113,7 @@ class PreferenceCollator:
 
 
 def as_label(value: object, column: str) -> float:
-    """Returns a number in [-1, 1]; a missing label (null, NaN) is 0, as a tie is.
-
-    Raises:
-        ValueError: The value is something else.
-    """
+    """Returns a label as a number in [-1, 1], 0 if missing (null, NaN), or raises `ValueError`."""
     if _is_missing(value):
         return 0.0
     return _number(
@@ -135,30 +125,22 @@ def as_label(value: object, column: str) -> float:
 
 
 def as_weight(value: object, column: str) -> float:
-    """Returns a finite number >= 0; a missing one (null, NaN) is 1.
-
-    Raises:
-        ValueError: The value is something else.
-    """
+    """Returns a weight >= 0, 1 if missing (null, NaN), or raises `ValueError`."""
     if _is_missing(value):
         return 1.0
     return _number(
         value,
         (0, sys.float_info.max),
-        f"column `{column}` must hold weights, finite numbers of 0 or more, or null for 1",
+        f"column `{column}` must hold weights: finite numbers >= 0, or null for 1",
     )
 
 
 def as_margin(value: object, column: str) -> float:
-    """Returns a finite number.
-
-    Raises:
-        ValueError: The value is something else.
-    """
+    """Returns a finite reward margin, or raises `ValueError`."""
     return _number(
         value,
         (-sys.float_info.max, sys.float_info.max),
-        f"column `{column}` must hold the reward of chosen minus that of rejected, a finite number",
+        f"column `{column}` must hold finite numbers: reward of chosen minus reward of rejected",
     )
 
 
@@ -167,7 +149,7 @@ def _is_missing(value: object) -> bool:
 
 
 def _within(value: Any, ends: tuple[float, float]) -> bool:  # noqa: ANN401
-    """Compares a number as it is: an integer of JSON may be too large for a float."""
+    """Compares without converting: an integer in JSON may be too large for a float."""
     return bool(ends[0] <= value <= ends[1])
 
 
@@ -178,7 +160,7 @@ def _number(value: object, ends: tuple[float, float], expected: str) -> float:
 
 
 def check_columns(present: Iterable[str], needed: Sequence[str], argument: str) -> None:
-    """Raises `ValueError` where a data set lacks a column, with what it has."""
+    """Raises `ValueError` if a data set lacks a column."""
     columns = list(present)
     for column in needed:
         if column not in columns:
@@ -190,13 +172,13 @@ def check_columns(present: Iterable[str], needed: Sequence[str], argument: str) 
 
 
 def check_dataset(dataset: Any, columns: Sequence[str], argument: str) -> None:  # noqa: ANN401
-    """Raises `ValueError` unless a data set holds pairs, and preferences in its columns.
+    """Raises `ValueError` unless a data set holds pairs with preferences.
 
     Args:
-        dataset: A `datasets.Dataset`, or a stream, whose columns alone are checked, from its first
-            example: the values come later; or a mapping to several. What is neither is left to TRL.
-        columns: Those that are needed beside the pairs, ``pref_*`` and ``margin_*``.
-        argument: What it was passed as.
+        dataset: A `datasets.Dataset`; a stream, which shows only the columns of its first example
+            (the collator checks its values); or a mapping to several. TRL judges anything else.
+        columns: Required columns besides the pairs, ``pref_*`` and ``margin_*``.
+        argument: Name of the argument, for messages.
     """
     for one in dataset.values() if isinstance(dataset, Mapping) else []:
         check_dataset(one, columns, argument)
@@ -221,8 +203,8 @@ def check_dataset(dataset: Any, columns: Sequence[str], argument: str) -> None: 
         objective = column.removeprefix("pref_")
         if objective != column and not (np.abs(_labels(dataset, objective)) > 0).any():
             raise ValueError(
-                f"`{argument}` must label at least one pair in `{column}`; all of its values are 0 "
-                f"or null. Leave the objective out of `weights`."
+                f"`{argument}` must label at least one pair in `{column}`; all values are 0 or "
+                f"null. Leave the objective out of `weights`."
             )
 
 
@@ -232,18 +214,16 @@ _READERS = {"pref": as_label, "weight": as_weight, "margin": as_margin}
 def count_pairs(
     dataset: Dataset, prepared: Dataset, objectives: Sequence[str], args: DPOConfig
 ) -> dict[str, dict[str, int]]:
-    """Counts, for each objective, the pairs that it labels and those that teach it nothing.
+    """Counts labels per objective, and the labels on pairs that teach nothing.
 
     Args:
-        dataset: The pairs as they were given.
-        prepared: What TRL made of them: token ids, without pairs whose prompt is too long.
+        dataset: The pairs that the user passed.
+        prepared: The same pairs after TRL tokenized them and dropped those with a long prompt.
         objectives: Names of the objectives.
-        args: Settings of TRL, which truncate.
+        args: TRL's settings for truncation.
 
     Returns:
-        By objective: ``pairs``; of them ``labels``, ``ties`` and ``missing``; of the labels, those
-        on pairs that were ``dropped`` because the prompt fills `max_length`, that are ``equal``
-        once they are truncated to it, and whose completions are ``identical``.
+        The counts of `MultiObjectiveDPOTrainer.pair_counts`, by objective.
     """
     identical, equal = _alike(prepared, args)
     counts = {}
@@ -263,7 +243,7 @@ def count_pairs(
 
 
 def _labels(dataset: Dataset, objective: str) -> NDArray[np.float64]:
-    """The labels as numbers, NaN for one that is missing or has no weight."""
+    """Returns the labels as numbers; NaN if a label is missing or its weight is 0."""
     column, weight = sign_column(objective), weight_column(objective)
     labels = np.array([math.nan if x is None else x for x in dataset[column]], dtype=np.float64)
     if weight in dataset.column_names:
@@ -272,7 +252,7 @@ def _labels(dataset: Dataset, objective: str) -> NDArray[np.float64]:
 
 
 def _alike(prepared: Dataset, args: DPOConfig) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which pairs have the same completions, and which have once they are truncated."""
+    """Returns which pairs have identical completions, and which are equal after truncation."""
     names = ["prompt_ids", "chosen_ids", "rejected_ids"]
     start = args.truncation_mode == "keep_start"
     kept = slice(args.max_length) if start else slice(-(args.max_length or 0), None)
@@ -286,29 +266,30 @@ def _alike(prepared: Dataset, args: DPOConfig) -> tuple[NDArray[np.bool_], NDArr
 
 
 def check_counts(counts: Mapping[str, Mapping[str, int]], argument: str, args: DPOConfig) -> None:
-    """Raises `ValueError` where an objective has no label left; warns where it has few."""
+    """Raises `ValueError` if an objective has no usable label; warns if it has few."""
     for objective, count in counts.items():
         left = count["labels"] - count["dropped"]
         if not left:
             raise ValueError(
                 f"`{argument}` must label at least one pair in `{sign_column(objective)}` whose "
                 f"prompt is shorter than `max_length` = {args.max_length} tokens; all "
-                f"{count['labels']} are longer, which leaves none for the answers. Raise it."
+                f"{count['labels']} are longer and leave no room for the answers. Raise "
+                f"`max_length`."
             )
         useful = left - count["equal"] - count["identical"]
         if 2 * useful < count["labels"]:
             warnings.warn(
                 f"`{objective}` learns from {useful} of {count['labels']} labels of `{argument}`: "
                 f"{count['dropped']} are dropped because the prompt has `max_length` = "
-                f"{args.max_length} tokens or more, {count['equal']} pairs are equal once they are "
-                f"truncated to it, and {count['identical']} have identical answers. Raise "
-                f"`max_length` or look at the data.",
+                f"{args.max_length} tokens or more, {count['equal']} pairs are equal after "
+                f"truncation to `max_length`, and {count['identical']} have identical answers. "
+                f"Raise `max_length` or look at the data.",
                 stacklevel=2,
             )
 
 
 def count_table(counts: Mapping[str, Mapping[str, int]], argument: str) -> str:
-    """Returns the counts as a table."""
+    """Returns the counts as a text table."""
     columns = ("labels", "ties", "missing", "dropped", "equal", "identical")
     rows: list[tuple[str, ...]] = [("objective", *columns)]
     rows += [(name, *(str(count[c]) for c in columns)) for name, count in counts.items()]

@@ -1,6 +1,6 @@
-"""TRL's DPO trainer with one preference loss per objective, and their conflict resolved.
+"""TRL's DPO trainer with one preference loss per objective.
 
-A training step; what is TRL's is left to TRL:
+A training step:
 
     batch with signs [B, m]        preference_data.py   columns pref_<objective> -> a tensor
       |  one forward pass          forward.py           log-probabilities of the completions
@@ -9,8 +9,8 @@ A training step; what is TRL's is left to TRL:
       v
     Trainer: clipping of the gradient norm, optimizer, scheduler, checkpoints, logs (metrics.py)
 
-The trainer wraps its optimizer into a `MultiObjectiveOptimizer`, and calls ``backward`` of it in
-`training_step`: in ``optimizer.step()`` it would come after the clipping.
+The trainer wraps its optimizer in a `MultiObjectiveOptimizer` and calls its ``backward`` in
+`training_step`, before the Trainer clips the gradient norm.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 if _missing := [name for name in ("trl", "datasets", "transformers") if find_spec(name) is None]:
     raise ImportError(
-        f"raco_optim.integrations.trl needs {', '.join(_missing)}. Install it: pip install "
+        f"raco_optim.integrations.trl needs {', '.join(_missing)}. Run: pip install "
         f'"raco_optim[align]"',
         name=_missing[0],
     )
@@ -60,58 +60,57 @@ __all__ = ["MultiObjectiveDPOConfig", "MultiObjectiveDPOTrainer"]
 class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not type-checked
     r"""TRL's `DPOTrainer` for several objectives that may disagree about the same pairs.
 
-    Objective i says of every pair whether it prefers ``chosen`` (+1) or ``rejected`` (-1), by how
-    much (a number between), is indifferent (0) or has no label (null), in the column
-    ``pref_<objective>``; the column ``weight_<objective>``, if there is one, has the weights of the
-    pairs. One forward pass gives the log-ratio :math:`\Delta` of a pair, and every objective its
-    loss, such as
+    The column ``pref_<objective>`` holds the label :math:`s_i` of each pair: +1 if objective i
+    prefers ``chosen``, -1 if it prefers ``rejected``, a number between for a weaker preference, 0
+    for a tie, null for no label. The optional column ``weight_<objective>`` holds the weights of
+    the pairs. One forward pass gives the log-ratio :math:`\Delta` of each pair, and each objective
+    its loss, for example
 
     .. math:: L_i = -\operatorname{mean}_{s_i \ne 0} \log \sigma(\beta s_i \Delta).
 
-    The mean runs over the pairs that the objective labels in the whole accumulated batch, so that
-    micro-batches change nothing, nor do several processes (torchrun), with FSDP2 or without.
-    With the method ``"raco"`` the optimizer is a `raco_optim.CAGradClip` around the one that TRL
-    would use, or the one in ``optimizers``. Each loss has its own gradient, summed over the
-    micro-batches and averaged over the processes, and CAGrad-Clip combines them; what follows, from
-    the clipping of the norm on, is the Trainer's. ``raco_optim.unwrap(trainer.optimizer)`` is the
-    `CAGradClip`: its report says what a step did, and a callback may set its weights and c between
-    steps. `MultiObjectiveDPOConfig` has the other methods, docs/alignment.md the keys of what is
-    logged.
+    The mean is over all pairs that the objective labels in the accumulated batch, so micro-batches
+    and processes (torchrun, with or without FSDP2) don't change it. With the method ``"raco"``,
+    `raco_optim.CAGradClip` wraps TRL's optimizer, or the one in ``optimizers``, and combines the
+    gradients of the losses before the Trainer clips the norm and steps. Use
+    ``raco_optim.unwrap(trainer.optimizer)`` to read its report, or to set its weights and c between
+    steps. `MultiObjectiveDPOConfig` describes the other methods, docs/alignment.md the logs.
 
     Args:
-        model: As in TRL: a model or its path; or the path of adapters that peft saved, which are
-            trained further: the reference is the model with them.
-        ref_model: As in TRL. None is loaded where the losses need none (SimPO; AMoPO without
-            `eval_dataset`).
+        model: As in TRL: a model or its path. Or the path of adapters saved by peft, to train them
+            further; the reference model then includes them.
+        ref_model: As in TRL. Must be None if no loss needs it; then none is loaded (SimPO; AMoPO
+            without `eval_dataset`).
         args: A `MultiObjectiveDPOConfig`.
-        data_collator: As in TRL; it need not know of the preferences.
-        train_dataset: As in TRL, with columns ``pref_<objective>``; a stream is checked on its way.
+        data_collator: As in TRL; the trainer adds the preferences to its batches.
+        train_dataset: As in TRL, with columns ``pref_<objective>``. The values of a stream are
+            checked batch by batch.
         eval_dataset: As in TRL, with the same columns.
         processing_class: As in TRL.
         **others: As in TRL (``callbacks``, ``optimizers``, ``peft_config``, ...).
 
     Attributes:
-        pair_counts: For ``"train_dataset"`` and ``"eval_dataset"`` (``"eval_dataset[<name>]"`` of
-            several), by objective, how many ``pairs`` there are, of them ``labels``, ``ties`` and
-            ``missing``, and labels on pairs that are ``dropped`` since the prompt has `max_length`
-            tokens or more, that are ``equal`` once truncated, or whose answers are ``identical``.
-            They are printed to stderr too. A stream is not counted.
+        pair_counts: By argument, ``"train_dataset"``, ``"eval_dataset"`` or
+            ``"eval_dataset[<name>]"``, and by objective: the number of ``pairs``, of ``labels``,
+            ``ties`` and ``missing`` labels; and of the labels, how many are on pairs that TRL
+            ``dropped`` because the prompt has `max_length` tokens or more, that are ``equal`` after
+            truncation, or whose answers are ``identical``. Also printed to stderr. Streams are not
+            counted.
 
     Raises:
         TypeError: `args` is not a `MultiObjectiveDPOConfig`.
         ValueError: A column is missing or holds no preferences, an objective labels no pair that
-            fits into `max_length`, a setting can't be honoured, ``metric_for_best_model`` does not
-            exist, ``optimizers`` holds a `MultiObjectiveOptimizer`, or, from `train`, the output
+            fits into `max_length`, a setting is not supported, ``metric_for_best_model`` does not
+            exist, ``optimizers`` holds a `MultiObjectiveOptimizer`, or, in `train`, the output
             folder holds another run.
-        FloatingPointError: From `train`: a loss is NaN or Inf, or a gradient that is combined.
+        FloatingPointError: In `train`: a loss or a gradient of an objective is NaN or Inf.
 
     Warns:
-        UserWarning: A run goes on with weights or a radius of its checkpoint that are not those of
-            `args`, or more than half of an objective's labels are on pairs that teach nothing.
+        UserWarning: A run resumes with other weights or another radius than in `args`, or more than
+            half of an objective's labels are on pairs that teach nothing.
 
     Note:
-        It rests on parts of TRL's `DPOTrainer` that are not public, hence ``trl>=1.16,<2``.
-        ``"kto_pair"`` estimates its reference point from a micro-batch, whose size matters there.
+        The trainer uses private parts of TRL's `DPOTrainer`, hence ``trl>=1.16,<2``. The loss
+        ``"kto_pair"`` estimates its reference point from a micro-batch, so its size matters.
 
     Example:
         >>> from datasets import Dataset
@@ -138,7 +137,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         Algorithm 1 of arXiv 2602.02495.
     """
 
-    # The losses are means over the accumulated batch; nothing is left to be divided.
+    # The losses are means over the accumulated batch; the Trainer must not divide them again.
     loss_is_scaled_for_ga = True
     data_collator: Any
     optimizer: Any
@@ -166,8 +165,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         if _found(given) is not None:
             raise ValueError(
                 f"`optimizers` must hold the inner optimizer, such as AdamW, because the trainer "
-                f"wraps it as `method` says; got {type(given).__name__}. Set `weights`, `method` "
-                f"and `c` of `args`."
+                f"wraps it; got {type(given).__name__}. Set `weights`, `method` and `c` in `args`."
             )
         self._names = tuple(args.objective_weights)
         self._group = launch.current_group()
@@ -181,20 +179,20 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         if ref_model is not None and not any(needed):
             raise ValueError(
                 f"`ref_model` must be None with the loss {', '.join(args.loss_type)} and the "
-                f"method {args.method}, which need none; got {type(ref_model).__name__}."
+                f"method {args.method}, which need no reference; got {type(ref_model).__name__}."
             )
         options, precompute = args.model_init_kwargs, args.precompute_ref_log_probs
         if adapters.is_folder_of_adapters(model, (options or {}).get("revision")):
             if others.get("peft_config") is not None:
                 raise ValueError(
-                    f"`peft_config` must be None where `model` is a folder of adapters, which are "
+                    f"`peft_config` must be None if `model` is a folder of adapters, which are "
                     f"trained further; got both, and {model!r}. Leave it out (--use_peft and its "
                     f"options), or merge the adapters into their model first."
                 )
             quantization = others.pop("quantization_config", None)
             model, processing_class = adapters.load(model, args, quantization, processing_class)
             args.model_init_kwargs = None
-        # So TRL loads no reference model where none is run: one that comes before training.
+        # TRL then loads no reference model, which nothing would use.
         args.precompute_ref_log_probs = precompute or not self._runs_reference
         paper = model_card.PAPERS.get(args.method)
         if paper is not None:
@@ -216,9 +214,9 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         self.precompute_ref_logps = precompute
         launch.check_whole(self)
         self._check_metric()
-        if self.optimizer is not None:  # that of the user
+        if self.optimizer is not None:  # the user's
             self.create_optimizer()
-        # Wrapped, not replaced: padding, truncation and a user's own collator stay as they are.
+        # Wrapped, not replaced: keeps padding, truncation and a user's collator.
         self.data_collator = preference_data.PreferenceCollator(
             self.data_collator, self._names, args.margin_objectives
         )
@@ -228,7 +226,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
                 sys.stderr.write(preference_data.count_table(counts, argument) + "\n")
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As the Trainer's; raises ValueError if the model can't be sharded as is asked for."""
+        """As the Trainer's; raises ValueError if the model can't be sharded as requested."""
         super().create_accelerator_and_postprocess()
         sharding.prepare(self)
         if self.args.fp16 and self.accelerator.scaler is None:
@@ -239,7 +237,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
 
     @property
     def _forward_group(self) -> Group | None:
-        """The processes that may vote around a forward pass; none if it sends messages itself."""
+        """The processes that may vote around a forward pass; None under FSDP, which talks in it."""
         return None if self.is_fsdp_enabled else self._group
 
     def _check_metric(self) -> None:
@@ -280,13 +278,13 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
 
     @callbacks.quiet()
     def train(self, resume_from_checkpoint: str | bool | None = None, **others: Any) -> Any:  # noqa: ANN401
-        """As the Trainer's; raises ValueError rather than write over another run's checkpoints."""
+        """As the Trainer's; raises ValueError if the output folder holds another run."""
         launch.check_start(self, self._group, resume_from_checkpoint)
-        self._objective_log.clear()  # as of an earlier call that was stopped
+        self._objective_log.clear()  # an earlier call may have been interrupted
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **others)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:  # noqa: ANN401
-        """As the Trainer's, within the optimizer of the method."""
+        """As the Trainer's; wraps the optimizer for the method."""
         super().create_optimizer(model)
         if self.args.method in GRADIENT_METHODS and _found(self.optimizer) is None:
             model = self.model if model is None else model
@@ -301,9 +299,8 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
 
     @property
     def _one_pass(self) -> bool:
-        # A scaler must scale all that the backward pass computes, which is not so of one pass.
-        alone = not self.is_fsdp_enabled and self.accelerator.scaler is None
-        return self.args.gradients == "per_example" and alone
+        # One pass computes values that a scaler would have to scale and does not.
+        return self.args.gradients == "per_example" and self.accelerator.scaler is None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -325,16 +322,16 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
             loaded = getattr(optimizer, name)
             if loaded != value:
                 warnings.warn(
-                    f"the run goes on with the `{name}` of its checkpoint, "
-                    f"{dict(loaded) if isinstance(loaded, Mapping) else loaded}, not with that of "
-                    f"`args`, {value}. To change it, set raco_optim.unwrap(optimizer).{name} in a "
-                    f"callback's on_train_begin.",
+                    f"the run resumes with `{name}` from its checkpoint, "
+                    f"{dict(loaded) if isinstance(loaded, Mapping) else loaded}, not with "
+                    f"{value} from `args`. To change it, set raco_optim.unwrap(optimizer).{name} "
+                    f"in a callback's on_train_begin.",
                     stacklevel=2,
                 )
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Tensor]:  # noqa: ANN401
-        """As the Trainer's, but with the sums of the weights of labelled pairs, ``[m]``."""
-        # What is left of a step that was stopped in the middle is dropped.
+        """As the Trainer's, but returns the total weight of the labelled pairs, ``[m]``."""
+        # An earlier step may have been interrupted.
         self.model.zero_grad()
         optimizer = _found(self.optimizer)
         if optimizer is not None:
@@ -360,10 +357,10 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         return super()._precompute_ref_logps(dataset, name, *others)
 
     def compute_ref_log_probs(self, model: Any, inputs: Mapping[str, Any]) -> Any:  # noqa: ANN401
-        """As TRL's, which would pass the preferences on to the model."""
+        """As TRL's, without passing the preferences to the model."""
 
         def run(**arguments: Any) -> Any:  # noqa: ANN401
-            # FSDP2 has a precision of its own, without the autocast in which TRL calls this.
+            # FSDP2 sets the precision itself; TRL calls this under autocast.
             with torch.autocast(self.args.device.type, enabled=False):
                 return model(**arguments)
 
@@ -378,20 +375,20 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        """The weighted loss: what is minimised in training, the yardstick in evaluation."""
+        """Returns the weighted loss, to minimise in training and to compare in evaluation."""
         with raise_together(self._forward_group):
             scores, outputs = self._forward(model, inputs)
             losses = self._of_objectives(scores, outputs, inputs, num_items_in_batch)
             weights = methods.loss_weights(self.args, training=model.training)
             loss = methods.weighted(losses, weights)
-            if loss is None:  # no pair is labelled: nothing to learn, but a graph to go back
+            if loss is None:  # no pair is labelled, but the Trainer calls backward
                 loss = 0 * scores.sum()
             loss = loss + self._auxiliary(outputs)
             with raise_together(self._group if self.is_fsdp_enabled else None):
                 if model.training and not loss.isfinite():
                     raise FloatingPointError(
-                        "the weighted loss is NaN or Inf; torch.autograd.set_detect_anomaly finds "
-                        "the cause"
+                        "the weighted loss is NaN or Inf. Find the cause with "
+                        "torch.autograd.set_detect_anomaly(True)."
                     )
             return loss
 
@@ -405,7 +402,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         inputs: Mapping[str, Any],
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        """Forward and backward passes of one micro-batch; the last one of a step combines."""
+        """Runs forward and backward passes of a micro-batch; the last of a step combines."""
         if self.args.method in GRADIENT_METHODS:
             loss = self._combined_step(model, inputs, num_items_in_batch)
         else:
@@ -422,7 +419,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
         last = self.accelerator.sync_gradients
-        # Where no process has a label in any micro-batch, nothing is to be learned.
+        # Without a label in any micro-batch of any process there is nothing to learn.
         learns = counts is None or bool(counts.any())
         with self._backward_passes(model):
             with raise_together(self._forward_group):
@@ -458,16 +455,16 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
 
     @contextlib.contextmanager
     def _backward_passes(self, model: Any) -> Iterator[None]:  # noqa: ANN401
-        """Sees to it that each loss has a gradient of its own, averaged over the processes."""
-        if self.is_fsdp_enabled:  # by its hooks, in every micro-batch
+        """Lets each loss average its gradient over the processes."""
+        if self.is_fsdp_enabled:  # FSDP's hooks average, in every micro-batch
             model.set_requires_gradient_sync(True)
             yield
-        else:  # by the optimizer
+        else:  # the optimizer averages
             with self.accelerator.no_sync(model):
                 yield
 
     def _forward(self, model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Any]:  # noqa: ANN401
-        """Returns the log-probabilities of the completions, and all that the model returned."""
+        """Returns the log-probabilities of the completions, and the model's output."""
         found: list[Any] = []
         options = {"output_router_logits": True} if self.aux_loss_enabled else {}
 
@@ -478,7 +475,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         return completion_log_probs(run, for_the_model(inputs)), found[0]
 
     def _auxiliary(self, outputs: Any) -> Tensor:  # noqa: ANN401
-        """A mixture of experts' loss of its own, as TRL weighs it; 0 without one."""
+        """Returns the load-balancing loss of a mixture of experts, as TRL weights it, or 0."""
         if not self.aux_loss_enabled:
             return torch.zeros((), device=self.args.device)
         batches = self.current_gradient_accumulation_steps if self.model.training else 1
@@ -502,7 +499,7 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what was gathered since the last call."""
+        """Adds the metrics since the last call."""
         coefficient = self.router_aux_loss_coef if self.aux_loss_enabled else 0.0
         self._objective_log.write(
             logs,
@@ -519,14 +516,13 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
         inputs: Mapping[str, Tensor],
         counts: Tensor | None,
     ) -> list[Tensor | None]:
-        """One loss per objective, None where it labels no pair."""
+        """Returns one loss per objective, None if it labels no pair; records the metrics."""
         args, training = self.args, self.model.training
-        preferences = Preferences.of(inputs)  # once: the losses ask which pairs are labelled
+        preferences = Preferences.of(inputs)
         signs, weights, _ = preferences
         pairs, batches = len(signs), self.accelerator.gradient_state
         if not training and batches.end_of_dataloader and batches.remainder > 0:
-            # Accelerate fills the last batch up from the beginning, so that all processes get as
-            # many pairs.
+            # Accelerate fills the last batch with pairs from the start; they must not count twice.
             pairs = min(pairs, max(0, batches.remainder - args.process_index * pairs))
             signs[pairs:] = 0
         reference: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -537,9 +533,9 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
                 model = self.ref_model
                 if model is None and (model := self.model) and not self._runs_reference:
                     raise ValueError(
-                        f"an evaluation by the loss {', '.join(args.loss_type)} needs a reference "
-                        f"model, which the method {args.method} does not. Pass `eval_dataset` "
-                        f"when the trainer is made, or a `ref_model`."
+                        f"an evaluation with the loss {', '.join(args.loss_type)} needs a "
+                        f"reference model, but the method {args.method} loaded none. Pass "
+                        f"`eval_dataset` or `ref_model` to the trainer."
                     )
                 reference = self.compute_ref_log_probs(model, inputs)
         chosen, rejected = scores.chunk(2)

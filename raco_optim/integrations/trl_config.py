@@ -18,12 +18,12 @@ from raco_optim.integrations.metrics import lower_is_better
 from raco_optim.integrations.sharding import refused
 from raco_optim.subproblem.solve import SOLVERS, Solver
 
-# Those that combine the gradients of the objectives, and those with one loss.
+# Methods that combine the gradients of the objectives; the others minimise one loss.
 GRADIENT_METHODS = ("raco", "cagrad", "mgda")
 METHODS = (*GRADIENT_METHODS, "linear", "amopo", "modpo")
 Method = Literal["raco", "cagrad", "mgda", "linear", "amopo", "modpo"]
 
-# TRL's name of a loss -> the loss of `raco_optim.alignment` and whether it is normalised by length.
+# TRL's name of a loss -> the loss of `raco_optim.alignment`, and whether it divides by the length.
 LOSS_TYPES: dict[str, tuple[PreferenceLoss, bool]] = {
     "sigmoid": ("dpo", False),
     "sigmoid_norm": ("dpo", True),
@@ -38,7 +38,7 @@ LOSS_TYPES: dict[str, tuple[PreferenceLoss, bool]] = {
     "sft": ("sft", True),
 }
 
-# Settings of TRL that change the loss in a way that the losses per objective don't have.
+# TRL's settings that the losses per objective don't support, with their defaults.
 _NOT_HONOURED = {
     "ld_alpha": None,
     "f_divergence_type": "reverse_kl",
@@ -46,7 +46,7 @@ _NOT_HONOURED = {
     "activation_offloading": False,
     "use_liger_kernel": False,
     "torch_empty_cache_steps": None,
-    "label_smoothing_factor": 0.0,  # the Trainer's, for other losses
+    "label_smoothing_factor": 0.0,
     "discopop_tau": 0.05,
     "f_alpha_divergence_coef": 0.5,
 }
@@ -56,53 +56,52 @@ _NOT_HONOURED = {
 class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not type-checked
     r"""TRL's `DPOConfig` with one weight per objective.
 
-    All fields of `DPOConfig` keep their names, meanings and defaults, but for those that change
-    the loss in a way that losses per objective don't have (``ld_alpha``, ``f_divergence_type``,
-    ``use_weighting``), and for ``activation_offloading``, ``use_liger_kernel``, ``deepspeed``,
-    ``torch_empty_cache_steps`` and ``label_smoothing_factor``: a value other than the default is
-    an error. A field that another one leaves without effect, such as `c` with the method
-    ``"linear"``, is warned about.
+    The fields of `DPOConfig` keep their names, meanings and defaults. These must keep their
+    default, because losses per objective don't support them: ``ld_alpha``, ``f_divergence_type``,
+    ``use_weighting``, ``activation_offloading``, ``use_liger_kernel``, ``deepspeed``,
+    ``torch_empty_cache_steps`` and ``label_smoothing_factor``. A field without effect, such as `c`
+    with the method ``"linear"``, gives a warning.
 
     Args:
-        weights: w, objective -> weight, numbers >= 0 that sum to 1, or a string such as
-            ``"helpful=0.7,harmless=0.3"``. Objective ``helpful`` is the column ``pref_helpful``.
-        method: How the losses :math:`L_i` become one update.
+        weights: Objective -> weight :math:`w_i \ge 0`; they sum to 1. Also as a string,
+            ``"helpful=0.7,harmless=0.3"``. The objective ``helpful`` reads ``pref_helpful``.
+        method: How to turn the losses :math:`L_i` into one update.
             ``"raco"``: CAGrad-Clip (`raco_optim.CAGradClip`).
-            ``"cagrad"``: CAGrad with weights (`raco_optim.CAGrad`).
+            ``"cagrad"``: weighted CAGrad (`raco_optim.CAGrad`).
             ``"mgda"``: the min-norm point (`raco_optim.MGDA`), which ignores the weights.
-            ``"linear"``: the gradient of :math:`\sum_i w_i L_i`, in one backward pass.
-            ``"amopo"``: that of the static AMoPO objective (`raco_optim.alignment.amopo_losses`).
-            ``"modpo"``: that of MODPO (`raco_optim.alignment.modpo_loss`), with the reward margins
-            of the columns ``margin_<objective>``.
-        c: Radius of the correction relative to the weighted gradient; in [0, 1) for ``"raco"``,
-            >= 0 for ``"cagrad"``, for no other method. The default is the paper's; preferences that
-            keep conflicting were served better by 0.1 to 0.2 (docs/beyond.md).
+            ``"linear"``: the weighted sum :math:`\sum_i w_i L_i`, in one backward pass.
+            ``"amopo"``: the static AMoPO loss (`raco_optim.alignment.amopo_losses`).
+            ``"modpo"``: the MODPO loss (`raco_optim.alignment.modpo_loss`), with reward margins
+            from the columns ``margin_<objective>``.
+        c: Radius of the correction relative to the weighted gradient: in [0, 1) for ``"raco"``,
+            >= 0 for ``"cagrad"``. The default is the paper's; if preferences keep conflicting,
+            0.1 to 0.2 worked better (docs/beyond.md).
         solver: ``"exact"``, ``"pgd"`` or ``"slsqp"``; see `raco_optim.solve_subproblem`.
-        nonfinite: What to do when a loss or a gradient of an objective is NaN or Inf. ``"raise"``:
-            `FloatingPointError` that names it. ``"skip"``, for the first three methods: leave the
-            update out, and log how many were. With ``fp16`` an overflow is skipped by the scaler
-            and logged in either case; ``"raise"`` looks at the losses alone.
-        gradients: How the first three methods compute the gradients of the objectives.
-            ``"per_example"``: by one backward pass for all of them, where the layers allow it (see
-            docs/cost.md); ``"dense"``: always by one for each. Both are exact. Under FSDP2 and
-            with ``fp16``, by one for each too.
-        modpo_objective: The objective whose preferences MODPO learns from; the others enter with
+        nonfinite: What to do if a loss or gradient of an objective is NaN or Inf. ``"raise"``: a
+            `FloatingPointError` that names it. ``"skip"``: skip the update and log the number of
+            skipped ones (``"raco"``, ``"cagrad"`` and ``"mgda"`` only). With ``fp16`` the scaler
+            skips overflows in both cases, and ``"raise"`` checks only the losses.
+        gradients: How ``"raco"``, ``"cagrad"`` and ``"mgda"`` compute the gradients of the
+            objectives. ``"per_example"``: in one backward pass where the layers allow it (see
+            docs/cost.md). ``"dense"``: in one pass per objective, as always under FSDP2 and with
+            ``fp16``. Both are exact.
+        modpo_objective: The objective whose preferences MODPO learns from; the others contribute
             their margins. Default: the first of `weights`.
         simpo_gamma: Target margin of the loss type ``"simpo"``, >= 0.
-        loss_type: TRL's field: the loss of every objective, and the yardstick in evaluations,
-            whatever the method. ``"sigmoid"`` (DPO), ``"sigmoid_norm"`` (DPO with log-probabilities
-            per token), ``"hinge"``, ``"robust"``, ``"ipo"``, ``"apo_zero"``, ``"apo_down"``,
-            ``"bco_pair"``, ``"kto_pair"``, or without a reference model ``"simpo"`` and ``"sft"``.
-            Several are added, such as ``["sigmoid", "sft"]`` (RPO). Margins and accuracies are
-            those of the first one.
+        loss_type: TRL's field: the loss of each objective in training (except ``"amopo"`` and
+            ``"modpo"``) and in evaluation. ``"sigmoid"`` (DPO), ``"sigmoid_norm"`` (DPO with
+            log-probabilities per token), ``"hinge"``, ``"robust"``, ``"ipo"``, ``"apo_zero"``,
+            ``"apo_down"``, ``"bco_pair"``, ``"kto_pair"``, or, without a reference model,
+            ``"simpo"`` and ``"sft"``. A list such as ``["sigmoid", "sft"]`` (RPO) is summed; the
+            first loss defines margins and accuracies.
         loss_weights: TRL's field: one factor per entry of `loss_type`. Default: 1.
-        label_smoothing: TRL's field; besides ``"robust"`` it smooths ``"sigmoid"`` and
-            ``"sigmoid_norm"`` (conservative DPO; TRL passes over it there), and ``"simpo"``.
+        label_smoothing: TRL's field, in [0, 0.5). It smooths ``"robust"``, ``"simpo"`` and, unlike
+            in TRL, ``"sigmoid"`` and ``"sigmoid_norm"`` (conservative DPO).
         greater_is_better: The Trainer's field. The default is right for every metric of the
-            trainer: losses should be low, margins and accuracies high.
+            trainer: low losses, high margins and accuracies.
 
     Raises:
-        ValueError: A field is out of its range, or can't be honoured; the message names it.
+        ValueError: A field is out of range or not supported; the message names it.
 
     Example:
         >>> from raco_optim.integrations.trl import MultiObjectiveDPOConfig
@@ -115,10 +114,10 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
 
     weights: dict[str, float] | str | None = field(
         default=None,
-        metadata={"help": "Objective -> weight, as helpful=0.7,harmless=0.3; they sum to 1."},
+        metadata={"help": "Objectives and weights, as helpful=0.7,harmless=0.3; they sum to 1."},
     )
     method: Method = field(
-        default="raco", metadata={"help": "How the objectives become one update."}
+        default="raco", metadata={"help": "How to combine the objectives into one update."}
     )
     c: float = field(
         default=0.4,
@@ -127,7 +126,7 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
     solver: Solver = field(default="exact", metadata={"help": "Solver of the subproblem."})
     nonfinite: Literal["raise", "skip"] = field(
         default="raise",
-        metadata={"help": "Raise an error where a loss is NaN or Inf, or skip the update."},
+        metadata={"help": "Raise an error or skip the update if a loss is NaN or Inf."},
     )
     gradients: Literal["per_example", "dense"] = field(
         default="per_example",
@@ -150,9 +149,9 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
         checked_choice("gradients", self.gradients, ("per_example", "dense"))
         if self.nonfinite != "raise" and self.method not in GRADIENT_METHODS:
             raise ValueError(
-                f"`nonfinite` must be 'raise' with the method {self.method!r}, which looks at one "
-                f"weighted loss; got {self.nonfinite!r}. Choose one of the methods "
-                f"{', '.join(GRADIENT_METHODS)}, or leave it out."
+                f"`nonfinite` must be 'raise' with the method {self.method!r}; got "
+                f"{self.nonfinite!r}. Leave it out, or choose one of the methods "
+                f"{', '.join(GRADIENT_METHODS)}."
             )
         if self.method in ("raco", "cagrad"):
             checked_radius(self.c, below_one=self.method == "raco")
@@ -162,10 +161,10 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
             if self.weights[self.modpo_objective] == 0:
                 raise ValueError(
                     f"`weights` must be positive for `modpo_objective`, {self.modpo_objective!r}; "
-                    f"got 0. Choose an objective with a weight."
+                    f"got 0. Choose an objective with a positive weight."
                 )
         wished = self.greater_is_better
-        # TRL sets what transformers has given another name, which it would warn about.
+        # TRL sets fields that transformers has renamed; the new names avoid its warning.
         for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
             new = old.replace("gradient", "activation")
             if getattr(self, new, True) is None:
@@ -184,14 +183,14 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
 
     @property
     def margin_objectives(self) -> list[str]:
-        """The objectives whose reward margins the method reads (MODPO: all but its own)."""
+        """The objectives whose reward margins the method reads: MODPO's other objectives."""
         if self.method != "modpo":
             return []
         return [name for name in self.objective_weights if name != self.modpo_objective]
 
     @property
     def loss_forms(self) -> list[tuple[float, LossForm]]:
-        """The terms of `loss_type`: their factors, and arguments of `preference_losses`."""
+        """The terms of `loss_type`: factors, and arguments for `preference_losses`."""
         forms = []
         factors = self.loss_weights or [1.0] * len(self.loss_type)
         for factor, name in zip(factors, self.loss_type, strict=True):
@@ -205,7 +204,7 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
         return forms
 
     def needs_reference(self, *, training: bool) -> bool:
-        """Whether the losses need log-probabilities under the reference model."""
+        """Returns whether the losses need log-probabilities under the reference model."""
         if training and self.method in ("amopo", "modpo"):
             return self.method == "modpo"
         return any(form["loss"] not in REFERENCE_FREE for _, form in self.loss_forms)
@@ -232,8 +231,8 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
             )
         if "robust" in self.loss_type and not self.label_smoothing:
             warnings.warn(
-                "the loss 'robust' with label_smoothing=0 is that of 'sigmoid'. Set "
-                "`label_smoothing` to the share of labels that may be wrong, such as 0.1.",
+                "the loss 'robust' with label_smoothing=0 equals 'sigmoid'. Set `label_smoothing` "
+                "to the fraction of labels that may be wrong, such as 0.1.",
                 stacklevel=4,
             )
         if self.simpo_gamma and "simpo" not in self.loss_type:
@@ -242,7 +241,7 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
             )
 
     def _check_effect(self) -> None:
-        """Warns of what another setting leaves without effect."""
+        """Warns about settings that have no effect."""
         if self.sync_ref_model and not self.needs_reference(training=True):
             raise ValueError(
                 f"`sync_ref_model` must be False with the method {self.method!r} and the loss "
@@ -253,15 +252,15 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
             got = vars(self)[name]
             if got != defaults[name]:
                 warnings.warn(
-                    f"`{name}` has no effect without its condition, `{setting}` {value}; got "
-                    f"{got!r}. Leave it out.",
+                    f"`{name}` has no effect unless `{setting}` is {value}; got {got!r}. Leave it "
+                    f"out.",
                     stacklevel=4,
                 )
 
     def without_effect(self) -> dict[str, tuple[str, str]]:
-        """Returns the settings that have no effect, with the one that they need and its value."""
+        """Returns the settings without effect, each with the setting and the value it needs."""
         ever = any(self.needs_reference(training=x) for x in (True, False))
-        # The settings, what they need, and whether it is there.
+        # Names, the setting and value that they need, and whether it has that value.
         rules = [
             ("c solver", ("method", "raco or cagrad"), self.method in ("raco", "cagrad")),
             (
@@ -288,7 +287,7 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
         return {n: needs for names, needs, there in rules if not there for n in names.split()}
 
     def _direct_metric(self, wished: bool | None) -> None:
-        """Sets whether the best model is that of the highest or of the lowest metric."""
+        """Sets `greater_is_better`, and the mode of a scheduler that follows the metric."""
         metric = self.metric_for_best_model
         lower = None if metric is None else lower_is_better(metric, self.objective_weights)
         if lower is not None:
@@ -297,8 +296,8 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
             self.greater_is_better = wished
             if lower is not None:
                 warnings.warn(
-                    f"`greater_is_better`={wished} takes the worst model for the best one, because "
-                    f"{metric!r} should be {'low' if lower else 'high'}. Leave it out.",
+                    f"`greater_is_better`={wished} selects the worst model, because {metric!r} "
+                    f"should be {'low' if lower else 'high'}. Leave it out.",
                     stacklevel=4,
                 )
         if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
@@ -323,29 +322,24 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
         combines = self.method in GRADIENT_METHODS
         if combines and re.search("layerwise|lomo", str(self.optim), re.IGNORECASE):
             raise ValueError(
-                f"`optim` must step after the backward pass, when gradients are combined; got "
-                f"{self.optim}."
+                f"`optim` must step after the backward pass, not in it, because the gradients are "
+                f"combined in between; got {self.optim}. Choose another, such as adamw_torch."
             )
         if combines and self.ddp_static_graph:
             raise ValueError(
                 f"`ddp_static_graph` must be False with the method {self.method!r}, whose "
-                f"gradients do not pass through DistributedDataParallel; got True."
+                f"gradients do not pass through DistributedDataParallel; got True. Leave it out."
             )
         reentrant = (self.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
         if self.gradient_checkpointing and reentrant and combines:
             raise ValueError(
                 "`gradient_checkpointing_kwargs` must not ask for reentrant checkpointing, which "
-                "hides the parameters from gradients per objective; got use_reentrant=True. Leave "
-                "it out."
+                "gives no gradients per objective; got use_reentrant=True. Leave it out."
             )
 
 
 def parsed_weights(weights: Mapping[str, float] | str | None) -> dict[str, float]:
-    """Returns the weights as a mapping; a string is read as ``name=number,name=number``.
-
-    Raises:
-        ValueError: There are none, or the string can't be read.
-    """
+    """Returns the weights as a mapping, also from ``name=number,name=number``, or raises."""
     if isinstance(weights, str):
         parsed: dict[str, float] = {}
         for item in weights.split(","):

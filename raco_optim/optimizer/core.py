@@ -85,7 +85,11 @@ class Core:
             return ApproximateMode(self.asked)
         if parameters.is_sharded:
             from raco_optim.distributed.sharded import ShardedMode
+            from raco_optim.distributed.sharded_layers import ShardedPerExampleMode
 
+            if self.asked == "per_example":
+                assert self.model is not None
+                return ShardedPerExampleMode(self.model, parameters.tensors, self.group)
             return ShardedMode(self.asked)
         gather = None if group is None else replicated.gather
         if self.asked == "per_example":

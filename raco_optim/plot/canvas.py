@@ -1,4 +1,4 @@
-"""What all pictures share: axes, colours, legends, and files."""
+"""Axes, colours, legends and files that all pictures share."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
     from raco_optim.plot.moving import Curve
 
-# Okabe and Ito's colours, which differ for any colour vision; markers and dashes differ in print
-# without colour.
+# Okabe and Ito's colours, which are distinct for any colour vision; markers and dashes are
+# distinct in black and white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#000000")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 INK, GREY, PALE = "#222222", "#767676", "#e5e5e5"
-# Names are the user's: a dollar sign in one is a dollar sign, not the start of a formula.
+# A dollar sign in a user's name does not start a formula.
 _TEXT = {"text.parse_math": False}
 _OWN = {
     **_TEXT,
@@ -37,21 +37,14 @@ _OWN = {
     "lines.linewidth": 1.4,
 }
 SIZE = (5.2, 3.3)  # inches
-_LONGEST = 24  # name, in characters
+_LONGEST = 24  # characters of a name
 _NAME = "raco_optim name"  # marks names of points
-_NEAR = 0.06  # so close, in widths of the data, names would cover each other
+_NEAR = 0.06  # distance, in widths of the data, at which names overlap
 
 
 @contextlib.contextmanager
 def style(*, own: bool = True) -> Iterator[None]:
-    """Sets matplotlib up for a picture, and sets it back.
-
-    Args:
-        own: Whether the figure is ours: the look of another's is left alone.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """Sets matplotlib up for a picture for a while; `own` is False for a figure of the user."""
     try:
         import matplotlib
     except ImportError as error:
@@ -65,13 +58,9 @@ def style(*, own: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def axes_or_new(ax: Axes | None) -> Iterator[Axes]:
-    """Gives the axes to draw into, those of a new figure if there are none.
+    """Yields the given axes, or those of a new figure.
 
-    The figure is not one of pyplot: it opens no window, and is freed when nobody holds it.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        TypeError: `ax` is something else.
+    The figure is not one of pyplot: it opens no window, and is freed with its last reference.
     """
     with style(own=ax is None):
         from matplotlib.axes import Axes
@@ -79,21 +68,21 @@ def axes_or_new(ax: Axes | None) -> Iterator[Axes]:
         given: object = new_figure(SIZE).subplots() if ax is None else ax
         if not isinstance(given, Axes):
             raise TypeError(
-                f"`ax` must be axes of matplotlib; got {type(ax).__name__}. Leave it out for axes "
-                f"of a new figure."
+                f"`ax` must be axes of matplotlib; got {type(ax).__name__}. Leave it out for a new "
+                f"figure."
             )
         yield given
 
 
 def new_figure(size: tuple[float, float]) -> Figure:
-    """Makes a figure whose parts find their room themselves."""
+    """Returns a new figure with automatic layout."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=size, layout="constrained")
 
 
 def look(i: int) -> dict[str, Any]:
-    """Returns colour and marker of the i-th series; 56 of them differ."""
+    """Returns colour and marker of the i-th series; 56 of them are different."""
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + i // 8) % len(MARKERS)]}
 
 
@@ -105,8 +94,8 @@ def draw_curve(
     band: bool = False,
     **looks: Any,  # noqa: ANN401  # matplotlib's
 ) -> Line2D:
-    """Draws the i-th curve, and the band around it if wanted; returns the curve."""
-    # Markers at other places than those of the curve before.
+    """Draws the i-th curve, optionally with its band, and returns its line."""
+    # Shifted, so markers of different curves don't overlap.
     every = max(1, len(curve.x) // 7)
     drawn = {**look(i), "markersize": 4.5, "markevery": (i * every // 3 % every, every), **looks}
     if band:
@@ -115,7 +104,7 @@ def draw_curve(
 
 
 def finish(ax: Axes, *, x: str, y: str) -> None:
-    """Labels the axes, and puts a quiet grid behind the data."""
+    """Labels the axes, and draws a grid behind the data."""
     for axis, text in ((ax.xaxis, x), (ax.yaxis, y)):
         axis.label.set_parse_math(False)
         axis.set_label_text(text)
@@ -124,7 +113,7 @@ def finish(ax: Axes, *, x: str, y: str) -> None:
 
 
 def legend(ax: Axes, entries: Sequence[tuple[str, Artist]]) -> None:
-    """Puts a legend above the axes, where it covers no data."""
+    """Draws a legend above the axes, where it covers no data."""
     labels = [label for label, _ in entries]
     ax.legend(
         [handle for _, handle in entries],
@@ -140,7 +129,7 @@ def legend(ax: Axes, entries: Sequence[tuple[str, Artist]]) -> None:
 
 
 def _columns(labels: Sequence[str], width: float) -> int:
-    """Returns how many columns fit; a legend is filled column by column."""
+    """Returns the number of columns that fit; matplotlib fills a legend by columns."""
     widths = [5.2 * len(label) + 42 for label in labels]  # with a handle, about, in points
     for n in range(len(labels), 1, -1):
         rows, longer = divmod(len(labels), n)
@@ -151,14 +140,14 @@ def _columns(labels: Sequence[str], width: float) -> int:
 
 
 def size_of(ax: Axes) -> tuple[float, float]:
-    """Returns width and height of the axes in points, before they make room for their labels."""
+    """Returns width and height of the axes in points, before labels take their space."""
     box = ax.get_window_extent()
     points = 72 / ax.figure.dpi
     return box.width * points, box.height * points
 
 
 def name_point(ax: Axes, point: Sequence[float], text: str) -> None:
-    """Writes a name beside a point, below the names that stand there already."""
+    """Writes a name beside a point, below names that are already there."""
     x, y = map(float, point)
     width, height = ax.dataLim.width or 1.0, ax.dataLim.height or 1.0
     there = {
@@ -181,22 +170,22 @@ def name_point(ax: Axes, point: Sequence[float], text: str) -> None:
 
 
 def shortened(name: str) -> str:
-    """Returns what there is room for of a name."""
+    """Returns a name cut to `_LONGEST` characters."""
     return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
 
 
 def save(picture: Axes | Figure, path: str | os.PathLike[str]) -> None:
-    """Writes a picture; whoever reads the file finds a whole one.
+    """Writes a picture to a file; readers never see a partial file.
 
     Args:
-        picture: What a function of this module returned.
-        path: The file. Its suffix says the format: ``.pdf`` and ``.svg`` for papers, ``.png``, and
-            what else matplotlib knows.
+        picture: Axes or a figure, as the functions of this module return them.
+        path: The file. The suffix sets the format: ``.pdf``, ``.svg``, ``.png`` or any other that
+            matplotlib supports.
 
     Raises:
         OSError: The file can't be written.
-        TypeError: `picture` is something else.
-        ValueError: The suffix is of no format that matplotlib can write.
+        TypeError: `picture` is neither axes nor a figure.
+        ValueError: matplotlib does not support the suffix.
 
     Example:
         >>> import os, tempfile
@@ -214,8 +203,8 @@ def save(picture: Axes | Figure, path: str | os.PathLike[str]) -> None:
     given: object = picture
     if not isinstance(given, Axes | FigureBase):
         raise TypeError(
-            f"`picture` must be axes or a figure, as `raco_optim.plot` makes them; got "
-            f"{type(given).__name__}. The picture comes first, then the path."
+            f"`picture` must be axes or a figure of matplotlib; got {type(given).__name__}. Pass "
+            f"the picture first, then the path."
         )
     path = Path(path)
     # The figure of a figure is the outermost one.
@@ -228,7 +217,7 @@ def save(picture: Axes | Figure, path: str | os.PathLike[str]) -> None:
             f"{str(path)!r}."
         )
     picture_file = io.BytesIO()
-    # 42: fonts that journals take, and that a reader can select text of.
+    # 42: TrueType fonts, which journals accept and whose text can be selected.
     with matplotlib.rc_context({"pdf.fonttype": 42, "ps.fonttype": 42}):
         figure.savefig(picture_file, format=kind, dpi=200, bbox_inches="tight", pad_inches=0.03)
     try:
@@ -239,6 +228,6 @@ def save(picture: Axes | Figure, path: str | os.PathLike[str]) -> None:
             os.replace(whole, path)
     except OSError as error:
         raise OSError(
-            f"`path` must be a file that can be written; got {str(path)!r} ({error.strerror}). "
-            f"Choose another."
+            f"`path` must be a writable file; got {str(path)!r} ({error.strerror}). Choose "
+            f"another path."
         ) from error

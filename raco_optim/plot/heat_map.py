@@ -14,7 +14,7 @@ from raco_optim.plot.series import Array
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LEAST, _MOST = 6.3, 9.5  # height of a row, in points: its name stands beside it
+_LEAST, _MOST = 6.3, 9.5  # height of a row in points, which must fit its name
 
 
 def draw_heat_map(
@@ -25,14 +25,14 @@ def draw_heat_map(
     label: str,
     limits: tuple[float, float | None],
 ) -> None:
-    """Draws a row for each curve, from the top, and says how many do not fit.
+    """Draws each curve as a row, from the top, and says how many do not fit.
 
     Args:
         ax: Axes to draw into.
         steps: Numbers of the steps, ``[n]``.
-        groups: Name and values, ``[n]``, of each curve; those of a group stay together.
-        size: Steps whose mean is a cell.
-        label: What a colour means.
+        groups: Names and values, ``[n]``, of curves; those of a group stay together.
+        size: Number of steps in the mean of a cell.
+        label: Label of the colours.
         limits: Values of the first and the last colour; None for the largest value.
     """
     height = size_of(ax)[1]
@@ -42,7 +42,7 @@ def draw_heat_map(
     # Cells meet in the middle between two windows.
     x = curves[0].x
     edges = np.concatenate([[steps[0] - 0.5], (x[1:] + x[:-1]) / 2, [steps[-1] + 0.5]])
-    # From dark blue by grey to light yellow: more is lighter, in print without colour too.
+    # From dark blue to light yellow: larger is lighter, also in black and white.
     mesh = ax.pcolormesh(
         edges,
         np.arange(len(rows) + 1) - 0.5,

@@ -1,4 +1,4 @@
-"""Moving means and bands, so that a picture of many steps has few points."""
+"""Moving means and bands, which reduce a long run to few points."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from raco_optim._checks import checked_count
 from raco_optim.plot.series import Array
 
-POINTS = 120  # of a line, at most: more are not told apart, and make vector graphics slow
-_WINDOWS = 30  # that fit into a run, by default
+POINTS = 120  # most points of a line: more look the same and make vector graphics slow
+_WINDOWS = 30  # default number of windows in a run
 _QUARTILES = (0.25, 0.75)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Means over windows of consecutive steps; NaN where a window has no finite value.
+    """Statistics over windows of consecutive steps; NaN if a window has no finite value.
 
     Attributes:
         x: Middle of each window, ``[k]``.
@@ -33,29 +33,14 @@ class Curve:
 
 
 def window_of(steps: int, window: int | None, least: int = 1) -> int:
-    """Returns the number of steps in a window: `window`, or what suits as many `steps`.
-
-    Args:
-        steps: Number of steps.
-        window: What the user wants, if anything.
-        least: What the default is not to be below.
-
-    Raises:
-        ValueError: `window` is not an integer of at least 1.
-    """
+    """Returns the steps per window: `window`, or a thirtieth of the run but at least `least`."""
     if window is not None:
         return min(checked_count("window", window), steps)
     return min(max(least, math.ceil(steps / _WINDOWS)), steps)
 
 
 def moving(steps: Array, values: Array, window: int) -> Curve:
-    """Computes means and quantiles of the finite values in moving windows.
-
-    Args:
-        steps: Numbers of the steps, ``[n]``.
-        values: One value for each, ``[n]``.
-        window: Number of steps in a window, at most n.
-    """
+    """Returns statistics of the finite values in moving windows; `steps`, `values`: ``[n]``."""
     last = len(steps) - window
     starts = np.unique(np.linspace(0, last, min(POINTS, last + 1)).round().astype(int))
     x = np.lib.stride_tricks.sliding_window_view(steps, window)[starts].mean(axis=1)
@@ -64,7 +49,7 @@ def moving(steps: Array, values: Array, window: int) -> Curve:
     count = finite.sum(axis=1)
     total = np.where(finite, found, 0.0).sum(axis=1)
     mean = np.divide(total, count, out=np.full(len(x), math.nan), where=count > 0)
-    # What is not finite comes last, so that a rank among the finite ones is a position.
+    # NaN sorts last, so a rank among the finite values is a position.
     ordered = np.sort(np.where(finite, found, math.nan), axis=1)
     low, high = (
         ordered[np.arange(len(x)), np.round(q * (count - 1).clip(min=0)).astype(int)]

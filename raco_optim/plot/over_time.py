@@ -1,4 +1,4 @@
-"""What surgery does, over the steps of a run."""
+"""Pictures of gradient surgery over the steps of a run."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ if TYPE_CHECKING:
 
 
 def cosines(log: Log, *, window: int | None = None, ax: Axes | None = None) -> Axes:
-    """Draws the cosines between the gradients of each two losses over the steps.
+    """Draws the cosines between the gradients of every two losses over the steps.
 
-    The pairs of up to three losses are lines; more are the rows of a heat map, those that conflict
-    most at the top, as many as fit the height of the axes. Steps in which a loss is absent, or a
-    gradient zero, are left out.
+    The pairs of up to three losses are lines. More losses give a heat map with a row per pair, the
+    strongest conflicts at the top, as many as fit. Steps with an absent loss or a zero gradient are
+    left out.
 
     Args:
-        log: A file of a `StepLogger`, what `read_steps` returns, or reports.
-        window: Steps whose mean is a point. Default: a thirtieth of the run.
+        log: A file of a `StepLogger`, a result of `read_steps`, or a sequence of reports.
+        window: Number of steps to average in a point. Default: a thirtieth of the run.
         ax: Axes to draw into. Default: those of a new figure.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: There are no two losses, no steps, or those of several runs.
-        TypeError, OSError: `log` is none of these, or can't be read.
+        ValueError: There are fewer than two losses, no steps, or several runs.
+        TypeError: `log` is none of these.
+        OSError: The file can't be read.
 
     Example:
         >>> import torch
@@ -53,10 +54,10 @@ def cosines(log: Log, *, window: int | None = None, ax: Axes | None = None) -> A
 
 
 def solution(log: Log, *, window: int | None = None, ax: Axes | None = None) -> Axes:
-    """Draws p, the clipped p and the weights over the steps; what clipping took is shaded.
+    """Draws p, the clipped p and the weights over the steps; the clipped part is shaded.
 
-    Up to three losses are lines; more are the rows of a heat map, those with the largest p at the
-    top, as many as fit. Where nothing was ever clipped (CAGrad, MGDA), there is p alone.
+    Up to three losses are lines. More losses give a heat map with a row per loss, the largest p at
+    the top, as many as fit. If nothing was clipped (CAGrad, MGDA), only p is drawn.
 
     Args:
         log: See `cosines`.
@@ -67,8 +68,9 @@ def solution(log: Log, *, window: int | None = None, ax: Axes | None = None) -> 
         The axes.
 
     Raises:
-        ValueError: No step has a p, there are no steps, or those of several runs.
-        TypeError, OSError: `log` is none of these, or can't be read.
+        ValueError: No step has a p, there are no steps, or several runs.
+        TypeError: See `cosines`.
+        OSError: See `cosines`.
 
     Example:
         >>> import torch
@@ -83,7 +85,9 @@ def solution(log: Log, *, window: int | None = None, ax: Axes | None = None) -> 
 
 
 def clip_angle(log: Log, *, window: int | None = None, ax: Axes | None = None) -> Axes:
-    """Draws by how much clipping turned the correction, over the steps: 0 where it rescaled it.
+    """Draws the angle by which clipping turned the correction, over the steps.
+
+    The angle is 0 if clipping only rescaled the correction.
 
     Args:
         log: See `cosines`.
@@ -94,8 +98,9 @@ def clip_angle(log: Log, *, window: int | None = None, ax: Axes | None = None) -
         The axes.
 
     Raises:
-        ValueError: No step has this angle, there are no steps, or those of several runs.
-        TypeError, OSError: `log` is none of these, or can't be read.
+        ValueError: No step has this angle, there are no steps, or several runs.
+        TypeError: See `cosines`.
+        OSError: See `cosines`.
 
     Example:
         >>> import torch
@@ -110,22 +115,23 @@ def clip_angle(log: Log, *, window: int | None = None, ax: Axes | None = None) -
 
 
 def conflict_rate(log: Log, *, window: int | None = None, ax: Axes | None = None) -> Axes:
-    """Draws the share of steps in which two losses conflict, and in which the update hurts one.
+    """Draws how often two losses conflict, and how often the update hurts a loss.
 
-    To first order: a negative product of two gradients, and of a gradient and the update. Steps
-    without an update, because of NaN or Inf, are left out.
+    Two losses conflict if their gradients have a negative inner product; the update hurts a loss if
+    its gradient and the update do. Steps without an update, because of NaN or Inf, are left out.
 
     Args:
         log: See `cosines`.
-        window: See `cosines`; by default no less than 20.
+        window: See `cosines`; the default is at least 20.
         ax: See `cosines`.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: No step was finite, there are no steps, or those of several runs.
-        TypeError, OSError: `log` is none of these, or can't be read.
+        ValueError: No step was finite, there are no steps, or several runs.
+        TypeError: See `cosines`.
+        OSError: See `cosines`.
 
     Example:
         >>> import torch
@@ -140,7 +146,7 @@ def conflict_rate(log: Log, *, window: int | None = None, ax: Axes | None = None
 
 
 def overview(log: Log, *, window: int | None = None) -> Figure:
-    """Draws all that a run has of `cosines`, `solution`, `clip_angle` and `conflict_rate`.
+    """Draws `cosines`, `solution`, `clip_angle` and `conflict_rate`, as far as the run has them.
 
     Args:
         log: See `cosines`.
@@ -150,8 +156,9 @@ def overview(log: Log, *, window: int | None = None) -> Figure:
         The figure.
 
     Raises:
-        ValueError: There are no steps, or those of several runs.
-        TypeError, OSError: `log` is none of these, or can't be read.
+        ValueError: There are no steps, or several runs.
+        TypeError: See `cosines`.
+        OSError: See `cosines`.
 
     Example:
         >>> import torch
@@ -159,7 +166,7 @@ def overview(log: Log, *, window: int | None = None) -> Figure:
         >>> x = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
         >>> opt = LinearScalarization(torch.optim.SGD([x], lr=0.1), {"a": 0.5, "b": 0.5})
         >>> opt.backward({"a": x[0] ** 2, "b": (x[1] - 2) ** 2})
-        >>> len(plot.overview([opt.report]).axes)  # there is no p, and so no clipping
+        >>> len(plot.overview([opt.report]).axes)  # this rule has no p
         2
     """
     series = gather(log)

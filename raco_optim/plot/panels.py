@@ -1,4 +1,4 @@
-"""The series of a run -> one pair of axes each."""
+"""Pictures of the series of a run, each on one pair of axes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 
 Draw = Callable[["Axes", Series, int | None], None]
 
-LOSSES = 3  # whose curves do not hide each other; more are the rows of a heat map
+LOSSES = 3  # drawn as curves; more are the rows of a heat map
 
 
 def draw_cosines(ax: Axes, series: Series, window: int | None) -> None:
-    """Draws the cosines of each two losses."""
+    """Draws the cosines between the gradients of every two losses."""
     names, m = series.names, len(series.names)
     if m < 2:
         raise ValueError(
-            f"`log` must hold two losses for a cosine; got {list(names)}. Draw another picture."
+            f"`log` must have at least two losses for cosines; got {list(names)}. Draw another "
+            f"picture."
         )
     found = series.cosines()
     pairs = [
@@ -53,8 +54,8 @@ def draw_solution(ax: Axes, series: Series, window: int | None) -> None:
     p, clipped, weights = series.solution(), series.clipped(), series.weights()
     if not np.isfinite(p).any():
         raise ValueError(
-            "`log` must have p in at least one step; got none. The rule has no subproblem, or no "
-            "step was finite: draw `cosines` or `conflict_rate`."
+            "`log` must have p in at least one step; got none, because the rule has no subproblem "
+            "or no step was finite. Draw `cosines` or `conflict_rate`."
         )
     size = window_of(len(series.steps), window)
     text = "p, clipped p" if series.clips else "p"
@@ -96,8 +97,8 @@ def draw_clip_angle(ax: Axes, series: Series, window: int | None) -> None:
     angle = series.clip_angle
     if not np.isfinite(angle).any():
         raise ValueError(
-            "`log` must have a clip angle in at least one step; got none. CAGradClip alone clips: "
-            "draw `cosines` or `conflict_rate`."
+            "`log` must have a clip angle in at least one step; got none. Only CAGradClip clips. "
+            "Draw `cosines` or `conflict_rate`."
         )
     size = window_of(len(series.steps), window)
     draw_curve(ax, moving(series.steps, angle, size), 0, band=size > 1)
@@ -106,15 +107,15 @@ def draw_clip_angle(ax: Axes, series: Series, window: int | None) -> None:
 
 
 def draw_conflict_rate(ax: Axes, series: Series, window: int | None) -> None:
-    """Draws the shares of steps with a conflict, and with an update that hurts."""
+    """Draws how often losses conflict, and how often the update hurts one."""
     rates = [
         ("two losses conflict", 100 * series.conflicting()),
         ("the update hurts a loss", 100 * series.hurting()),
     ]
     if not any(np.isfinite(rate).any() for _, rate in rates):
         raise ValueError(
-            "`log` must have an update in at least one step; got NaN or Inf in all of them. "
-            "Look for its cause in the losses."
+            "`log` must have an update in at least one step; got NaN or Inf in all steps. Look for "
+            "the cause in the losses."
         )
     size = window_of(len(series.steps), window, least=20)
     _draw_lines(ax, series, rates, size, band=False)

@@ -1,4 +1,4 @@
-"""A log -> arrays over the steps."""
+"""The steps of a log as arrays."""
 
 from __future__ import annotations
 
@@ -22,31 +22,25 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Series:
-    """The n steps of a run with m losses.
-
-    Attributes:
-        names: Names of the losses.
-        steps: Numbers of the steps, ``[n]``.
-        reports: What they did.
-    """
+    """The n steps of a run with m losses."""
 
     names: tuple[str, ...]
     steps: Array
     reports: tuple[StepReport, ...]
 
     def losses(self) -> Array:
-        """Values of the losses, ``[n, m]``; NaN for an absent one."""
+        """Returns the values of the losses, ``[n, m]``; NaN for an absent one."""
         return self._stack(lambda report: report.losses)
 
     def weights(self) -> Array:
-        """The user's weights, ``[n, m]``."""
+        """Returns the user's weights, ``[n, m]``."""
         return self._stack(lambda report: report.weights)
 
     def cosines(self) -> Array:
-        """Cosines of the gradients, ``[n, m, m]``; NaN where they are not defined.
+        """Returns the cosines of the gradients, ``[n, m, m]``.
 
-        That is where a gradient is zero or not finite, or its loss absent. A report may have 0
-        there, which would look like orthogonal gradients.
+        NaN if a gradient is zero or not finite or its loss absent; a report may have 0 there, which
+        would look like orthogonal gradients.
         """
 
         def defined(report: StepReport) -> Tensor:
@@ -57,11 +51,11 @@ class Series:
         return self._stack(defined)
 
     def solution(self) -> Array:
-        """p, ``[n, m]``; NaN for an absent loss, and where there is none."""
+        """Returns p, ``[n, m]``; NaN for an absent loss and for a step without p."""
         return self._stack(lambda report: self._or_nan(report.p))
 
     def clipped(self) -> Array:
-        """The clipped p, ``[n, m]``; NaN for an absent loss, and where there is none."""
+        """Returns the clipped p, ``[n, m]``; NaN as in `solution`."""
         return self._stack(lambda report: self._or_nan(report.p_clipped))
 
     @cached_property
@@ -73,18 +67,18 @@ class Series:
 
     @cached_property
     def clip_angle(self) -> Array:
-        """By how many degrees clipping turned the correction, ``[n]``; NaN where undefined."""
-        # Of x = 1 - cos, the arc cosine of 1 - x would lose the digits of a small angle.
+        """Degrees by which clipping turned the correction, ``[n]``; NaN where undefined."""
+        # With x = 1 - cos, arccos(1 - x) would be inaccurate for small angles.
         turned = np.array([report.clip_angle for report in self.reports])
         angle: Array = np.degrees(2 * np.arcsin(np.sqrt(turned.clip(0, 2) / 2)))
         return angle
 
     def conflicting(self) -> Array:
-        """1 for a step whose losses conflict, else 0, ``[n]``; NaN where a value was not finite."""
+        """Returns 1 for a step with a conflict, else 0, ``[n]``; NaN for a step without update."""
         return self._shares(lambda report: report.conflicting)
 
     def hurting(self) -> Array:
-        """1 for a step whose update raises a loss to first order, else 0, as `conflicting`."""
+        """Returns 1 for a step that raises a loss to first order, else 0, as `conflicting`."""
         return self._shares(lambda report: report.hurting)
 
     def _stack(self, of: Callable[[StepReport], Tensor]) -> Array:
@@ -109,17 +103,7 @@ class Series:
 
 
 def gather(log: Log, argument: str = "log") -> Series:
-    """Checks that a log is one run with at least one step.
-
-    Args:
-        log: A file that a `StepLogger` wrote, what `read_steps` made of it, or reports.
-        argument: What to call it in a message.
-
-    Raises:
-        OSError: The file can't be read.
-        TypeError: It is none of these.
-        ValueError: There are no steps, or those of several runs.
-    """
+    """Returns the steps of a log, or raises unless it holds one run with at least one step."""
     if isinstance(log, str | os.PathLike):
         log = read_steps(log)
     if isinstance(log, StepLog):
@@ -129,27 +113,27 @@ def gather(log: Log, argument: str = "log") -> Series:
         steps = tuple(range(len(reports)))
     if not reports:
         raise ValueError(
-            f"`{argument}` must hold at least one step; got none. Keep `report` after each step, "
-            f"or let a StepLogger do it."
+            f"`{argument}` must hold at least one step; got none. Collect `report` after each "
+            f"step, or use a StepLogger."
         )
     names = reports[0].names
     for step, report in zip(steps, reports, strict=True):
         if report.names != names:
             raise ValueError(
                 f"`{argument}` must be one run; got the losses {list(names)} and, in step {step}, "
-                f"{list(report.names)}. Draw each run by itself."
+                f"{list(report.names)}. Draw each run separately."
             )
     return Series(names, np.array(steps, dtype=np.float64), reports)
 
 
 def _reports(log: object, argument: str) -> tuple[StepReport, ...]:
     rule = (
-        f"`{argument}` must be the path of a StepLogger's file, what `read_steps` returns, or a "
+        f"`{argument}` must be the path of a StepLogger's file, a result of `read_steps`, or a "
         f"sequence of StepReports"
     )
     if not isinstance(log, Sequence):
         raise TypeError(f"{rule}; got {type(log).__name__}.")
     for report in log:
         if not isinstance(report, StepReport):
-            raise TypeError(f"{rule}; got one with {type(report).__name__} in it.")
+            raise TypeError(f"{rule}; got a sequence with {type(report).__name__}.")
     return tuple(log)

@@ -1,4 +1,4 @@
-"""Where runs with different weights ended."""
+"""A picture of the final losses of runs with different weights."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-_LAST = 10  # a tenth of the steps is the end of a run
+_LAST = 10  # the last tenth of the steps is the end of a run
 _TICK = 0.07  # half the length of a line of equal weighted loss, in widths of the data
-_FRONT = "raco_optim front"  # marks what an earlier call drew
+_FRONT = "raco_optim front"  # marks lines of earlier calls
 
 
 def front(
@@ -30,18 +30,18 @@ def front(
     label: str = "runs",
     ax: Axes | None = None,
 ) -> Axes:
-    """Draws where runs ended, which of them no other dominates, and what their weights asked for.
+    """Draws the final losses of runs with different weights, and their Pareto front.
 
-    Beside each point stand its weights. Runs with the same weights are small dots around the point
-    that is their mean. A filled marker is on the front, a hollow one is dominated (in all
-    objectives, not only in the two that are drawn). With two objectives a short line through each
-    point has the same weighted loss everywhere: where it touches the front, the weighted loss is at
-    its minimum. To compare methods, draw each into the same axes under its own label.
+    Each point is labelled with its weights. Runs with the same weights are small dots around their
+    mean. A filled marker is on the front; a hollow one is dominated in all m objectives. With two
+    objectives, a short line through each point marks equal weighted loss: the point minimises the
+    weighted loss where this line touches the front. To compare methods, draw each into the same
+    axes with a different label.
 
     Args:
-        runs: Logs, one of each run; see `cosines`.
-        points: Objective values of the runs, ``[n, m]``, smaller is better: losses on held-out
-            data, say. Default: the mean training losses of the last tenth of the steps.
+        runs: Logs, one per run; see `cosines`.
+        points: Objective values of the runs, ``[n, m]``, smaller is better, for example losses on
+            held-out data. Default: the mean training losses of the last tenth of the steps.
         objectives: The two losses to draw. Default: the first two.
         label: Name of these runs in the legend.
         ax: Axes to draw into. Default: those of a new figure.
@@ -50,9 +50,10 @@ def front(
         The axes.
 
     Raises:
-        ValueError: There are no runs, their losses differ in their names, there are less than two
+        ValueError: There are no runs, the names of their losses differ, there are fewer than two
             objectives, or a point is not finite.
-        TypeError, OSError: A log is none, or can't be read.
+        TypeError: `runs` is not a sequence of logs.
+        OSError: A file can't be read.
 
     Example:
         >>> import torch
@@ -100,7 +101,7 @@ def _draw(
 
     before = sum(line.get_gid() == _FRONT for line in ax.get_lines())
     two = weights.shape[1] == 2
-    # Smaller ones on top of larger ones: methods may end up in the same place.
+    # Smaller markers for later methods, which may cover earlier ones.
     marker = look(before) | {"markersize": max(7.5 - 1.7 * before, 3), "linestyle": ""}
     if len(values) > len(means):
         ax.plot(*values.T, ".", color=marker["color"], alpha=0.5, markersize=3)
@@ -128,22 +129,22 @@ def _draw(
 def _gather(runs: Sequence[Log]) -> list[Series]:
     if isinstance(runs, str) or not isinstance(runs, Sequence):
         raise TypeError(
-            f"`runs` must be a sequence of logs, one for each run; got {type(runs).__name__}. Put "
-            f"a single one into a list."
+            f"`runs` must be a sequence of logs, one per run; got {type(runs).__name__}. Put a "
+            f"single log into a list."
         )
     found = [gather(run, f"runs[{k}]") for k, run in enumerate(runs)]
     if not found:
-        raise ValueError("`runs` must hold at least one log; got none. Pass one for each run.")
+        raise ValueError("`runs` must hold at least one log; got none. Pass one per run.")
     names = found[0].names
     for k, run in enumerate(found):
         if run.names != names:
             raise ValueError(
                 f"`runs` must have the same losses; got {list(names)} and, in runs[{k}], "
-                f"{list(run.names)}. Draw them apart."
+                f"{list(run.names)}. Draw them separately."
             )
     if len(names) < 2:
         raise ValueError(
-            f"`runs` must have two losses or more; got {list(names)}. One has no trade-off."
+            f"`runs` must have at least two losses for a trade-off; got {list(names)}."
         )
     return found
 
@@ -153,7 +154,7 @@ def _ends(runs: Sequence[Series]) -> Array:
     for k, run in enumerate(runs):
         last = run.losses()[-max(1, len(run.reports) // _LAST) :]
         known = ~np.isnan(last)
-        with np.errstate(invalid="ignore"):  # of nothing, or of infinities
+        with np.errstate(invalid="ignore"):  # a mean of nothing, or of infinities
             end = np.where(known, last, 0).sum(axis=0) / known.sum(axis=0)
         if not np.isfinite(end).all():
             raise ValueError(
@@ -169,8 +170,8 @@ def _checked_points(points: Tensor | npt.ArrayLike, n: int, m: int) -> Array:
     found = np.asarray(points, dtype=np.float64)
     if found.shape != (n, m) or not np.isfinite(found).all():
         raise ValueError(
-            f"`points` must be finite and of shape [{n}, {m}], a row for each run and a column for "
-            f"each loss; got {found.tolist()!r}."
+            f"`points` must be finite and of shape [{n}, {m}], one row per run and one column per "
+            f"loss; got {found.tolist()!r}."
         )
     return found
 

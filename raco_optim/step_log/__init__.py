@@ -2,7 +2,7 @@
 
 log.py      a report <-> a line of JSON
 logger.py   the writer, which does not wait for the device
-jsonl.py    lines that survive a killed process, for the whole package
+jsonl.py    JSON lines that survive a kill, for the whole package
 """
 
 from raco_optim.step_log.log import StepLog, read_steps

@@ -1,4 +1,4 @@
-"""JSON lines that survive a killed process: the one reader and the one writer of the package."""
+"""Reads and writes JSON lines that survive a kill, for the whole package."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any, NamedTuple, NoReturn
 
 
 class Records(NamedTuple):
-    """What a file holds, as far as it is whole."""
+    """The complete lines of a file."""
 
     entries: list[Any]
     size: int  # in bytes, without `torn`
-    torn: bytes  # the beginning of a last line that was cut short
-    ended: bool  # the last whole line has its newline
+    torn: bytes  # an incomplete last line
+    ended: bool  # whether the last complete line has its newline
 
 
 class BadLine(ValueError):
-    """A line that is no JSON; `number` counts from 1."""
+    """A line that is not JSON; `number` counts from 1."""
 
     def __init__(self, number: int, reason: str) -> None:
         super().__init__(reason)
@@ -38,7 +38,7 @@ def plain(
     value: Any,  # noqa: ANN401  # anything that JSON can hold
     nonfinite: Callable[[float], str | None] = name_of_nonfinite,
 ) -> Any:  # noqa: ANN401
-    """Returns a value as it comes back from JSON; `nonfinite` replaces NaN and infinities."""
+    """Returns a value as JSON returns it; `nonfinite` replaces NaN and infinities."""
     if isinstance(value, float) and not math.isfinite(value):
         return nonfinite(value)
     if isinstance(value, Mapping):
@@ -49,7 +49,7 @@ def plain(
 
 
 def read(path: Path) -> Records:
-    """Reads all whole lines; a last line without its newline may be whole or torn."""
+    """Reads all complete lines; a last line without a newline may be complete or torn."""
     entries: list[Any] = []
     size, ended = 0, True
     with path.open("rb") as file:
@@ -60,22 +60,22 @@ def read(path: Path) -> Records:
             except (ValueError, FloatingPointError) as error:
                 if ended or isinstance(error, FloatingPointError):
                     raise BadLine(number, str(error)) from error
-                # An object that was cut short is no JSON, wherever the cut is.
+                # An incomplete object is never valid JSON.
                 return Records(entries, size, line, True)
             size += len(line)
     return Records(entries, size, b"", ended)
 
 
 def may_begin(torn: bytes, head: bytes) -> bool:
-    """Whether a torn line may be what is left of one that began with `head`."""
+    """Returns whether a torn line may come from a line that began with `head`."""
     return torn.startswith(head) or head.startswith(torn)
 
 
 class Appender:
-    """Appends records to a file, each whole or not at all.
+    """Appends records to a file, each completely or not at all.
 
-    A failed write is taken back. A process that is killed while it writes leaves the beginning of
-    a last line, which `read` sets apart and `cut` removes.
+    A failed write is undone. A kill during a write leaves a torn last line, which `read` separates
+    and `cut` removes.
     """
 
     def __init__(self, path: Path, *, new: bool = False) -> None:
@@ -84,7 +84,7 @@ class Appender:
         self._size = os.fstat(self._file.fileno()).st_size
 
     def cut(self, found: Records) -> None:
-        """Removes a torn line, or gives a whole last line its newline."""
+        """Removes a torn last line, or ends a complete one."""
         self._size = found.size
         with self._taken_back_on_error():
             self._truncate()
@@ -96,14 +96,14 @@ class Appender:
         if os.fstat(self._file.fileno()).st_size != self._size:
             raise OSError(
                 f"`path` must be written by one process at a time; got {str(self._path)!r}, which "
-                f"another one has changed. Give each run a file of its own."
+                f"another process has changed. Use a separate file for each run."
             )
         line = json.dumps(record, allow_nan=False).encode() + b"\n"  # see `plain`
         with self._taken_back_on_error():
             self._write(line)
 
     def sync(self) -> None:
-        """Waits until all is on the disk, so that not even a power failure loses it."""
+        """Waits until everything is on the disk, safe even from a power failure."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -121,7 +121,7 @@ class Appender:
         try:
             yield
         except BaseException as error:
-            # A part of a line would spoil those that come after it.
+            # An incomplete line would corrupt the next one.
             with contextlib.suppress(OSError):
                 self._truncate()
             if isinstance(error, OSError):
@@ -140,12 +140,12 @@ class Appender:
 
 
 def not_writable(path: Path, error: OSError) -> OSError:
-    """Returns the error that says so in words."""
+    """Returns an error that says why `path` can't be written."""
     return OSError(
-        f"`path` must be a file that can be written; got {str(path)!r} ({error.strerror}). Make "
-        f"room, or choose another."
+        f"`path` must be a writable file; got {str(path)!r} ({error.strerror}). Free disk space, "
+        f"or choose another path."
     )
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise FloatingPointError(f"{constant} is no JSON; a number must be finite")
+    raise FloatingPointError(f"{constant} is not JSON; a number must be finite")

@@ -1,4 +1,4 @@
-"""Logs of steps as JSON lines: a header that names the run, then a report a line."""
+"""Step logs as JSON lines: a header that names the run, then one report per line."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class StepLog:
     """The steps of one run.
 
     Attributes:
-        run: What tells this run from others, 32 hexadecimal digits.
+        run: Identifier of the run, 32 hexadecimal digits.
         steps: Numbers of the steps, ascending.
-        reports: What they did.
+        reports: Their reports.
 
     Example:
         >>> from raco_optim.step_log import StepLog
@@ -40,20 +40,20 @@ class StepLog:
 
 
 def read_steps(path: str | os.PathLike[str]) -> StepLog:
-    """Reads what a `StepLogger` wrote, or is writing.
+    """Reads the file of a `StepLogger`, also while it is written.
 
-    A last line that was cut short is left out. Where the numbers of the steps go back, the run went
-    on from a checkpoint, and what follows replaces what was there.
+    An incomplete last line is ignored. If the run resumed from a checkpoint, its new steps replace
+    the earlier ones with the same numbers.
 
     Args:
         path: The file.
 
     Returns:
-        The steps; their reports are those of the optimizer, to the last bit.
+        The steps; the reports equal the optimizer's bit by bit.
 
     Raises:
         OSError: The file can't be read.
-        ValueError: It is no log of a `StepLogger`, it has no steps, or those of several runs.
+        ValueError: The file is not a log of a `StepLogger`, has no steps, or has several runs.
 
     Example:
         >>> import tempfile, torch
@@ -72,18 +72,18 @@ def read_steps(path: str | os.PathLike[str]) -> StepLog:
     if not log.steps:
         raise ValueError(
             f"`path` must be a log with at least one step; got {str(path)!r}, which has none. Call "
-            f"`log` of a StepLogger after each step."
+            f"`StepLogger.log` after each step."
         )
     return log
 
 
 def parse(path: Path) -> tuple[StepLog, jsonl.Records]:
-    """Returns the log, whose run is "" where nothing is in the file yet, and the file's lines."""
+    """Returns the log, with the run "" if the file is empty, and the lines of the file."""
     try:
         records = jsonl.read(path)
     except OSError as error:
         raise OSError(
-            f"`path` must be a file that can be read; got {str(path)!r} ({error.strerror})."
+            f"`path` must be a readable file; got {str(path)!r} ({error.strerror})."
         ) from error
     except jsonl.BadLine as error:
         raise _no_log(path, error.number) from error
@@ -105,7 +105,7 @@ def parse(path: Path) -> tuple[StepLog, jsonl.Records]:
             reports.pop()
         steps.append(entry["step"])
         reports.append(report)
-    # Of a file that is no log at all, nobody may drop a line.
+    # The torn line may belong to another kind of file, which must not be changed.
     if not run and not jsonl.may_begin(records.torn, _HEAD):
         raise _no_log(path, 1)
     return StepLog(run, tuple(steps), tuple(reports)), records
@@ -117,7 +117,7 @@ def header(run: str) -> dict[str, Any]:
 
 
 def encode(step: int, report: StepReport) -> dict[str, Any]:
-    """Returns the record of a step: the fields of its report, and what other readers want."""
+    """Returns the record of a step: the fields of its report, and values for other readers."""
     entry = {"step": step} | vars(report)
     entry |= {"cosines": report.cosines, "clip_angle": report.clip_angle}
     entry["outcome"] = report.outcome.name
@@ -128,8 +128,8 @@ def encode(step: int, report: StepReport) -> dict[str, Any]:
 
 def _no_log(path: Path, line: int) -> ValueError:
     return ValueError(
-        f"`path` must be a log of a StepLogger; got {str(path)!r}, whose line {line} is not one of "
-        f"its lines."
+        f"`path` must be a file of a StepLogger; got {str(path)!r}, in which line {line} is "
+        f"something else."
     )
 
 
@@ -145,19 +145,19 @@ def _run(entry: dict[str, Any], earlier: str, path: Path, line: int) -> str:
         )
     if earlier not in ("", run):
         raise ValueError(
-            f"`path` must be the log of one run; got {str(path)!r}, where another one begins at "
-            f"line {line}. Log each run to a file of its own."
+            f"`path` must be the log of one run; got {str(path)!r}, where another run begins at "
+            f"line {line}. Use a separate file for each run."
         )
     return str(run)
 
 
-# What the record of a step holds beside floats.
+# Types of the fields that are not floats.
 _TYPES: dict[str, type] = dict.fromkeys(("step", "skipped", "gram_age"), int)
 _TYPES |= {"names": list, "absent": list, "skip": bool, "gradients": str}
 
 
 def _decode(entry: dict[str, Any]) -> StepReport:
-    """Reads the fields alone: a report computes the rest again."""
+    """Returns the report of a record; its properties are computed again."""
     for name, kind in _TYPES.items():
         if type(entry[name]) is not kind:
             raise TypeError(f"{entry[name]!r} instead of {kind.__name__}")

@@ -1,4 +1,4 @@
-"""Writes what each step did to a file, without waiting for the device."""
+"""Writes the report of each step to a file, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from raco_optim.report import StepReport, tensors_of
 from raco_optim.step_log import jsonl
 from raco_optim.step_log.log import encode, header, parse
 
-# Steps that may be under way on a device before it is waited for.
+# Most steps that may be unread before `log` waits for the device.
 _MOST = 100
 
 
 class _Unread(NamedTuple):
-    """A step whose numbers are on their way to the host."""
+    """A step whose numbers are being copied to the CPU."""
 
     number: int
     report: StepReport
@@ -34,20 +34,19 @@ class _Unread(NamedTuple):
 
 
 class StepLogger:
-    """Keeps the report of each step in a file, from which `raco_optim.plot` makes pictures.
+    """Writes the report of each step to a file, for `read_steps` and `raco_optim.plot`.
 
-    Nothing waits for an accelerator: a step's numbers (a few m x m matrices) are copied while it
-    runs, and written by the first `log` that finds them there. A killed process loses only those.
-    Each line is a JSON object with the fields of a report, and its `cosines`, `clip_angle` and
-    `outcome`; NaN and infinities are the strings "NaN", "Infinity" and "-Infinity". `read_steps`
-    turns the lines into reports again.
+    It does not wait for an accelerator: the numbers of a step (a few m x m matrices) are copied in
+    the background and written by a later `log`. A killed process loses only those. Each line is a
+    JSON object with the fields of a report, and its `cosines`, `clip_angle` and `outcome`; NaN and
+    infinities are the strings "NaN", "Infinity" and "-Infinity".
 
-    Of several processes, which would all write the same, only the first one writes.
+    With several processes, only the first one writes.
 
     Args:
-        path: The file to write, and its folders if need be; it is made by the first `log`.
-        resume: Go on with the run that the file holds, if there is one, without a line that was
-            cut short. By default a file that exists is refused.
+        path: The file to write. The first `log` creates it, and its folders if needed.
+        resume: Whether to continue the run in an existing file, without an incomplete last line. By
+            default an existing file is an error.
 
     Example:
         >>> import pathlib, tempfile, torch
@@ -62,7 +61,7 @@ class StepLogger:
         ...             opt.backward({"a": x[0] ** 2, "b": x[1] ** 2})
         ...             opt.step()
         ...             logger.log(opt)
-        ...     len(path.read_text().splitlines())  # one names the run
+        ...     len(path.read_text().splitlines())  # the first line names the run
         4
     """
 
@@ -80,23 +79,23 @@ class StepLogger:
         optimizer: Any,  # noqa: ANN401  # an optimizer or any wrapper of it
         step: int | None = None,
     ) -> None:
-        """Takes what the last ``backward`` did; nothing if there was none since the last call.
+        """Logs the last ``backward``; does nothing if there was none since the last call.
 
         Args:
             optimizer: A `MultiObjectiveOptimizer`, or a wrapper of one.
-            step: Number of the step. Default: one more than the last. A run that goes on from a
-                checkpoint tells where it is by its first number.
+            step: Number of the step. Default: one more than the last. After resuming from a
+                checkpoint, pass the number of the first step.
 
         Raises:
-            OSError: The file can't be written; what was logged is in it, and may be so later.
-            TypeError: There is no `MultiObjectiveOptimizer` inside `optimizer`.
-            ValueError: `step` is not above the last one, the logger is closed, or the file to go
-                on with is no log, or that of other losses.
+            OSError: The file can't be written. It keeps all earlier steps; logging may continue.
+            TypeError: `optimizer` contains no `MultiObjectiveOptimizer`.
+            ValueError: `step` is not above the last one, the logger is closed, or the file to
+                resume is not a log or has other losses.
         """
         if self._closed:
             raise ValueError(
                 f"`log` must be called before `close`; got a closed logger of {str(self._path)!r}. "
-                f"To go on, make another with resume=True."
+                f"To continue, create another StepLogger with resume=True."
             )
         found = unwrap(optimizer)
         last = found.last_step
@@ -132,7 +131,7 @@ class StepLogger:
         try:
             self.close()
         except Exception:
-            # What broke the training says more than what it broke here.
+            # The error of the training matters more.
             if error is None:
                 raise
 
@@ -142,8 +141,7 @@ class StepLogger:
             if first.copied is not None:
                 first.copied.synchronize()
             assert self._file is not None
-            # Without `sync`: a killed process loses nothing that was written, and every step would
-            # wait for the disk.
+            # Without `sync`, which would wait for the disk: a kill loses nothing that was written.
             self._file.append(encode(first.number, first.report.to_host()))
             self._unread.popleft()
 
@@ -152,11 +150,11 @@ class StepLogger:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = jsonl.Appender(self._path, new=not self._resume)
         except OSError as error:
-            # The folder may be a file, which `mkdir` says in the same way.
+            # `mkdir` raises the same error if the folder is a file.
             if isinstance(error, FileExistsError) and not self._resume and self._path.exists():
                 raise FileExistsError(
                     f"`path` must be a new file; got {str(self._path)!r}, which exists. Choose "
-                    f"another, or pass resume=True to go on with the run that it holds."
+                    f"another, or pass resume=True to continue its run."
                 ) from None
             raise jsonl.not_writable(self._path, error) from error
         try:
@@ -170,9 +168,9 @@ class StepLogger:
         log, records = parse(self._path)
         if log.reports and log.reports[-1].names != names:
             raise ValueError(
-                f"`path` must be the log of a run with the losses {list(names)}, to go on with it; "
-                f"got {str(self._path)!r}, whose losses are {list(log.reports[-1].names)}. Log "
-                f"each run to a file of its own."
+                f"`path` must be the log of a run with the losses {list(names)} to continue it; "
+                f"got {str(self._path)!r} with the losses {list(log.reports[-1].names)}. Use a "
+                f"separate file for each run."
             )
         file.cut(records)
         if not log.run:
@@ -182,14 +180,14 @@ class StepLogger:
 
 
 def _fetched(number: int, report: StepReport) -> _Unread:
-    """Begins to copy a report's tensors to the host.
+    """Starts copying a report's tensors to the CPU.
 
-    They are copied on the host too: a rule may return the same tensor every time.
+    CPU tensors are copied too, because a rule may return the same tensor every time.
     """
     copies: dict[str, Any] = {}
     event = None
     for name, tensor in tensors_of(report).items():
-        # Converted where it is: a conversion on the host would wait for the copy, or not.
+        # Converted on its device: a conversion on the CPU could run before the copy has finished.
         x = tensor.detach().to(torch.float64)
         copies[name] = x.to("cpu", non_blocking=True) if x.is_cuda else x.clone()
         if x.is_cuda:

@@ -1,1 +1,1 @@
-"""The contract of `torch.optim.Optimizer`, kept around one or several inner optimizers."""
+"""Wraps one or several inner optimizers with the interface of `torch.optim.Optimizer`."""

@@ -16,10 +16,10 @@ _Group = dict[str, Any]
 
 
 class BareOptimizer(Optimizer):
-    """An optimizer with the hooks of one, but without groups, state and defaults of its own.
+    """An optimizer with hooks, but without parameter groups, state or defaults.
 
-    `Optimizer.__init__` is not called: it would make parameter groups, which drift apart from
-    those of the inner optimizers as soon as a checkpoint is loaded.
+    It does not call `Optimizer.__init__`, whose parameter groups would differ from those of the
+    inner optimizers after a checkpoint is loaded.
     """
 
     _saved: Callable[[], dict[str, Any]]
@@ -32,9 +32,9 @@ class BareOptimizer(Optimizer):
         self._patch_step_function()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state of the inner optimizer; the wrapper's is under the key "raco_optim".
+        """Returns the state of the inner optimizer, with the wrapper's under the key "raco_optim".
 
-        Accumulated gradients are not part of it: take a checkpoint between steps.
+        It does not contain accumulated gradients: save between steps.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -44,13 +44,13 @@ class BareOptimizer(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: Any) -> None:  # noqa: ANN401  # a mapping, or several
-        """Loads what `state_dict` returned, or the state of a plain inner optimizer.
+        """Loads a result of `state_dict`, or the state of a plain inner optimizer.
 
-        With several inner optimizers also a list of their single states.
+        With several inner optimizers, also a list of their states.
 
         Raises:
             ValueError: The state does not fit the losses, the method, this version or the inner
-                optimizer. Nothing is loaded then.
+                optimizer. Nothing is loaded.
         """
         given = state_dict
         if isinstance(given, Mapping):
@@ -62,7 +62,7 @@ class BareOptimizer(Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        # As in Optimizer, hooks are not kept, nor is the `step` that a scheduler put in place.
+        # Like Optimizer, without hooks and without the `step` that a scheduler replaced.
         own = self.__dict__.items()
         return {name: x for name, x in own if name != "step" and not name.endswith("_hooks")}
 
@@ -90,7 +90,8 @@ class JointOptimizer(BareOptimizer):
             if own & held:
                 raise ValueError(
                     f"`inner` must hold optimizers of different parameters; got "
-                    f"{type(optimizer).__name__} with {len(own & held)} that an earlier one holds."
+                    f"{type(optimizer).__name__}, which shares {len(own & held)} with an earlier "
+                    f"one."
                 )
             held |= own
         self._groups: list[_Group] = []
@@ -99,7 +100,7 @@ class JointOptimizer(BareOptimizer):
 
     @property
     def param_groups(self) -> Any:  # noqa: ANN401  # a list, as in Optimizer
-        """The groups of all optimizers, in the order in which they came."""
+        """The groups of all optimizers, in the order in which they were added."""
         self._merge()
         return self._groups
 
@@ -108,13 +109,13 @@ class JointOptimizer(BareOptimizer):
         self._assign(list(groups), {id(group): k for group, k in self._owned})
 
     def _merge(self) -> None:
-        """Brings this list and those of the optimizers together; each may have been changed."""
+        """Synchronises this list of groups with those of the optimizers."""
         joint, owners = list(self._groups), {id(group): k for group, k in self._owned}
         for k, optimizer in enumerate(self.optimizers):
             old = [id(group) for group, owner in self._owned if owner == k]
             now = {id(group): group for group in optimizer.param_groups}
             owners |= dict.fromkeys(now, k)
-            if len(old) == len(now):  # each is the same, or takes the place of another
+            if len(old) == len(now):  # each is the same or replaces another
                 new = dict(zip(old, now.values(), strict=True))
                 joint = [new.get(id(group), group) for group in joint]
             else:
@@ -123,7 +124,7 @@ class JointOptimizer(BareOptimizer):
         self._assign(joint, owners)
 
     def _assign(self, groups: list[_Group], owners: dict[int, int]) -> None:
-        """Hands each group to the optimizer that owns it, or is named, or holds its parameters."""
+        """Gives each group to its optimizer: the owner, the named one, or by its parameters."""
         held = [_held(optimizer.param_groups) for optimizer in self.optimizers]
         for group in groups:
             if id(group) not in owners:
@@ -131,18 +132,17 @@ class JointOptimizer(BareOptimizer):
                 position = group.get(_KEY, holding[0] if len(holding) == 1 else None)
                 owners[id(group)] = self._checked_position(position)
         for k, optimizer in enumerate(self.optimizers):
-            # In place: SAM, for one, shares its list with another optimizer.
+            # In place, because SAM shares its list with another optimizer.
             optimizer.param_groups[:] = [group for group in groups if owners[id(group)] == k]
         self._groups[:] = groups
         self._owned = [(group, owners[id(group)]) for group in groups]
 
     def _checked_position(self, position: Any) -> int:  # noqa: ANN401  # that is what it checks
         if type(position) is not int or position not in range(len(self.optimizers)):
-            self._groups[:] = [group for group, _ in self._owned]  # without the one in question
+            self._groups[:] = [group for group, _ in self._owned]  # without the new group
             raise ValueError(
-                f'a new parameter group must say by the key "{_KEY}" which of the '
-                f"{len(self.optimizers)} inner optimizers takes it, by its position from 0; got "
-                f"{position!r}."
+                f'a new parameter group must have the key "{_KEY}" with the position, from 0, of '
+                f"one of the {len(self.optimizers)} inner optimizers; got {position!r}."
             )
         return position
 
@@ -152,13 +152,13 @@ class JointOptimizer(BareOptimizer):
 
     @property
     def defaults(self) -> Any:  # type: ignore[override]  # noqa: ANN401  # a mapping
-        """The default options that all optimizers have, with the first one's values; read-only."""
+        """The default options that all optimizers share, with the values of the first one."""
         first, *others = (optimizer.defaults for optimizer in self.optimizers)
         common = {key: x for key, x in first.items() if all(key in other for other in others)}
         return MappingProxyType(common)
 
     def add_param_group(self, param_group: _Group) -> None:
-        """Adds a group to the inner optimizer whose position the key "optimizer" gives."""
+        """Adds a group to the inner optimizer at the position under the key "optimizer"."""
         optimizer = self.optimizers[self._checked_position(param_group.get(_KEY))]
         before = _held(self.param_groups)
         optimizer.add_param_group(param_group)
@@ -181,16 +181,16 @@ class JointOptimizer(BareOptimizer):
         return loss
 
     def _saved(self) -> dict[str, Any]:
-        """Returns one state in torch's form, which an optimizer with all the groups can load."""
+        """Returns one state in torch's form, for an optimizer with all the groups."""
         self._merge()
         parts = [optimizer.state_dict() for optimizer in self.optimizers]
         for optimizer, part in zip(self.optimizers, parts, strict=True):
             keys = [k for k in (*part, *part["state"]) if type(k) is not int]
             if set(keys) != {"state", "param_groups"}:
                 raise ValueError(
-                    f"states of several inner optimizers must have torch's form, to be joined; got "
-                    f"one of {type(optimizer).__name__} with {keys}. Save `state_dict()` of each "
-                    f"of `optimizers`."
+                    f"states of several inner optimizers must have torch's form; got a state of "
+                    f"{type(optimizer).__name__} with {keys}. Save `state_dict()` of each of "
+                    f"`optimizers` instead."
                 )
         joint: dict[str, Any] = {"state": {}, "param_groups": []}
         groups = [iter(part["param_groups"]) for part in parts]
@@ -205,7 +205,7 @@ class JointOptimizer(BareOptimizer):
         return joint
 
     def _load(self, state_dict: Any) -> None:  # noqa: ANN401
-        """Loads a joint state, or a sequence of states of the single optimizers, or raises."""
+        """Loads a joint state, or a sequence of states of the optimizers, or raises."""
         self._merge()
         for optimizer, part in zip(self.optimizers, self._parts(state_dict), strict=True):
             optimizer.load_state_dict(part)
@@ -224,7 +224,7 @@ class JointOptimizer(BareOptimizer):
         if len(groups) != len(owners) or said != owners:
             raise ValueError(
                 f"`state_dict` must have {len(owners)} parameter groups, of the inner optimizers "
-                f"{owners}; got {len(groups)}, of {said}. Add groups in the order of that run."
+                f"{owners}; got {len(groups)}, of {said}. Add groups in the order of the saved run."
             )
         parts: list[dict[str, Any]] = [{"state": {}, "param_groups": []} for _ in range(number)]
         for group, k in zip(groups, owners, strict=True):
@@ -242,7 +242,7 @@ def _held(groups: Iterable[Mapping[str, Any]]) -> set[int]:
 
 
 class _State(MutableMapping[Tensor, Any]):
-    """The states of several optimizers, each entry with the optimizer that holds the parameter."""
+    """The states of several optimizers as one mapping."""
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self._of: dict[Tensor, Any] = {}

@@ -1,4 +1,4 @@
-"""An optimizer around others, which torch and its ecosystem take for an optimizer."""
+"""A wrapper of optimizers that behaves like `torch.optim.Optimizer`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from raco_optim._checks import add_note
 from raco_optim.wrapper.joint import BareOptimizer, JointOptimizer
 
 STATE_KEY = "raco_optim"
-_GIVEN = "step along a gradient that it is given, not differentiate it again (`create_graph`)"
-_AFTER = "step after the backward pass, when gradients are combined, not during it"
-# Class, in lower case -> what it must do and can't.
+_GIVEN = "use the gradient as it is and not differentiate it again (`create_graph`)"
+_AFTER = "step after the backward pass, not during it, because gradients are combined in between"
+# Class in lower case -> what it must do and can't.
 _REFUSED = {"adahessian": _GIVEN, "sophiah": _GIVEN} | dict.fromkeys(
     ("lomo", "adalomo", "layerwisedummyoptimizer"), _AFTER
 )
@@ -28,23 +28,23 @@ def _delegated(name: str, doc: str) -> Any:  # noqa: ANN401  # a property, which
 
 
 class OptimizerWrapper(BareOptimizer):
-    """Delegates parameter groups, state and defaults to `optimizer`, and adds its own state.
+    """Delegates parameter groups, state and defaults to `optimizer`.
 
-    What the wrapper lacks, attributes and methods, is read from the inner optimizers and set there.
+    Attributes and methods that the wrapper lacks are those of the inner optimizers.
 
     Note:
-        Hooks registered on the wrapper are given the wrapper. Hooks registered for all optimizers
-        at once run twice, for the wrapper and for the inner optimizer.
+        Hooks registered on the wrapper receive the wrapper. Global optimizer hooks run twice, for
+        the wrapper and for the inner optimizer.
     """
 
-    # An inner optimizer that unscales gradients itself (fused AdamW) would be told the scale on
-    # the wrapper; with False, `GradScaler` unscales.
+    # `GradScaler` would set the scale for an optimizer that unscales itself (fused AdamW) on the
+    # wrapper, where the inner one does not see it; with False, `GradScaler` unscales.
     _step_supports_amp_scaling = False
 
-    _own_state: Callable[[], dict[str, Any]]  # what a checkpoint keeps of the wrapper itself
-    _loader: Callable[[Any], Callable[[], None]]  # checks one, returns what loads it
-    _reset: Callable[[], None]  # forgets what a state of the inner optimizer does not go with
-    _follow: Callable[[], None]  # sees the groups that a state brought
+    _own_state: Callable[[], dict[str, Any]]  # the wrapper's part of a checkpoint
+    _loader: Callable[[Any], Callable[[], None]]  # checks that part, returns a function to load it
+    _reset: Callable[[], None]  # for a state without that part
+    _follow: Callable[[], None]  # called after the groups have changed
 
     def __init__(self, inner: Optimizer | Sequence[Optimizer]) -> None:
         found: list[Any] = list(inner) if isinstance(inner, list | tuple) and inner else [inner]
@@ -80,14 +80,13 @@ class OptimizerWrapper(BareOptimizer):
         given, several = state_dict, len(self.optimizers) > 1
         if not isinstance(given, Mapping) and not (several and isinstance(given, list | tuple)):
             raise ValueError(
-                f"`state_dict` must be a mapping, as `state_dict` returns it; got "
-                f"{type(given).__name__}."
+                f"`state_dict` must be a mapping from `state_dict()`; got {type(given).__name__}."
             )
         load = self._reset
         if isinstance(given, Mapping) and STATE_KEY in given:
             load = self._loader(given[STATE_KEY])
             given = {key: value for key, value in given.items() if key != STATE_KEY}
-        # Torch's `load_state_dict` makes new groups and entries: these are those of before.
+        # Torch's `load_state_dict` creates new groups and entries, so these stay unchanged.
         before = [dict(vars(optimizer)) for optimizer in self.optimizers]
         try:
             self.optimizer.load_state_dict(given)
@@ -99,29 +98,29 @@ class OptimizerWrapper(BareOptimizer):
                     f"one without {error}" if isinstance(error, KeyError) else f"another ({error})"
                 )
                 raise ValueError(
-                    f"`state_dict` must be what `state_dict` of this optimizer, or of one like its "
-                    f"inner optimizer, returned; got {got}."
+                    f"`state_dict` must come from `state_dict()` of this optimizer or of an "
+                    f"optimizer like its inner one; got {got}."
                 ) from error
-            add_note(error, "It was raised by the inner optimizer. Nothing was loaded.")
+            add_note(error, "The inner optimizer raised this. Nothing was loaded.")
             raise
         load()
         self._follow()
 
     def _having(self, name: str) -> list[Optimizer]:
-        """Returns the inner optimizers that have an attribute; none before they are there."""
+        """Returns the inner optimizers that have an attribute."""
         there = name != "optimizer" and hasattr(self, "optimizer")
         return [x for x in self.optimizers if hasattr(x, name)] if there else []
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        # Only what is found nowhere else comes here. Python's own names stay unforwarded, so that
-        # pickle and copy ask the wrapper.
+        # Python calls this only for missing names. Names such as `__reduce__` are not forwarded,
+        # so pickle and copy see the wrapper.
         found = [] if name.startswith("__") else self._having(name)
         values = [getattr(x, name) for x in found]
         if len(values) == 1:
             return values[0]
         if values and all(map(callable, values)):  # such as train() and eval()
             return lambda *args, **kwargs: [method(*args, **kwargs) for method in values]
-        several = f"; {len(values)} inner optimizers have it: ask one of `optimizers`"
+        several = f"; {len(values)} inner optimizers have it. Read it from one of `optimizers`"
         raise AttributeError(
             f"{type(self).__name__!r} object has no attribute {name!r}{several if values else ''}"
         )
@@ -129,7 +128,7 @@ class OptimizerWrapper(BareOptimizer):
     def __setattr__(self, name: str, value: object) -> None:
         own = name in self.__dict__ or hasattr(type(self), name)
         found = [] if own else self._having(name)
-        for optimizer in found:  # on the wrapper it would have no effect
+        for optimizer in found:  # it would have no effect on the wrapper
             setattr(optimizer, name, value)
         if not found:
             super().__setattr__(name, value)

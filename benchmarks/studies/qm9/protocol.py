@@ -5,8 +5,9 @@ testing, 2,000 for validation, 20,000 for training, fixed. Loss: mean squared er
 absolute error on the test set. Delta m is the mean relative increase of the errors over those of
 single-task models in percent (lower is better); the mean rank is taken over the targets.
 
-Runs: Adam, cosine schedule, 2,500 steps of 128 molecules; of 10 evaluations the one with the least
-Delta m on the validation set counts (of a single-task model: with the least error).
+Runs: Adam, cosine schedule, 4,000 steps of 128 molecules; of 16 evaluations the one with the least
+Delta m on the validation set counts (of a single-task model: with the least error). The first text
+of this protocol said 2,500 steps and 10 evaluations; no run was made with those.
 
 Tuning: every method has the same effort: three learning rates, 1,000 steps, one seed of its own;
 the least Delta m on the validation set wins. Each radius c counts as a method of its own. Then
@@ -33,6 +34,7 @@ import numpy as np
 
 from benchmarks.studies.qm9.data import QM9, TARGETS, WHEEL_SHA256, Sizes
 from benchmarks.studies.qm9.methods import METHODS
+from benchmarks.studies.qm9.together import train_together
 from benchmarks.studies.qm9.training import Length, Run, delta_m, train
 from raco_optim.cli import UsageError
 
@@ -125,8 +127,12 @@ class Study:
             self.do(run, None)
         reference = self.runs.reference("mlp", self.protocol.seeds, rates)
         rates |= self.tune(self.protocol.methods, reference)
-        for run in self._seeds(self.protocol.methods, rates):
-            self.do(run, reference)
+        for method in self.protocol.methods:
+            runs = list(self._seeds((method,), rates))
+            if METHODS[method].make is not None:
+                self.do_together(runs, reference)
+            for run in runs:
+                self.do(run, reference)
         for run in self._sparse(rates):
             self.do(run, reference)
         rate = dict.fromkeys((*SINGLE, *METHODS), self.protocol.check_rate)
@@ -166,8 +172,18 @@ class Study:
             self.progress(f"{run} {'tuning ' if tuning else ''}{record['seconds']} s")
         return self.runs.records[run, tuning]
 
+    def do_together(self, runs: list[Run], reference: list[float]) -> None:
+        """Makes the missing records of runs that differ in their seed only."""
+        missing = [run for run in runs if (run, False) not in self.runs.records]
+        if not missing:
+            return
+        records = train_together(missing, self.data, self.protocol.length, reference)
+        for run, record in zip(missing, records, strict=True):
+            self.runs.add(run, False, record)
+            self.progress(f"{run} {record['seconds']} s")
+
     def _seeds(self, methods: tuple[str, ...], rates: dict[str, float]) -> Iterator[Run]:
-        """Seeds change slowest: a study that is stopped has all methods for the first seeds."""
+        """Yields the runs on all labels; seeds change slowest."""
         for seed in self.protocol.seeds:
             for method in methods:
                 yield Run("mlp", method, rates[method], seed)

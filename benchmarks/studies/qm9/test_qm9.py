@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks.studies.qm9 import data, protocol, summary
+from benchmarks.studies.qm9.together import train_together
 from benchmarks.studies.qm9.training import Length, Observed, Run, delta_m, train
 from raco_optim import CAGradClip
 from raco_optim.cli import UsageError
@@ -113,6 +114,19 @@ def test_logarithms_rescale_the_gram_matrix() -> None:
     values = torch.stack(losses()).detach()
     plain, logs = gram(losses()), gram([loss.log() for loss in losses()])
     torch.testing.assert_close(logs, plain / values / values[:, None])
+
+
+@pytest.mark.parametrize("method", ["clip-0.4", "cagrad-0.9-log", "mgda", "imtlg-log", "upgrad"])
+def test_seeds_trained_together_are_trained_as_one_by_one(method: str) -> None:
+    """Witness: the run through the library's optimizer and its gradients by autograd."""
+    found, length = random_data(SMALL.sizes), Length(steps=40, batch=8, evaluations=2)
+    runs = [Run("mlp", method, 1e-3, seed) for seed in (3, 4)]
+    together = train_together(runs, found, length, [1.0] * 11)
+    for run, record in zip(runs, together, strict=True):
+        alone = train(run, found, length, [1.0] * 11)
+        for key in ("validation", "test"):
+            np.testing.assert_allclose(record[key], alone[key], rtol=1e-4)
+        assert record["gradients"] == pytest.approx(alone["gradients"], rel=1e-3)
 
 
 def test_the_study_goes_on_where_it_was_stopped(tmp_path: Path) -> None:

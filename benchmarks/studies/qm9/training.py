@@ -99,7 +99,7 @@ def train(run: Run, data: QM9, length: Length, reference: list[float] | None) ->
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(inner, length.steps)
     weights = [1 / len(TARGETS)] * len(TARGETS)
     opt = method.make(inner, weights, model.shared_parameters()) if method.make else None
-    sampler = _Batches(run, len(data.train), length.batch)
+    sampler = Batches(run, len(data.train), length.batch)
     observed, best, kept = Observed(), float("inf"), copy.deepcopy(model.state_dict())
     every = length.steps // length.evaluations
     for step in range(1, length.steps + 1):
@@ -143,7 +143,7 @@ def train(run: Run, data: QM9, length: Length, reference: list[float] | None) ->
     }
 
 
-class _Batches:
+class Batches:
     """Draws rows and which of their labels are known."""
 
     def __init__(self, run: Run, count: int, batch: int) -> None:

@@ -1,7 +1,8 @@
-"""Layouts of preference data: how records of a data set become pairs of answers with labels.
+"""Layouts of preference data: how records of a data set become labelled pairs of answers.
 
-known.py          the data sets that people use: a table
-rules.py          what such an entry, or a file of one's own, may say
+known.py          a table of well-known data sets
+rules.py          the rules of such an entry, or of a user's file
+rules_file.py     reads that file
 pairs.py          answers to a prompt -> pairs
 conversations.py  texts and lists of messages
 values.py         values of a record

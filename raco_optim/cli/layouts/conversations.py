@@ -1,4 +1,4 @@
-"""Texts and lists of messages: how each is recognised, checked, split and written."""
+"""Texts and lists of messages: recognised, checked, split and written."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 Messages = list[dict[str, Any]]
 
-# A list of messages as JSON, or as Python prints it, which is no JSON.
+# A list of messages as JSON, or as Python prints it.
 _LIKE_MESSAGES = re.compile(r"\s*(\[\s*)?\{\s*[\"'](role|content)[\"']\s*:")
-# Transcripts of HH-RLHF, and prompts of several turns in HelpSteer2.
+# Transcripts of HH-RLHF, and prompts with several turns of HelpSteer2.
 _TURNS = {
     "\n\nHuman:": re.compile(r"\n\n(Human|Assistant):"),
     "<extra_id_1>": re.compile(r"\n?<extra_id_1>(User|Assistant)\n"),
@@ -21,21 +21,7 @@ _NAMES = {"user": "Human", "assistant": "Assistant"}
 
 
 def decoded(value: object) -> str | Messages:
-    """Returns a text as it is, and messages as a list, where they come as JSON too.
-
-    Args:
-        value: A text or a list of messages.
-
-    Raises:
-        ValueError: It is neither, or looks like messages and is not JSON.
-
-    Example:
-        >>> from raco_optim.cli.layouts.conversations import decoded
-        >>> decoded('[{"role": "user", "content": "Hi"}]')
-        [{'role': 'user', 'content': 'Hi'}]
-        >>> decoded("[1, 2]")
-        '[1, 2]'
-    """
+    """Returns a text unchanged, and messages as a list, also from JSON; or raises."""
     if isinstance(value, str):
         if not _LIKE_MESSAGES.match(value):
             _check_characters(value)
@@ -44,33 +30,25 @@ def decoded(value: object) -> str | Messages:
             value = json.loads(value)
         except ValueError as error:
             raise ValueError(
-                f"a text looks like messages but is not JSON ({error}); write it with json.dumps"
+                f"a text looks like messages but is not JSON ({error}). Write it with json.dumps"
             ) from error
     if not isinstance(value, list):
-        raise ValueError(f"a text or a list of messages is needed; got {value!r:.60}")
+        raise ValueError(f"an answer or prompt must be a text or messages; got {value!r:.60}")
     if not value:
-        raise ValueError("a list of messages has none")
+        raise ValueError("a list of messages must not be empty")
     for message in value:
         if not _is_message(message):
-            raise ValueError(f"a message has the texts `role` and `content`; got {message!r:.60}")
+            raise ValueError(
+                f"a message must have the texts `role` and `content`; got {message!r:.60}"
+            )
         _check_characters(f"{message['role']}{message.get('content')}")
     return value
 
 
 def as_messages(value: object, role: str = "user") -> Messages:
-    r"""Returns a text or a transcript as messages.
+    """Returns a text, a transcript of HH-RLHF or HelpSteer2, or messages as messages.
 
-    Args:
-        value: What `decoded` takes, or a transcript as of HH-RLHF or HelpSteer2.
-        role: Who says the text, or the first turn of a transcript without a name.
-
-    Raises:
-        ValueError: It is no text and no list of messages.
-
-    Example:
-        >>> from raco_optim.cli.layouts.conversations import as_messages
-        >>> [m["role"] for m in as_messages("\n\nHuman: Hi\n\nAssistant: Hello")]
-        ['user', 'assistant']
+    The `role` is the speaker of a text, and of a first turn without a name.
     """
     value = decoded(value)
     if not isinstance(value, str):
@@ -90,21 +68,7 @@ def as_messages(value: object, role: str = "user") -> Messages:
 
 
 def split(first: Messages, second: Messages) -> tuple[Messages, Messages, Messages]:
-    """Splits two conversations into what they share and how each goes on.
-
-    Args:
-        first: A conversation that ends with an answer.
-        second: Another one.
-
-    Returns:
-        The messages that they begin with, and the others of each, at least one.
-
-    Example:
-        >>> from raco_optim.cli.layouts.conversations import as_messages, split
-        >>> [hi], [yes], [no] = map(as_messages, ("Hi", "Yes", "No"))
-        >>> [len(part) for part in split([hi, yes], [hi, no])]
-        [1, 1, 1]
-    """
+    """Splits two conversations into their common start and the rest of each, not empty."""
     shared = 0
     while shared < min(len(first), len(second)) - 1 and first[shared] == second[shared]:
         shared += 1
@@ -112,32 +76,22 @@ def split(first: Messages, second: Messages) -> tuple[Messages, Messages, Messag
 
 
 def as_text(messages: Sequence[dict[str, Any]]) -> str:
-    r"""Writes messages as a transcript, as HH-RLHF has it; of a system message, the text alone.
-
-    Args:
-        messages: What is said.
-
-    Raises:
-        ValueError: Somebody else than system, user and assistant says something.
-
-    Example:
-        >>> from raco_optim.cli.layouts.conversations import as_messages, as_text
-        >>> as_text(as_messages("Hi"))
-        '\n\nHuman: Hi'
-    """
+    """Writes messages as a transcript in the form of HH-RLHF; or raises `ValueError`."""
     parts = []
     for message in messages:
         role, content = message["role"], message.get("content")
         if not isinstance(content, str):
             raise ValueError(
-                "a message without a text has no form as text; use `--format messages`"
+                "a message without a text can't be written as text. Use `--format messages`"
             )
         if role == "system":
             parts.append(content)
         elif role in _NAMES:
             parts.append(f"\n\n{_NAMES[role]}: {content}")
         else:
-            raise ValueError(f"a message of {role!r} has no form as text; use `--format messages`")
+            raise ValueError(
+                f"a message of {role!r} can't be written as text. Use `--format messages`"
+            )
     return "".join(parts)
 
 
@@ -145,7 +99,7 @@ def _check_characters(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"a text has half a character ({error.reason})") from error
+        raise ValueError(f"a text must be valid Unicode ({error.reason})") from error
 
 
 def _is_message(value: object) -> bool:

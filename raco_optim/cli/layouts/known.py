@@ -1,4 +1,4 @@
-"""The layouts of data sets that people use -> pairs of answers, with what each objective says."""
+"""The layouts of well-known data sets."""
 
 from __future__ import annotations
 
@@ -17,19 +17,14 @@ _ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosi
 
 @dataclass(frozen=True)
 class Layout:
-    """How a data set is laid out.
+    """The layout of a data set.
 
     Attributes:
-        fields: Names that each record has.
-        read: Records, and a counter of what is left out -> pairs. The objective ``""`` stands for
-            the one that the user names.
-        scaled: Whether strengths are known, not signs alone.
-        recognises: What a record has beyond the fields.
-
-    Example:
-        >>> from raco_optim.cli.layouts.known import LAYOUTS
-        >>> LAYOUTS["helpsteer3"].fields
-        ('context', 'response1', 'response2', 'overall_preference')
+        fields: Names of the fields of each record.
+        read: Yields pairs from records, and counts what it leaves out. The user names an objective
+            that is called ``""``.
+        scaled: Whether strengths are known, not only signs.
+        recognises: A further condition on a record.
     """
 
     fields: tuple[str, ...]
@@ -39,24 +34,13 @@ class Layout:
 
 
 def of_rules(rules: Rules) -> Layout:
-    """Returns the layout that rules describe.
-
-    Args:
-        rules: Which fields are what.
-
-    Example:
-        >>> from raco_optim.cli.layouts.known import of_rules
-        >>> from raco_optim.cli.layouts.pairs import Score
-        >>> from raco_optim.cli.layouts.rules import Rules
-        >>> of_rules(Rules(("answer",), "question", {"brief": Score(("words",))})).scaled
-        False
-    """
+    """Returns the layout that rules describe."""
     scaled = all(score.largest for score in rules.scores.values())
     return Layout(rules.fields, rules.pairs, scaled)
 
 
 def _beavertails(records: Iterable[Fields], left_out: Counter[str]) -> Iterator[Pair]:
-    """Some answers were marked several times: their score is the share of marks that say so."""
+    """Answers may be rated several times; their score is the fraction of such ratings."""
     groups: dict[str, dict[str, list[dict[str, float]]]] = {}
     for record in records:
         prompt, text = record["prompt"], record["response"]
@@ -67,9 +51,9 @@ def _beavertails(records: Iterable[Fields], left_out: Counter[str]) -> Iterator[
             left_out["records without `is_safe`"] += 1
             continue
         harms = record["category"]
-        harms = json.loads(harms) if isinstance(harms, str) else harms  # of a CSV file
+        harms = json.loads(harms) if isinstance(harms, str) else harms  # from a CSV file
         if not isinstance(harms, dict):
-            raise ValueError(f"`category` must hold a truth value for each; got {harms!r:.60}")
+            raise ValueError(f"`category` must map categories to truth values; got {harms!r:.60}")
         said = {
             name.partition(",")[0]: as_number(value, f"`category`, {name}") or 0.0
             for name, value in harms.items()
@@ -91,7 +75,7 @@ def _beavertails(records: Iterable[Fields], left_out: Counter[str]) -> Iterator[
             if pair.labels["harmless"].strength:
                 yield pair
             else:
-                left_out["pairs of answers as safe as each other"] += 1
+                left_out["pairs of equally safe answers"] += 1
 
 
 def _chosen_rejected(records: Iterable[Fields], left_out: Counter[str]) -> Iterator[Pair]:
@@ -104,13 +88,15 @@ def _chosen_rejected(records: Iterable[Fields], left_out: Counter[str]) -> Itera
 def _labelled(
     prefix: str,
 ) -> Callable[[Iterable[Fields], Counter[str]], Iterator[Pair]]:
-    """Pairs with columns of labels in [-1, 1]; beside ours there may be columns of weights."""
+    """Returns a reader of pairs with columns of labels in [-1, 1], and maybe of weights."""
 
     def read(records: Iterable[Fields], left_out: Counter[str]) -> Iterator[Pair]:
         for record in records:
             pair = paired(record.get("prompt"), record["chosen"], record["rejected"], left_out)
             if any(name.startswith("margin_") for name in record):
-                raise ValueError("columns `margin_<objective>` would get lost")
+                raise ValueError(
+                    "columns `margin_<objective>` are not supported here and would be lost"
+                )
             if pair is not None:
                 for column, value in record.items():
                     if column.startswith(prefix):
@@ -198,13 +184,13 @@ LAYOUTS: dict[str, Layout] = {
             },
         )
     ),
-    # Those that `raco-optim align` reads.
+    # The layout that `raco-optim align` reads.
     "pairs": Layout(
         ("chosen", "rejected"),
         _labelled("pref_"),
         recognises=lambda record: any(name.startswith("pref_") for name in record),
     ),
-    # Its fields say too little to be recognised by.
+    # Too common to be recognised.
     "chosen-rejected": Layout(
         ("chosen", "rejected"), _chosen_rejected, recognises=lambda record: False
     ),
@@ -212,55 +198,25 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def layout_of(record: Fields) -> str:
-    """Recognises a layout by a record's fields.
-
-    Args:
-        record: A record.
-
-    Returns:
-        Its name in `LAYOUTS`.
-
-    Raises:
-        ValueError: No layout has such fields, or several.
-
-    Example:
-        >>> from raco_optim.cli.layouts.known import layout_of
-        >>> layout_of({"Summary_A": [], "Summary_B": [], "Quality": "A", "Verbosity": "B"})
-        'raco-raw'
-    """
+    """Returns the name of the only layout that fits the fields of a record; or raises."""
     found = [
         name
         for name, layout in LAYOUTS.items()
         if set(layout.fields) <= set(record) and layout.recognises(record)
     ]
     if len(found) != 1:
-        which = f"those of {' and '.join(found)}" if found else "those of no layout that is known"
+        which = f"several layouts ({' and '.join(found)})" if found else "no known layout"
         raise ValueError(
-            f"its fields are {which}; it has {', '.join(map(str, record))}. Name one by "
-            f"`--layout`: {', '.join(LAYOUTS)}, or a YAML file with rules of your own"
+            f"its fields fit {which}; it has {', '.join(map(str, record))}. Name one with "
+            f"`--layout`: {', '.join(LAYOUTS)}, or a YAML file with rules"
         )
     return found[0]
 
 
 def check_fields(name: str, layout: Layout, record: Fields) -> None:
-    """Raises `ValueError` unless a record has the fields of a layout.
-
-    Args:
-        name: What the layout is called.
-        layout: The layout.
-        record: A record.
-
-    Raises:
-        ValueError: With the names of those that are missing.
-
-    Example:
-        >>> from raco_optim.cli.layouts.known import LAYOUTS, check_fields
-        >>> check_fields("raco-raw", LAYOUTS["raco-raw"], {"Summary_A": []})
-        Traceback (most recent call last):
-        ValueError: it lacks Summary_B, Quality, Verbosity of the layout raco-raw; it has Summary_A
-    """
+    """Raises `ValueError` unless a record has the fields of a layout."""
     missing = [field for field in layout.fields if field not in record]
     if missing:
         raise ValueError(
-            f"it lacks {', '.join(missing)} of the layout {name}; it has {', '.join(record)}"
+            f"the layout {name} needs {', '.join(missing)}; the record has {', '.join(record)}"
         )

@@ -1,4 +1,4 @@
-"""Rules that say which fields of a record are what; of built-in layouts, or from a user's file."""
+"""Rules that assign meanings to the fields of a record, built in or from a user's file."""
 
 from __future__ import annotations
 
@@ -22,18 +22,13 @@ from raco_optim.cli.layouts.values import (
 
 @dataclass(frozen=True)
 class Preference:
-    """An objective that says which of two answers is better.
+    """An objective that names the better of two answers.
 
     Attributes:
-        path: Where it says so.
-        first: Values for the first answer; a number is an end of a scale.
-        second: Values for the second.
-        tie: Values for neither.
-
-    Example:
-        >>> from raco_optim.cli.layouts.rules import Preference
-        >>> [Preference("overall", (-3,), (3,)).label(value).strength for value in (-3, 0, 1)]
-        [1.0, 0.0, -0.3333333333333333]
+        path: Path of its value.
+        first: Values that prefer the first answer; numbers are the end of a scale.
+        second: Values that prefer the second answer.
+        tie: Values for a tie.
     """
 
     path: str
@@ -42,14 +37,7 @@ class Preference:
     tie: Sequence[Any] = ()
 
     def label(self, value: object) -> Label:
-        """Reads a value.
-
-        Args:
-            value: As the record has it.
-
-        Raises:
-            ValueError: It is none of those that are known, nor on the scale.
-        """
+        """Returns the label of a value; raises `ValueError` if it has no meaning."""
         given = (self.first, self.second) == ((1,), (-1,))
         for values, strength in ((self.first, 1.0), (self.second, -1.0), (self.tie, 0.0)):
             if any(is_same(value, known) for known in values):
@@ -67,24 +55,18 @@ class Preference:
 
 @dataclass(frozen=True)
 class Rules:
-    """Which fields of a record are what.
+    """The meanings of the fields of a record.
 
     A path is the name of a field, or leads into it: ``"a.b"``; ``"a[].b"`` is one value for each
-    element of the list in ``a``.
+    element of the list ``a``.
 
     Attributes:
-        responses: Paths of the answers. One alone, without ``[]``, means that each record has one
-            answer, to be paired with those of other records with the same prompt.
-        prompt: Path of the prompt, or None where the answers begin with it.
+        responses: Paths of the answers. A single path without ``[]`` means one answer per record,
+            which is paired with those of other records with the same prompt.
+        prompt: Path of the prompt; None if the answers begin with it.
         scores: By objective.
         preferences: By objective, for records with two answers.
         weights: Paths of weights, by objective, for records with two answers.
-
-    Example:
-        >>> from raco_optim.cli.layouts.pairs import Score
-        >>> from raco_optim.cli.layouts.rules import Rules
-        >>> Rules(("answer",), "question", {"brief": Score(("words",), lower=True)}).fields
-        ('question', 'answer', 'words')
     """
 
     responses: Sequence[str]
@@ -106,15 +88,7 @@ class Rules:
         return tuple(dict.fromkeys(path.split("[]")[0].split(".")[0] for path in paths))
 
     def pairs(self, records: Iterable[Fields], left_out: Counter[str]) -> Iterator[Pair]:
-        """Reads pairs.
-
-        Args:
-            records: Those of one source.
-            left_out: Counts what makes no pair, by reason.
-
-        Raises:
-            ValueError: A value is not of its kind.
-        """
+        """Yields pairs from the records of one source; `left_out` counts reasons for none."""
         if len(self.responses) == 1 and "[]" not in self.responses[0]:
             yield from self._across_records(records, left_out)
             return
@@ -169,5 +143,5 @@ def _is_number(value: object) -> bool:
 def _weight(value: object, name: str) -> float | None:
     number = as_number(value, f"`{name}`")
     if number is not None and number < 0:
-        raise ValueError(f"`{name}` must be a weight of 0 or more; got {value!r:.60}")
+        raise ValueError(f"`{name}` must be a weight >= 0; got {value!r:.60}")
     return number

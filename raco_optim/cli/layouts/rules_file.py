@@ -1,4 +1,4 @@
-"""A YAML or JSON file with rules -> `Rules`; whatever has no meaning there is refused."""
+"""Reads `Rules` from a YAML or JSON file, and refuses unknown entries."""
 
 from __future__ import annotations
 
@@ -15,46 +15,19 @@ SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def load_rules(path: Path, option: str) -> Rules:
-    """Reads rules from a file.
-
-    Args:
-        path: A file whose name ends with one of `SUFFIXES`.
-        option: The option that named it, for the messages.
-
-    Raises:
-        UsageError: It cannot be read, or what it says has no meaning.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from raco_optim.cli.layouts.rules_file import load_rules
-        >>> load_rules(Path("missing.json"), "--layout")
-        Traceback (most recent call last):
-        raco_optim.cli.errors.UsageError: `--layout` missing.json: [Errno 2] No such file or ...
-    """
+    """Reads rules from a file with one of `SUFFIXES`; raises `UsageError` if it can't."""
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else _yaml(text, path, option)
         return rules_of(content)
     except UsageError:
         raise
-    except Exception as error:  # YAML has its own kinds
+    except Exception as error:  # YAML raises many kinds
         raise UsageError(f"`{option}` {path}: {one_line(error)}") from error
 
 
 def rules_of(content: object) -> Rules:
-    """Returns the rules that a file's content says.
-
-    Args:
-        content: Mappings, lists, texts and numbers.
-
-    Raises:
-        ValueError: It says something that has no meaning.
-
-    Example:
-        >>> from raco_optim.cli.layouts.rules_file import rules_of
-        >>> rules_of({"prompt": "q", "responses": ["a", "b"], "preferences": {"kind": "kinder"}})
-        Rules(responses=('a', 'b'), prompt='q', scores={}, ...)
-    """
+    """Returns rules from the content of a file; raises `ValueError` for unknown entries."""
     parts = ("prompt", "responses", "scores", "preferences", "weights")
     given = _mapping(content, "the file", parts)
     responses = _names(given.get("responses"), "`responses`")
@@ -63,7 +36,7 @@ def rules_of(content: object) -> Rules:
     if prompt is not None and not isinstance(prompt, str):
         raise ValueError(f"`prompt` must be the name of a field; got {prompt!r}")
     if across and prompt is None:
-        raise ValueError("`prompt` is needed, to find the answers that belong together")
+        raise ValueError("`prompt` must be given, to match answers to the same prompt")
     scores = {
         name: _score(value, f"`scores`, {name}", len(responses))
         for name, value in _mapping(given.get("scores", {}), "`scores`").items()
@@ -75,16 +48,14 @@ def rules_of(content: object) -> Rules:
     weights = _mapping(given.get("weights", {}), "`weights`")
     objectives = [*scores, *preferences]
     if not objectives:
-        raise ValueError("`scores` or `preferences` must name an objective")
+        raise ValueError("`scores` or `preferences` must name at least one objective")
     for name in objectives:
         if objectives.count(name) > 1 or "=" in name or "," in name:
-            raise ValueError(
-                f"an objective must have a name of its own without = and ,; got {name!r}"
-            )
+            raise ValueError(f"an objective must have a unique name without = and ,; got {name!r}")
     if preferences and len(responses) != 2:
-        raise ValueError(f"`preferences` are between 2 responses; got {len(responses)}")
+        raise ValueError(f"`preferences` need 2 responses; got {len(responses)}")
     if weights and across:
-        raise ValueError("`weights` are of pairs; where each record has one answer, there are none")
+        raise ValueError("`weights` need records with two answers; got one `responses` path")
     for name, path in weights.items():
         if name not in objectives or not isinstance(path, str):
             raise ValueError(
@@ -101,7 +72,7 @@ def _score(value: object, what: str, responses: int) -> Score:
     fields = _names(given.get("fields"), f"{what}: `fields`")
     if len(fields) != responses:
         raise ValueError(
-            f"{what}: `fields` must be as many as responses, {responses}; got {fields}"
+            f"{what}: `fields` must have one field per response, {responses}; got {fields}"
         )
     better = given.get("better", "higher")
     if better not in ("higher", "lower"):
@@ -120,7 +91,7 @@ def _preference(value: object, what: str) -> Preference:
     if not isinstance(given.get("field"), str):
         raise ValueError(f"{what}: `field` must be the name of a field; got {given.get('field')!r}")
     if ("first" in given) != ("second" in given) or len(given) == 1:
-        raise ValueError(f"{what}: `first` and `second` must say which value means which answer")
+        raise ValueError(f"{what}: `first` and `second` must both be given, or neither")
     values = {name: _list(given[name]) for name in ("first", "second", "tie") if name in given}
     return Preference(given["field"], **values)
 
@@ -141,7 +112,7 @@ def _mapping(value: object, what: str, known: Iterable[str] = ()) -> Mapping[str
         raise ValueError(f"{what} must have names and values; got {value!r:.60}")
     unknown = [name for name in value if known and name not in known]
     if unknown:
-        raise ValueError(f"{what} has {unknown[0]!r}; known are {', '.join(known)}")
+        raise ValueError(f"{what} must have only {', '.join(known)}; got {unknown[0]!r}")
     return value
 
 

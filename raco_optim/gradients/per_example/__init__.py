@@ -1,6 +1,6 @@
 r"""Mode "per_example": one backward pass for any number of losses of one scalar per example.
 
-Where loss i is a function of the scalars :math:`z_1, \dots, z_N` of N examples that do not interact
+Where loss i is a function of the scalars :math:`z_1, \ldots, z_N` of N examples that do not interact
 (the log-probability of a completion, say), with :math:`u_{in} = \partial L_i / \partial z_n`,
 
 .. math:: g_i = \sum_n u_{in} \nabla_\theta z_n.

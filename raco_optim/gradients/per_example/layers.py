@@ -6,7 +6,6 @@ sensitivities u come in last, so that one product gives D for any number of loss
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -244,7 +243,7 @@ def _scaled(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
 @torch.no_grad()
 def _run(layer: nn.Module, x: Tensor, **parameters: Tensor | None) -> Tensor:
     """Runs a layer with other parameters and without its hooks."""
-    twin = copy.copy(layer)
-    twin.__dict__["_parameters"] = {**layer._parameters, **parameters}
+    twin = object.__new__(type(layer))  # FSDP2's layers can't be copied
+    twin.__dict__ = vars(layer) | {"_parameters": {**layer._parameters, **parameters}}
     found: Tensor = twin.forward(x)
     return found

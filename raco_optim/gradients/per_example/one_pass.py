@@ -16,7 +16,7 @@ from raco_optim.gradients.combine import grad_dtype
 from raco_optim.gradients.dense import iterate_gradients
 from raco_optim.gradients.explain import explain
 from raco_optim.gradients.per_example.layers import Part, Sensitivities, norm
-from raco_optim.gradients.per_example.watch import ANCHOR, HIDDEN, find_uses, fits, watch
+from raco_optim.gradients.per_example.watch import ANCHOR, HIDDEN, Uses, find_uses, fits, watch
 from raco_optim.objectives import Gradient
 
 _NOT_REACHED = "no parameter is reached"
@@ -38,16 +38,18 @@ _CHECKED_AT_ONCE, _REMEMBERED = 8, 1000
 
 
 @dataclass
-class _Plan:
+class Plan:
     """What the graph of the scalars says."""
 
     scalars: Tensor
     name: str  # of the losses, for errors
-    marks: list[Any]
-    nodes: Counter[str]
+    uses: Uses
+    marks: list[Any] = field(default_factory=list)
+    places: dict[int, int] = field(default_factory=dict)
+    """The id of a leaf of the graph -> the position of its parameter."""
     covered: list[Tensor] = field(default_factory=list)
     others: list[tuple[Tensor, str]] = field(default_factory=list)
-    """Trained parameters that the layers do not cover, and why."""
+    """Trained leaves that the layers do not cover, and why."""
 
 
 class LayerGradients:
@@ -70,7 +72,8 @@ class LayerGradients:
 
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
         self._model, self._parameters = model, list(parameters)
-        self._names = {id(p): name for name, p in model.named_parameters()}
+        named = {id(p): name for name, p in model.named_parameters()}
+        self._names = [named.get(id(p), "one of another model") for p in parameters]
         # Graph and layers -> whether the numeric check held; None for one that it did not try.
         self._known: dict[int, bool | None] = {}
         self._turn, self._credit = 0, 0.0
@@ -106,44 +109,72 @@ class LayerGradients:
             RuntimeError: What a layer does has changed between steps.
         """
         plan = self._plan(scalars, " + ".join(names))
-        why = self._refusal(plan, [x for x in losses if x is not None]) or self._check(plan)
+        there, why = self._agreed(plan, losses)
+        why = why or self._check(plan)
         if why:
             return None, why
         rows: list[Gradient] = [[None] * len(self._parameters) for _ in losses]
-        places = {id(p): j for j, p in enumerate(self._parameters)}
         others, to_scalars = [p for p, _ in plan.others], [get_gradient_edge(scalars)]
         u, present = [], []
-        for row, (value, found) in zip(
+        for row, is_there, (_, found) in zip(
             rows,
+            there,
             iterate_gradients(losses, others, names, to_scalars, keep_graph=True, needed=_SCALARS),
             strict=True,
         ):
             *of_others, sensitivity = found
             for p, g in zip(others, of_others, strict=True):
-                row[places[id(p)]] = None if g is None else g.clone()  # user code may hold it
-            if value is not None and sensitivity is not None:
-                u.append(sensitivity)
+                row[plan.places[id(p)]] = None if g is None else g.clone()  # user code may hold it
+            if is_there:
+                u.append(torch.zeros_like(scalars) if sensitivity is None else sensitivity)
                 present.append(row)
-        main = _Totals(Sensitivities(torch.stack(u)), plan.covered)
+        main = self._totals(torch.stack(u).detach(), plan)
         self._checked_pass(plan, main, keep_graph=keep_graph)
         for p in plan.covered:
+            j = plan.places[id(p)]
             for row, g in zip(present, main.of[id(p)], strict=True):
-                row[places[id(p)]] = g
+                row[j] = self._gradient(g, self._parameters[j])
         return rows, self._described(plan) if others else ""
 
-    def _plan(self, scalars: Tensor, name: str) -> _Plan:
+    # What differs where each process holds a part of the model.
+
+    def _leaves(self) -> Sequence[Tensor | None]:
+        """Returns the tensor in the graph that each parameter is."""
+        return self._parameters
+
+    def _agreed(self, plan: Plan, losses: Sequence[Tensor | None]) -> tuple[list[bool], str]:
+        """Returns which losses are there, and why there is to be one pass for each loss, or ""."""
+        present = [loss is not None for loss in losses]
+        return present, self._refusal(plan, [x for x in losses if x is not None])
+
+    def _totals(self, u: Tensor, plan: Plan, *, compared: bool = False) -> Totals:
+        return Totals(Sensitivities(u), plan.covered, compared=compared)
+
+    def _gradient(self, total: Tensor, _: Tensor) -> Tensor:
+        return total
+
+    def _autograds(self, plan: Plan, v: Tensor) -> Sequence[Tensor | None]:
+        return _grad(plan, plan.covered, v)
+
+    def _anywhere(self, *, failed: bool) -> bool:
+        return failed
+
+    # And what does not.
+
+    def _plan(self, scalars: Tensor, name: str) -> Plan:
         """Looks which parameters the layers cover.
 
         The structural check: as many operations of the graph use a parameter as there are marks.
         """
         uses = find_uses(scalars.grad_fn)
         fitting = [mark for mark in uses.marks if fits(mark, scalars)]
-        plan = _Plan(scalars, name, [], uses.nodes)
-        marks, good = _count(uses.marks), _count(fitting)
-        for p in self._parameters:
+        plan = Plan(scalars, name, uses)
+        marks, good = count(uses.marks), count(fitting)
+        for j, p in enumerate(self._leaves()):
             key, number = id(p), uses.of[id(p)]
-            if not p.requires_grad or number == 0:
+            if p is None or not p.requires_grad or number == 0:
                 continue
+            plan.places[key] = j
             if good[key] == number and not p._backward_hooks:
                 plan.covered.append(p)
             elif not marks[key]:
@@ -152,12 +183,12 @@ class LayerGradients:
                 is_shape = good[key] < marks[key] == number
                 plan.others.append((p, _OTHER_SHAPE if is_shape else _USED_OTHERWISE))
         covered = {id(p) for p in plan.covered}
-        plan.marks = [x for x in fitting if covered & _count([x]).keys()]
+        plan.marks = [x for x in fitting if covered & count([x]).keys()]
         return plan
 
-    def _refusal(self, plan: _Plan, losses: Sequence[Tensor]) -> str:
+    def _refusal(self, plan: Plan, losses: Sequence[Tensor]) -> str:
         """Says why there is to be one pass for each loss; "" if there is not."""
-        if "CheckpointFunctionBackward" in plan.nodes:
+        if "CheckpointFunctionBackward" in plan.uses.nodes:
             return "a reentrant checkpoint hides parameters"
         if any(_depends_on_more(loss, plan.scalars) for loss in losses):
             return "a loss depends on more than the scalars"
@@ -168,17 +199,15 @@ class LayerGradients:
             return self._described(plan)
         return "" if plan.covered else _NOT_REACHED
 
-    def _described(self, plan: _Plan) -> str:
+    def _described(self, plan: Plan) -> str:
         p, why = plan.others[0]
         number, of = len(plan.others), len(plan.others) + len(plan.covered)
-        name = self._names.get(id(p), "one of another model")
+        name = self._names[plan.places[id(p)]]
         return f"{why} ({number} of {of} parameters: {name}{', ...' if number > 1 else ''})"
 
-    def _check(self, plan: _Plan) -> str:
+    def _check(self, plan: Plan) -> str:
         """Runs the numeric check once for a graph and a set of layers; says why if it fails."""
-        known = self._known
-        layers = [(id(x), x.training, _number_of_hooks(x)) for x in self._model.modules()]
-        key = hash((*layers, frozenset(plan.nodes.items()), *map(id, plan.covered)))
+        known, key = self._known, self._key(plan)
         is_new = key not in known and len(known) >= _CHECKED_AT_ONCE
         held = known.pop(key, None)
         if held is None and not is_new:
@@ -188,14 +217,18 @@ class LayerGradients:
             del known[next(iter(known))]  # the one that was not seen for the longest time
         return _NEW_GRAPH if is_new else "" if held else _INTERACT
 
-    def _agrees(self, plan: _Plan) -> bool | None:
+    def _key(self, plan: Plan) -> int:
+        layers = [(id(x), x.training, _number_of_hooks(x)) for x in self._model.modules()]
+        return hash((*layers, frozenset(plan.uses.nodes.items()), *map(id, plan.covered)))
+
+    def _agrees(self, plan: Plan) -> bool | None:
         """The numeric check of all parameters; None if it says nothing, because of NaN or Inf."""
         z = plan.scalars
         # Uneven, so that neither examples that change places nor a clamped gradient go unseen.
         v = torch.arange(1.0, len(z) + 1, device=z.device).cos().to(z.dtype)
-        found = _Totals(Sensitivities(v[None]), plan.covered, compared=True)
+        found = self._totals(v[None], plan, compared=True)
         _run(plan, [found])
-        errors, norms, rounding = found.compare(_grad(plan, plan.covered, v))
+        errors, norms, rounding = found.compare(self._autograds(plan, v))
         if not norms.isfinite().all():
             return None
         # Two passes, parts of which (norms, softmax) may be of float32 whatever the layers are.
@@ -203,13 +236,13 @@ class LayerGradients:
         fine = (errors <= tolerance * norms + rounding).all()
         return bool(fine & (errors.norm() <= tolerance * norms.norm()))
 
-    def _checked_pass(self, plan: _Plan, main: _Totals, *, keep_graph: bool) -> None:
+    def _checked_pass(self, plan: Plan, main: Totals, *, keep_graph: bool) -> None:
         """Runs the pass, and compares autograd's gradient of sum z with ours, if one is due.
 
         Autograd computes it in the same pass. One parameter is compared after the other, each as
         soon as the shares of the steps since the last one allow it.
         """
-        hidden = _count(mark for mark in plan.marks if mark._forward_cls in HIDDEN)
+        hidden = count(mark for mark in plan.marks if mark._forward_cls in HIDDEN)
         seen = [p for p in plan.covered if id(p) not in hidden]
         p = seen[self._turn % len(seen)] if seen else None
         self._credit += _SHARE * sum(q.numel() for q in plan.covered)
@@ -218,19 +251,19 @@ class LayerGradients:
             return
         self._turn, self._credit = self._turn + 1, 0.0
         ones = torch.ones_like(plan.scalars)
-        check = _Totals(Sensitivities(ones[None]), [p], compared=True)
+        check = Totals(Sensitivities(ones[None]), [p], compared=True)
         true = _run(plan, [main, check], [p], keep_graph=keep_graph)
         errors, norms, rounding = check.compare(true)
-        if bool((errors > _TOLERANCE * norms + 4 * rounding).any()):
+        if self._anywhere(failed=bool((errors > _TOLERANCE * norms + 4 * rounding).any())):
             self._known.clear()
             raise RuntimeError(
-                f"the layers of {self._names.get(id(p))!r} must do in every step what they did in "
+                f"the layers of {self._names[plan.places[id(p)]]!r} must do in every step what they did in "
                 f"the first; its gradient is no longer that of autograd. Compute the losses anew "
                 f"and call `backward` again, which checks all layers."
             )
 
 
-class _Totals:
+class Totals:
     """Gradients of parameters, ``[m, *shape]``, added up layer by layer."""
 
     def __init__(
@@ -247,12 +280,16 @@ class _Totals:
         total, fresh = self.of.get(id(p)), id(p) not in self.of
         if total is None:
             shape = len(self._s.u), *p.shape
-            total = self.of[id(p)] = torch.empty(shape, dtype=grad_dtype(p), device=p.device)
+            total = self.of[id(p)] = torch.empty(shape, dtype=self.dtype(p), device=p.device)
         part.add_to(total, self._s, fresh=fresh)
         if self._compared:
             size, dtype = part.size()
             self._sizes[id(p)] = self._sizes.get(id(p), 0) + size
             self.eps = max(self.eps, torch.finfo(dtype).eps)
+
+    def dtype(self, p: Tensor) -> torch.dtype:
+        """Returns the dtype of the gradients of a parameter."""
+        return grad_dtype(p)
 
     def compare(self, true: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
         """Returns norms of errors and of true gradients, and bounds of rounding by cancellation."""
@@ -267,8 +304,8 @@ class _Totals:
 
 
 def _run(
-    plan: _Plan,
-    totals: Sequence[_Totals],
+    plan: Plan,
+    totals: Sequence[Totals],
     inputs: Sequence[Tensor] = (),
     *,
     keep_graph: bool = True,
@@ -307,7 +344,7 @@ def _run(
 
 
 def _grad(
-    plan: _Plan, inputs: Sequence[Tensor], v: Tensor, *, keep_graph: bool = True
+    plan: Plan, inputs: Sequence[Tensor], v: Tensor, *, keep_graph: bool = True
 ) -> tuple[Tensor | None, ...]:
     """The gradient of the sum of v z."""
     try:
@@ -319,7 +356,7 @@ def _grad(
         raise
 
 
-def _count(marks: Iterable[Any]) -> Counter[int]:
+def count(marks: Iterable[Any]) -> Counter[int]:
     """Counts the marks of each parameter."""
     return Counter(id(p) for mark in marks for p in mark.parameters.values())
 

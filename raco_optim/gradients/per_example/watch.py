@@ -32,10 +32,14 @@ def watch(owner: object, model: nn.Module, parameters: Sequence[Tensor]) -> None
     handles = []
     for layer in model.modules():
         own: dict[str, Tensor] = dict(layer.named_parameters(recurse=False))
-        kind = kind_of(layer) if any(id(p) in trained for p in own.values()) else None
-        if kind is not None:
+        if not any(id(p) in trained for p in own.values()):
+            continue
+        # FSDP2's parameters are whole, and so can be tried, in a forward pass alone.
+        whole = all(type(p) is nn.Parameter for p in own.values())
+        kind = kind_of(layer) if whole else None
+        if kind is not None or not whole:
             # Before other hooks, which may change the output.
-            hook = _Hook(kind, own)
+            hook = _Hook(list(own), kind)
             handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
     weakref.finalize(owner, _remove, handles)
 
@@ -48,8 +52,8 @@ def _remove(handles: list[Any]) -> None:
 class _Hook:
     """Marks the output of a layer; copies of the model get an inert one."""
 
-    def __init__(self, kind: Kind | None = None, own: dict[str, Tensor] | None = None) -> None:
-        self._kind, self._own = kind, own or {}
+    def __init__(self, names: Sequence[str] = (), kind: Kind | None = None) -> None:
+        self._names, self._kind = names, kind
 
     def __call__(
         self,
@@ -59,20 +63,25 @@ class _Hook:
         output: Any,  # noqa: ANN401
     ) -> Tensor | None:
         given = (*args, *kwargs.values())
-        if self._kind is None or len(given) != 1 or torch.compiler.is_compiling():
+        if not self._names or len(given) != 1 or torch.compiler.is_compiling():
             return None
-        if any(layer._parameters.get(name) is not p for name, p in self._own.items()):
+        own: dict[str, Any] = {name: layer._parameters.get(name) for name in self._names}
+        if not all(type(p) is nn.Parameter for p in own.values()):
             return None  # functional_call
         [x] = given
         if not all(type(y) in (Tensor, nn.Parameter) for y in (x, output)):
             return None
-        if not output.requires_grad or not any(p.requires_grad for p in self._own.values()):
+        if not output.requires_grad or not any(p.requires_grad for p in own.values()):
             return None
         # Hooks of others come before this one, or that of another optimizer has marked it.
         first = next(iter(layer._forward_hooks.values()), None)
         if not isinstance(first, _Hook) or getattr(output.grad_fn, "layer", None) is layer:
             return None
-        rule = self._kind, self._own
+        self._kind = self._kind or kind_of(layer)
+        if self._kind is None:
+            self._names = ()
+            return None
+        rule = self._kind, own
         marked: Tensor = Mark.apply(output, x.detach(), ANCHOR, layer, rule)  # type: ignore[no-untyped-call]
         return marked
 

