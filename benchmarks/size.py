@@ -3,12 +3,12 @@
     python -m benchmarks.size            # fills the tables of docs/size.md
 
 Nothing of that size is run. Shapes come from the model classes of transformers and peft, without
-values (on the meta device); `operations`, `memory` and `wire` are formulas, which tests/test_size.py
-compares with what small models really compute, hold and send.
+values (on the meta device). `operations`, `memory` and `wire` are formulas; tests/test_size.py
+compares them with what small models compute, hold and send.
 
-The step is that of `MultiObjectiveDPOTrainer` with AdamW and bf16=True. All weights are trained from
-float32 values: in one process under autocast, in several by FSDP2, which shards them and computes in
-bfloat16. Adapters are of float32 on a model of bfloat16; every process holds all of it (DDP).
+The step is that of `MultiObjectiveDPOTrainer` with AdamW and bf16=True. Where all weights are
+trained, they are float32: one process computes under autocast; several shard them by FSDP2 and
+compute in bfloat16. Adapters are float32 on a bfloat16 model, which every process holds (DDP).
 """
 
 from __future__ import annotations
@@ -31,33 +31,24 @@ from transformers.initialization import no_init_weights
 from benchmarks.harness import filled, markdown_table, write_whole
 
 # The config.json of meta-llama/Meta-Llama-3-8B and of Qwen/Qwen3-4B.
+HEADS: Any = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+SIZES: Any = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+LLAMA = dict(zip(SIZES, (128256, 4096, 14336, 32), strict=True)) | HEADS
+QWEN = dict(zip(SIZES, (151936, 2560, 9728, 36), strict=True)) | HEADS
 MODELS: dict[str, Any] = {
-    "Llama-3-8B": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        tie_word_embeddings=False,
-    ),
-    "Qwen3-4B": Qwen3Config(
-        vocab_size=151936,
-        hidden_size=2560,
-        intermediate_size=9728,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=True,
-    ),
+    "Llama-3-8B": LlamaConfig(**LLAMA, tie_word_embeddings=False),
+    "Qwen3-4B": Qwen3Config(**QWEN, tie_word_embeddings=True),
 }
 PAGE = Path(__file__).parents[1] / "docs/size.md"
 GPU = 80e9  # bytes; a card of "80 GB" has 85e9, the rest is for CUDA, NCCL and fragmentation
+TRAINED = ("all weights", "adapters")
+MACHINES = ((1, 24), (1, 48), (1, 80), (2, 80), (4, 80), (8, 48), (8, 80), (64, 80))
+NAMES = {"weighted": "weighted DPO", "passes": "m passes", "one": "one pass"}
+HEAD = ["trained", "GPUs", "step", "state", "gradients", "rest", "GB", "GB sent", "sending", "time"]
 RANK = 16  # of the adapters: the default of --lora_r
 # As docs/distributed.md: reached in products; a GPU's link within a node of 8, and between nodes.
 FLOPS, LINK, NETWORK = 400e12, 450e9, 50e9
-TILE = 4096 * 32768  # logits that TRL's fused head computes at a time
+TILE = 4096, 32768  # rows and words of the logits that TRL's fused head computes at a time
 BLOCK = 2**26  # numbers of the per-example products that one pass computes at a time
 CHECKED = 0.02  # share of the weights that one pass compares with autograd's, each step
 
@@ -66,27 +57,16 @@ Way = Literal["weighted", "passes", "one"]
 
 @dataclass(frozen=True)
 class Step:
-    """A training step of one process.
-
-    Args:
-        objectives: m; 1 for weighted DPO.
-        way: One backward pass of the weighted loss, m passes, or one pass for all m gradients.
-        lora: Rank of adapters of all linear layers; 0 where all weights are trained.
-        ranks: Processes, each with a GPU; with all weights trained they share the model by FSDP2.
-        pairs: Pairs in the batch of one process.
-        tokens: Tokens of a text, of which a pair has two.
-        checkpointing: Whether layers are computed again in the backward pass.
-        reference: Whether a reference model is held and run, rather than computed beforehand.
-    """
+    """A training step of one process."""
 
     objectives: int = 1
-    way: Way = "weighted"
-    lora: int = 0
-    ranks: int = 1
-    pairs: int = 8
-    tokens: int = 1024
+    way: Way = "weighted"  # loss; or m passes; or one pass for all m gradients
+    lora: int = 0  # rank of adapters of all linear layers; 0 where all weights are trained
+    ranks: int = 1  # processes, each with a GPU
+    pairs: int = 8  # in the batch of one process
+    tokens: int = 1024  # of a text, of which a pair has two
     checkpointing: bool = True
-    reference: bool = False
+    reference: bool = False  # a model, held and run; else its values were computed beforehand
 
     @property
     def sharded(self) -> bool:
@@ -111,23 +91,18 @@ class Step:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Numbers of parameters; see `shapes_of`."""
+    """Shapes and numbers of parameters; see `shapes_of`."""
 
     all: list[tuple[int, ...]]
     trained: list[tuple[int, ...]]
-    tail: list[tuple[int, ...]]
-    """What FSDP2 keeps gathered from the forward pass on: final norm, head, tied embedding."""
+    tail: list[tuple[int, ...]]  # gathered from the forward pass on: final norm, head
     layers: int
-    layer: int
-    """Weights of the linear layers of one layer."""
-    last: int
-    """The last of these, `down_proj`."""
+    layer: int  # weights of the linear layers of one layer
+    last: int  # of these, `down_proj`
     head: int
-    attention: int
-    """Heads times their width."""
+    attention: int  # heads times their width
     width: int
-    saved: tuple[float, int]
-    """Bytes a token that a layer saves, and bytes of a number of its input; see `memory`."""
+    saved: tuple[float, int]  # bytes a token of `saved_by_layer`, bytes of a number of its input
     saved_sharded: tuple[float, int]
 
     @property
@@ -146,37 +121,32 @@ def count(shapes: list[tuple[int, ...]], ranks: int = 1) -> int:
     return sum(-(-shape[0] // ranks) * prod(shape[1:]) for shape in shapes)
 
 
-def model_of(config: Any, lora: int, **options: Any) -> tuple[nn.Module, nn.Module]:  # noqa: ANN401
-    """A model without values, and what its adapters are in, if there are any."""
-    with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, **options)
-        if not lora:
-            return model, model
-        adapters = LoraConfig(r=lora, target_modules="all-linear", init_lora_weights=False)
-        return model, get_peft_model(model, adapters)
-
-
 def shapes_of(config: Any, lora: int = 0) -> Shapes:  # noqa: ANN401
-    """Reads the shapes from the model's class."""
-    bare, whole = model_of(config, lora)
-    decoder, head = bare.get_decoder(), bare.get_output_embeddings().weight
-    linear = [
-        p for name, p in decoder.layers[0].named_parameters() if p.dim() > 1 and "lora" not in name
-    ]
-    attention = config.head_dim * config.num_attention_heads
+    """Reads the shapes from the model's class, and those of adapters from one layer of it."""
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()
+    decoder, head = model.get_decoder(), model.get_output_embeddings().weight
+    shapes = [tuple(p.shape) for p in model.parameters()]
+    linear = [p.numel() for p in decoder.layers[0].parameters() if p.dim() > 1]
+    adapters = []
+    if lora:
+        of_layer = one_layer(config, lora, torch.bfloat16).parameters()
+        adapters = [tuple(p.shape) for p in of_layer if p.requires_grad] * len(decoder.layers)
     dtype = torch.bfloat16 if lora else torch.float32
+    saved = saved_by_layer(config, lora, dtype, autocast=True), dtype.itemsize
     return Shapes(
-        all=[tuple(p.shape) for p in whole.parameters()],
-        trained=[tuple(p.shape) for p in whole.parameters() if p.requires_grad],
+        all=shapes + adapters,
+        trained=adapters or shapes,
         tail=[tuple(p.shape) for p in (decoder.norm.weight, head)],
         layers=len(decoder.layers),
-        layer=sum(w.numel() for w in linear),
-        last=linear[-1].numel(),
+        layer=sum(linear),
+        last=linear[-1],
         head=head.numel(),
-        attention=attention,
+        attention=config.num_attention_heads * config.head_dim,
         width=config.hidden_size,
-        saved=(saved_by_layer(config, lora, dtype, autocast=True), dtype.itemsize),
-        saved_sharded=(saved_by_layer(config, lora, torch.bfloat16, autocast=False), 2),
+        saved=saved,
+        saved_sharded=saved if lora else (saved_by_layer(config, 0, torch.bfloat16), 2),
     )
 
 
@@ -197,20 +167,19 @@ def operations(s: Shapes, step: Step) -> float:
     if not s.adapters:
         backward += linear + head
     if step.checkpointing:
+        backward += linear + adapters + attention
         # The last product of a layer is left out where nothing behind it needs its result: neither
         # the adapter beside it nor, in one pass, the mark that finds the layer in the graph.
-        kept = step.way == "one" or s.adapters
-        backward += (
-            linear + adapters + attention - (0 if kept else 2 * step.rows * s.layers * s.last)
-        )
-    total = forward + step.passes * backward
+        if step.way != "one" and not s.adapters:
+            backward -= 2 * step.rows * s.layers * s.last
+    total: float = forward + step.passes * backward
     if step.way == "one":  # the gradients of pairs become those of m losses; and the check
         trained = s.adapters or s.layers * s.layer + s.head
         total += 2 * step.objectives * step.pairs * trained
         total += 2 * CHECKED * 2 * step.rows * trained
     if step.reference:
         total += forward - adapters
-    return float(total)
+    return total
 
 
 def wire(s: Shapes, step: Step) -> int:
@@ -239,10 +208,10 @@ def memory(s: Shapes, step: Step) -> dict[str, float]:
       whole, in bfloat16.
     - gathered: with FSDP2, in bfloat16, the tail and two layers, of which one comes ahead of time;
       and the largest parameter's gradients, in bfloat16 and in float32 for the reduction (in one
-      pass, those of m losses in float32, and a copy of them). Under autocast the weights of the
-      layers in bfloat16, which live until the backward pass begins, or, without checkpointing, ends.
+      pass, those of m losses in float32, and a copy of them). Under autocast without
+      checkpointing, the bfloat16 weights of the layers, until the backward pass ends.
     - activations: the input of each layer, and what one layer saves, twice, as the gradients of
-      these take no more; without checkpointing, what all layers save.
+      these take no more; without checkpointing, what all layers save. Each has a mask of bfloat16.
     - head: a tile of logits, the gradients of the hidden states in float32 and, where it is
       trained, of the weight; in one pass, a block of products and its logits.
     """
@@ -254,10 +223,8 @@ def memory(s: Shapes, step: Step) -> dict[str, float]:
         parts["weights"] += 2 * (s.n - s.adapters)
         if step.ranks > 1:
             parts["gradients"] += 4 * share * (1 if step.way == "weighted" else 3)
-    parts["reference"] = 0.0
     if step.reference and not s.adapters:
         parts["reference"] = 4 * count(s.all, ranks) + (2 * s.n if step.sharded else 0)
-    parts["gathered"] = 0.0
     if step.sharded:
         reduced = 8 * m if step.way == "one" else 6
         largest = max(s.layer, s.head)
@@ -266,24 +233,37 @@ def memory(s: Shapes, step: Step) -> dict[str, float]:
         parts["gathered"] = 2 * s.layers * s.layer
     saved, of_input = s.saved_sharded if step.sharded else s.saved
     layers = 1 if step.checkpointing else s.layers
-    parts["activations"] = step.rows * (saved * (layers + 1) + of_input * s.width * s.layers)
+    saved = (saved + 2 * step.tokens) * (layers + 1) + of_input * s.width * s.layers
+    parts["activations"] = step.rows * saved
     hidden = 4 * step.scored * s.width
     if step.way == "one" and not s.adapters:
         logits = step.scored * max(BLOCK // (2 * step.pairs * s.width), 16)
         parts["head"] = 6 * BLOCK + 12 * logits + hidden
     else:
-        parts["head"] = 2 * TILE + hidden + (0 if s.adapters else 6 * s.head)
+        parts["head"] = (
+            2 * min(step.scored, TILE[0]) * TILE[1] + hidden + (0 if s.adapters else 6 * s.head)
+        )
     return parts
 
 
-def saved_by_layer(config: Any, lora: int, dtype: torch.dtype, *, autocast: bool) -> float:  # noqa: ANN401
-    """Bytes a token that autograd saves for one layer, beside its weights.
+def one_layer(config: Any, lora: int, dtype: torch.dtype) -> nn.Module:  # noqa: ANN401
+    """A model of one layer of full width, without values; its layer may have adapters."""
+    shape = copy.deepcopy(config)
+    shape.num_hidden_layers, shape.vocab_size, shape._attn_implementation = 1, 64, "sdpa"
+    with torch.device("meta"), no_init_weights():
+        model: nn.Module = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+        if lora:
+            adapters = LoraConfig(r=lora, target_modules="all-linear", init_lora_weights=False)
+            get_peft_model(model, adapters)  # changes the model itself
+    return model
+
+
+def saved_by_layer(config: Any, lora: int, dtype: torch.dtype, *, autocast: bool = False) -> float:  # noqa: ANN401
+    """Bytes a token that autograd saves for one layer, beside weights, mask and positions.
 
     Counted in the forward pass of a layer of full width, on tensors without values.
     """
-    shape = copy.deepcopy(config)
-    shape.num_hidden_layers, shape.vocab_size = 1, 64
-    model, whole = model_of(shape, lora, dtype=dtype)
+    model: Any = one_layer(config, lora, dtype)
     found: dict[int, Tensor] = {}
     sizes = []
 
@@ -292,84 +272,73 @@ def saved_by_layer(config: Any, lora: int, dtype: torch.dtype, *, autocast: bool
         return saved
 
     with FakeTensorMode():
-        for module in whole.modules():
+        for module in model.modules():
             for name, p in module._parameters.items():
                 if p is not None:
-                    module._parameters[name] = _without_values(p)
-        rotary = type(model.model.rotary_emb)(shape)
+                    empty = torch.empty(p.shape, dtype=p.dtype)
+                    module._parameters[name] = nn.Parameter(empty, p.requires_grad)
+        rotary = type(model.model.rotary_emb)(model.config)
         for tokens in (64, 128):  # the difference leaves the weights out
-            x = torch.empty(1, tokens, shape.hidden_size, dtype=dtype, requires_grad=True)
-            mask = torch.empty(1, 1, tokens, tokens, dtype=torch.bool)
+            x = torch.empty(1, tokens, config.hidden_size, dtype=dtype, requires_grad=True)
+            mask = torch.empty(1, 1, tokens, tokens, dtype=torch.bfloat16 if autocast else dtype)
             position = rotary(x, torch.arange(tokens)[None])
+            shared = {y.untyped_storage()._cdata for y in (mask, *position)}
             with (
                 saved_tensors_hooks(pack, lambda saved: saved),
                 torch.autocast("cpu", torch.bfloat16, enabled=autocast),
             ):
                 y = model.model.layers[0](x * 1, position_embeddings=position, attention_mask=mask)
-            sizes.append(sum(saved.untyped_storage().nbytes() for saved in found.values()))
+            own = (y.untyped_storage() for key, y in found.items() if key not in shared)
+            sizes.append(sum(storage.nbytes() for storage in own))
             found.clear()
             del y
     return (sizes[1] - sizes[0]) / 64
 
 
-def _without_values(p: Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
-
-
 def rows(name: str) -> Iterator[list[str]]:
-    """Yields the rows of a model's table."""
+    """Yields the rows of a model's table: what is trained and how, memory, bytes sent, time."""
     for lora in (0, RANK):
-        shapes = shapes_of(MODELS[name], lora)
+        s = shapes_of(MODELS[name], lora)
         for ranks in (1, 8, 64):
             base = Step(lora=lora, ranks=ranks)
             ways: tuple[Way, ...] = ("passes", "one") if base.sharded else ("one",)
-            steps = [base, *(replace(base, way=w, objectives=m) for m in (2, 3) for w in ways)]
-            for step in steps:
-                yield cells(shapes, step, base)
+            others = [replace(base, objectives=m, way=w) for m in (2, 3) for w in ways]
+            for step in (base, *others):
+                parts, done = memory(s, step), operations(s, step)
+                total, sent = sum(parts.values()), wire(s, step)
+                state = parts["weights"] + parts["optimizer"]
+                rest = total - state - parts["gradients"]
+                sending = sent / (LINK if ranks <= 8 else NETWORK)
+                yield [
+                    TRAINED[lora > 0],
+                    str(ranks),
+                    NAMES[step.way] + (f", m = {step.objectives}" if step.objectives > 1 else ""),
+                    *(f"{x / 1e9:.1f}" for x in (state, parts["gradients"], rest)),
+                    f"{total / 1e9:.0f}" + ("" if total < GPU else " ✗"),
+                    f"{sent / 1e9:.1f}",
+                    f"{sending / (done / FLOPS):.0%}",
+                    f"{done / operations(s, base):.2f}",
+                ]
 
 
-NAMES = {"weighted": "weighted DPO", "passes": "m passes", "one": "one pass"}
-
-
-def cells(s: Shapes, step: Step, base: Step) -> list[str]:
-    """A row: what is trained and how, memory, bytes sent, and times."""
-    parts = memory(s, step)
-    total, sent, done = sum(parts.values()), wire(s, step), operations(s, step)
-    state = parts["weights"] + parts["optimizer"]
-    rest = total - state - parts["gradients"]
-    link = LINK if step.ranks <= 8 else NETWORK
-    return [
-        "adapters" if step.lora else "all weights",
-        f"{step.ranks}",
-        NAMES[step.way] + (f", m = {step.objectives}" if step.objectives > 1 else ""),
-        *(f"{x / 1e9:.1f}" for x in (state, parts["gradients"], rest)),
-        f"{total / 1e9:.0f}" + ("" if total < GPU else " ✗"),
-        f"{sent / 1e9:.1f}",
-        f"{sent / link:.2f}",
-        f"{done / FLOPS:.1f}",
-        f"{done / operations(s, base):.2f}",
-    ]
-
-
-HEAD = [
-    "trained",
-    "GPUs",
-    "step",
-    "state",
-    "gradients",
-    "rest",
-    "GB a GPU",
-    "GB sent",
-    "sending, s",
-    "computing, s",
-    "time",
-]
+def machines() -> Iterator[list[str]]:
+    """Yields, for each model, the most pairs a GPU, up to 64, that fit on each machine."""
+    for name, config in MODELS.items():
+        for lora in (RANK, 0):
+            s, most = shapes_of(config, lora), []
+            for ranks, card in MACHINES:
+                steps = (Step(3, "one", lora, ranks, pairs) for pairs in range(64, 0, -1))
+                fitting = (x.pairs for x in steps if sum(memory(s, x).values()) < card * 1e9)
+                most.append(str(next(fitting, "none")))
+            yield [name, TRAINED[lora > 0], *most]
 
 
 def blocks_of_the_page() -> Iterator[tuple[str, str]]:
     """Yields the name of each table of the page, and the table."""
     for name in MODELS:
         yield name, markdown_table(HEAD, rows(name), text=3)
+    columns = (f"{n} × {card} GB" for n, card in MACHINES)
+    yield "machines", markdown_table(["model", "trained", *columns], machines(), text=2)
 
 
 def main() -> None:

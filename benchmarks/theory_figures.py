@@ -1,4 +1,4 @@
-"""The pictures of docs/theory.md: one step's geometry, and the way of a training run.
+"""The pictures of one step (docs/algorithm.md) and of the way of a run (docs/gallery.md).
 
 python -m benchmarks.theory_figures docs/images
 """
@@ -19,13 +19,12 @@ from torch.optim import Optimizer
 
 from benchmarks.harness import Parser, make_folder, refusals_of
 from benchmarks.problems import convex_quadratics
-from benchmarks.style import GREY, INK, STYLE
+from benchmarks.style import GREY, INK, METHODS, STYLE
 from raco_optim import CAGrad, CAGradClip, LinearScalarization, mixing_coefficients
 
 GRADIENTS = torch.tensor([[1.0, -4.0], [-1.0, 1.0]], dtype=torch.float64)  # of tests/test_theory.py
 C = 0.5
-# Okabe and Ito's colours, which differ for any colour vision.
-SUM, CAGRAD, CLIP = "#0072B2", "#E69F00", "#009E73"
+SUM, CAGRAD, CLIP = (METHODS[name]["color"] for name in ("linear", "cagrad", "raco"))
 RC = {**STYLE, "lines.linewidth": 1.6, "savefig.dpi": 160}
 
 

@@ -27,7 +27,7 @@ extensions = [
 ]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "notebooks"]
 html_theme = "furo"
 html_title = "raco_optim"
 html_static_path = ["_static"]
@@ -47,11 +47,17 @@ ACCENT = re.compile(r"(\\(?:hat|tilde)\s*(?:\\?[a-zA-Z]+|\{[^{}]*\}))(?=[_^])")
 def formula(writer: HTML5Translator, node: nodes.Element, block: bool) -> None:
     """Writes a formula as MathML, which browsers draw without a script and without a network."""
     try:
-        writer.body.append(tex2mathml(ACCENT.sub(r"{\1{}}", node.astext()), as_block=block))
+        shown = tex2mathml(ACCENT.sub(r"{\1{}}", node.astext()), as_block=block)
+        # A bar is part of a norm or a condition; browsers set it as an operator, with space.
+        shown = shown.replace('stretchy="false">|', 'stretchy="false" lspace="0" rspace="0">|')
+        # Of \langle and \rangle, which TeX draws as high as the text.
+        shown = re.sub("<mo>([⟨⟩])</mo>", r'<mo stretchy="false">\1</mo>', shown)
     except MathError as error:
         logging.getLogger(__name__).warning(
             "The formula %r cannot be shown: %s", node.astext(), error, location=node
         )
+    else:
+        writer.body.append(f'<div class="formula">{shown}</div>' if block else shown)
     raise nodes.SkipNode
 
 

@@ -1,19 +1,19 @@
 """Gradient surgery for several losses, as a wrapper of any torch optimizer.
 
-A step, in the order of `MultiObjectiveOptimizer.backward` (optimizer.py):
+A step, in the order of `MultiObjectiveOptimizer.backward` (optimizer/):
 
     losses
-      |  objectives.py   names, weights, and which losses are there
-      |  gradients/      g_i by one of the modes: dense, ghost, per_example, approximate
-      |  gradients/gram  H_ij = <g_i, g_j>, float64, over the shared parameters
-      |  rules/          H -> coefficients alpha; CAGrad asks subproblem/ for p
-      |  gradients/combine   .grad += sum_i alpha_i g_i
-      v  report.py       what happened
-    inner optimizer's step   (wrapper/ keeps its contract, around one or several)
+      |  objectives.py       names, weights, and the losses that are present
+      |  gradients/          g_i in one of the modes: dense, ghost, per_example, approximate
+      |  gradients/gram.py   H_ij = <g_i, g_j>, float64, over the shared parameters
+      |  rules/              H -> coefficients alpha; CAGrad gets p from subproblem/
+      |  gradients/combine.py   .grad += sum_i alpha_i g_i
+      v  report.py           the report of the step
+    step of the inner optimizer   (wrapper/ has the interface of torch.optim.Optimizer)
 
-`optimizers.py` names the rules: CAGradClip, CAGrad, MGDA, LinearScalarization. `distributed/`
-averages gradients over processes before the Gram matrix. `step_log` keeps reports in a file,
-`plot` draws them, and `pareto.py` measures what came of it.
+`optimizers.py` has an optimizer per rule: CAGradClip, CAGrad, MGDA, LinearScalarization.
+`distributed/` averages gradients over processes before the Gram matrix. `step_log/` writes reports
+to a file, `plot/` draws them, and `pareto.py` measures trade-offs.
 """
 
 from raco_optim.gradients.functions import (

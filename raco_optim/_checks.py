@@ -29,7 +29,7 @@ def add_note(error: BaseException, note: str) -> None:
         vars(error)["__notes__"] = [*vars(error).get("__notes__", []), note]
 
 
-def checked_weights(weights: Any) -> list[float]:  # noqa: ANN401  # that is what it checks
+def checked_weights(weights: Any) -> list[float]:  # noqa: ANN401  # checked here
     """Returns `weights` as floats that sum to 1 exactly, or raises `ValueError`."""
     given = weights.values() if isinstance(weights, Mapping) else weights
     try:
@@ -56,7 +56,7 @@ def checked_weights(weights: Any) -> list[float]:  # noqa: ANN401  # that is wha
     return w if abs(total - 1) <= 1e-15 else [x / total for x in w]
 
 
-def checked_radius(c: Any, *, below_one: bool) -> float:  # noqa: ANN401  # that is what it checks
+def checked_radius(c: Any, *, below_one: bool) -> float:  # noqa: ANN401  # checked here
     """Returns the radius `c` as a float, or raises `ValueError`."""
     try:
         value = math.nan if isinstance(c, str) else float(c)
@@ -81,7 +81,7 @@ def checked_choice(argument: str, value: Choice, choices: Sequence[str]) -> Choi
     return value
 
 
-def checked_count(argument: str, value: Any) -> int:  # noqa: ANN401  # that is what it checks
+def checked_count(argument: str, value: Any) -> int:  # noqa: ANN401  # checked here
     """Returns `value` if it is an integer of at least 1, or raises `ValueError`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"`{argument}` must be an integer of at least 1; got {value!r}.")
@@ -148,7 +148,7 @@ def check_gram_values(rows: list[list[float]]) -> None:
 
 def checked_parameters(
     argument: str,
-    parameters: Any,  # noqa: ANN401  # that is what it checks
+    parameters: Any,  # noqa: ANN401  # checked here
     known: list[Tensor],
     *,
     frozen: bool = False,

@@ -76,12 +76,7 @@ class Batch:
 
 
 class Objectives:
-    """Weights by position or by name, or none for any number of losses.
-
-    Attributes:
-        names: Names of the losses; None if they have positions only.
-        weights: The weights, which sum to 1; None if not given.
-    """
+    """Weights by position or by name, or none for any number of losses."""
 
     def __init__(self, weights: Weights | None) -> None:
         named = None if weights is None else _named(weights)
@@ -96,7 +91,7 @@ class Objectives:
 
     @property
     def given(self) -> Mapping[str, float] | tuple[float, ...] | None:
-        """The weights in the form in which they were given, read-only."""
+        """The weights, read-only: a mapping if given as one, else a tuple."""
         if self.weights is None or self.names is None:
             return None if self.weights is None else tuple(self.weights)
         return _ReadOnlyDict(zip(self.names, self.weights, strict=True))
@@ -117,10 +112,7 @@ class Objectives:
         return self.weights or [1 / number] * number
 
     def order(self, losses: Losses, pending: Pending | None) -> tuple[tuple[str, ...], list[Any]]:
-        """Returns names and losses in the order of the weights, or raises.
-
-        Positions name unnamed losses. The losses must be those of earlier micro-batches.
-        """
+        """Returns names and losses in the order of the weights, as before, or raises."""
         names, number = self.names, self.number
         if pending is not None and number is None:
             names, number = pending.names if pending.named else None, len(pending.names)
@@ -177,18 +169,18 @@ class Objectives:
         return [checked[place] for place in places], places
 
 
-def is_mapping(values: Any) -> bool:  # noqa: ANN401  # that is what it checks
+def is_mapping(values: Any) -> bool:  # noqa: ANN401  # checked here
     """Returns whether names lead to values, also in a TensorDict."""
     return hasattr(values, "keys") and hasattr(values, "__getitem__")
 
 
-def is_single(losses: Any) -> bool:  # noqa: ANN401  # that is what it checks
+def is_single(losses: Any) -> bool:  # noqa: ANN401  # checked here
     """Returns whether this is a single loss."""
     several = is_mapping(losses) or isinstance(losses, Iterable)
     return not several or (isinstance(losses, Tensor) and losses.dim() == 0)
 
 
-def as_list(losses: Any) -> list[Any]:  # noqa: ANN401  # that is what it checks
+def as_list(losses: Any) -> list[Any]:  # noqa: ANN401  # checked here
     """Returns the losses as a list, or raises `TypeError`."""
     if is_single(losses):
         raise TypeError(
@@ -240,7 +232,7 @@ def _named(values: Any) -> dict[str, Any] | None:  # noqa: ANN401  # a mapping o
     for key in list(values.keys()):
         if not isinstance(key, str):
             raise TypeError(
-                f"names of losses must be strings; got {key!r} of type {type(key).__name__}. "
+                f"names of losses must be strings; got {key!r}, of type {type(key).__name__}. "
                 f"Pass a sequence for losses without names."
             )
         name = str.__str__(key)  # not `str(key)`, which an enum overrides

@@ -1,4 +1,4 @@
-"""The optimizers by name: each is `MultiObjectiveOptimizer` with a rule of its own."""
+"""The optimizers: `MultiObjectiveOptimizer` with one rule each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class AllOptions(Options, total=False):
-    """The keyword arguments of `MultiObjectiveOptimizer`, but for its rule and weights."""
+    """Keyword arguments of `MultiObjectiveOptimizer`, except rule and weights."""
 
     shared_parameters: Iterable[Tensor] | None
     gradients: Mode | Iterable[Tensor]
@@ -50,7 +50,7 @@ class _WithRadius(MultiObjectiveOptimizer):
 
 
 class CAGradClip(_WithRadius):
-    r"""CAGrad with weights and clipping: the optimizer of RACO.
+    r"""Weighted CAGrad with clipping: the optimizer of RACO.
 
     With :math:`g_i = \nabla L_i`, :math:`g_0 = \sum_i w_i g_i` and :math:`G_p = \sum_i p_i g_i`,
 
@@ -62,13 +62,12 @@ class CAGradClip(_WithRadius):
     and the inner optimizer steps along :math:`G_0`.
 
     Args:
-        inner: The optimizer to drive, any of `torch.optim`, or a list of optimizers that step
+        inner: The optimizer to wrap, any of `torch.optim`, or a list of optimizers that step
             together.
         weights: w, one number >= 0 per loss, summing to 1, or a mapping from the losses' names to
             them; `backward` then takes a mapping with the same keys.
-        c: Radius of the correction relative to :math:`|g_0|`, in [0, 1). 0 is the weighted sum.
-            The length of the combined gradient lies between 1 - c and 1 + c times that of
-            :math:`g_0`.
+        c: Radius of the correction relative to :math:`|g_0|`, in [0, 1). 0 gives the weighted sum.
+            The combined gradient is between 1 - c and 1 + c times as long as :math:`g_0`.
         clip: ``"hard"`` (the paper), ``"soft"`` or ``"none"``; see `mixing_coefficients`.
         solver: ``"exact"``, ``"pgd"`` or ``"slsqp"``; see `solve_subproblem`.
         **options: ``shared_parameters``, ``gradients``, ``gram_every``, ``model``,
@@ -118,13 +117,13 @@ class CAGradClip(_WithRadius):
 
 
 class CAGrad(_WithRadius):
-    r"""CAGrad with weights and without clipping: :math:`\tilde p = p^*`.
+    r"""Weighted CAGrad without clipping: :math:`\tilde p = p^*` in `CAGradClip`.
 
     Args:
-        inner: The optimizer to drive.
+        inner: The optimizer to wrap.
         weights: See `CAGradClip`.
-        c: Radius of the correction, >= 0. For c >= 1 no combined gradient conflicts with any loss,
-            but the guarantee of descent on the weighted loss (Theorem 3.1) is gone.
+        c: Radius of the correction, >= 0. With c >= 1 the combined gradient conflicts with no loss,
+            but descent on the weighted loss (Theorem 3.1) is no longer guaranteed.
         solver: See `CAGradClip`.
         **options: See `CAGradClip`.
 
@@ -158,11 +157,13 @@ class CAGrad(_WithRadius):
 
 
 class MGDA(MultiObjectiveOptimizer):
-    """The min-norm point of the gradients: a direction in which no loss rises.
+    r"""Steps along the min-norm point of the gradients, a direction in which no loss rises.
+
+    .. math:: G = \sum_i p^*_i g_i, \quad p^* \in \arg\min_{p \in \Delta} |\sum_i p_i g_i|
 
     Args:
-        inner: The optimizer to drive.
-        weights: They name the losses and combine the gradients of the heads; the min-norm point
+        inner: The optimizer to wrap.
+        weights: Names of the losses, and weights for the gradients of the heads; the min-norm point
             does not depend on them. Default: any number of losses.
         **options: See `CAGradClip`.
 
@@ -192,13 +193,13 @@ class MGDA(MultiObjectiveOptimizer):
 
 
 class LinearScalarization(MultiObjectiveOptimizer):
-    """The weighted sum of the gradients, with the report of a multi-objective step.
+    """Steps along the weighted sum of the gradients, with the report of a multi-objective step.
 
-    The gradients are computed per loss, for the report's sake; one backward pass of the weighted
-    loss gives the same update for less.
+    It computes one gradient per loss for the report. Without the report, one backward pass of the
+    weighted loss gives the same update and costs less.
 
     Args:
-        inner: The optimizer to drive.
+        inner: The optimizer to wrap.
         weights: See `CAGradClip`.
         **options: See `CAGradClip`.
 
@@ -225,7 +226,7 @@ class LinearScalarization(MultiObjectiveOptimizer):
 
 
 def _given(weights: Weights | None) -> Weights | None:
-    """Refuses None, which only rules without weights allow."""
+    """Refuses None, which is allowed only if the rule ignores weights."""
     if weights is None:
         checked_weights(weights)
     return weights

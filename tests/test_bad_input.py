@@ -201,7 +201,9 @@ def test_weights_by_name_may_be_set_in_any_order():
 )
 def test_what_is_chosen_at_construction_can_not_be_set_later(argument):
     opt = CAGradClip(inner(), [0.5, 0.5])
-    with pytest.raises(AttributeError, match=f"`{argument}` is chosen when the optimizer is built"):
+    with pytest.raises(
+        AttributeError, match=f"`{argument}` can't be changed after the optimizer is built"
+    ):
         setattr(opt, argument, 3)
     opt.optimizer.model = 1  # of an inner optimizer that has one
     opt.model = 2
@@ -316,7 +318,9 @@ def test_bad_losses_of_the_function():
     with pytest.raises(ValueError, match="loss '0' must depend on a parameter.*reaches none"):
         per_loss_gradients([x.sum()], [nn.Parameter(torch.ones(2))])
     for parameters in ([], [torch.ones(2)]):
-        with pytest.raises(ValueError, match="one at least that requires gradients; got [01] that"):
+        with pytest.raises(
+            ValueError, match="at least one parameter must require gradients; got [01] that"
+        ):
             per_loss_gradients([x.sum()], parameters)
 
 

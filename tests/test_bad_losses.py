@@ -86,7 +86,7 @@ BAD_LOSS = {
         ValueError,
         ["device", "cpu", "meta", ".to()"],
     ),
-    "freed graph": (freed, RuntimeError, ["second time", "compute the losses anew"]),
+    "freed graph": (freed, RuntimeError, ["second time", "Compute the losses again"]),
     "overwritten": (overwritten, RuntimeError, ["modified by an inplace operation"]),
     "failing": (lambda m: Breaks.apply(good(m)[0]), RuntimeError, ["no way back"]),
     "sparse": (
@@ -366,10 +366,10 @@ def test_errors_keep_their_class_and_arguments(mode, case, source):
     (note,) = error.__notes__
     assert f"{source} of loss" in note
     assert "'bad'" in note
-    remedy = "take smaller micro-batches" in note
+    remedy = "Use smaller micro-batches" in note
     assert remedy == (case == "out of memory" and source == "backward pass")
     assert everything(model, opt) == before
-    with pytest.raises(RuntimeError, match="nothing to report"):
+    with pytest.raises(RuntimeError, match="no report yet"):
         _ = opt.report
 
 

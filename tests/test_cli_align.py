@@ -198,10 +198,10 @@ def test_the_same_command_again_does_nothing_and_another_one_is_refused(folder, 
     assert "this run is already finished" in again.err
     assert again.out in first, "the scores are printed again"
     assert align(folder, output, max_steps=1, beta=0.1) == 2
-    assert "holds another run: beta is 0.5 there and 0.1 here" in capsys.readouterr().err
+    assert "holds another run: beta was 0.5 and is now 0.1" in capsys.readouterr().err
     jsonl(tmp_path / "train.jsonl", tiny_pairs(16, seed=2))
     assert align(folder, output, max_steps=1, data=tmp_path / "train.jsonl") == 2
-    assert "data_sha256 is" in capsys.readouterr().err
+    assert "data_sha256 was" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
 
 
@@ -223,7 +223,7 @@ def test_a_file_that_changed_under_its_name_is_refused_on_resumption(
     capsys.readouterr()
     assert align(folder, output, max_steps=1, **{option: file}) == 2
     error = capsys.readouterr().err
-    assert f"{option}_sha256 is '{old}' there and '{new}' here" in error
+    assert f"{option}_sha256 was '{old}' and is now '{new}'" in error
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
@@ -257,7 +257,7 @@ BAD = {
     "radius": ({"c": 1.5}, ["`c` must be in [0, 1)", "1.5"]),
     "no number": ({"max_steps": "few"}, ["max_steps", "few"]),
     "unknown option": ({"speed": "high"}, ["no --speed", "raco-optim align --help"]),
-    "missing data": ({"data": "nowhere.jsonl"}, ["nowhere.jsonl", "no such file"]),
+    "missing data": ({"data": "nowhere.jsonl"}, ["nowhere.jsonl", "which does not exist"]),
     "missing held-out data": ({"eval_data": "nowhere.csv"}, ["`--eval_data`", "nowhere.csv"]),
     "no data": ({"data": None}, ["required: --data"]),
     "missing model": ({"model": "/nowhere/model"}, ["`--model`", "/nowhere/model"]),

@@ -266,8 +266,11 @@ WHOLE = {name: [*PAIR["prompt"], *PAIR[name]] for name in ("chosen", "rejected")
             ["must begin with the same message"],
         ),
         ({"prompt": "p", "chosen": "pa", "rejected": "pb"}, ["must not repeat the prompt"]),
-        ({"prompt": None, "chosen": {"a": 1}, "rejected": "b"}, ["a text or a list", "{'a': 1}"]),
-        ({"prompt": 3, "chosen": "a", "rejected": "b"}, ["a text or a list", "3"]),
+        (
+            {"prompt": None, "chosen": {"a": 1}, "rejected": "b"},
+            ["must be a text or messages", "{'a': 1}"],
+        ),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, ["must be a text or messages", "3"]),
         ({"chosen": "a\ud800", "rejected": "b"}, ["must be valid Unicode"]),
         ({**PAIR, "tools": "search"}, ["line 1", "column `tools`", "JSON", "'search'", "null"]),
     ],

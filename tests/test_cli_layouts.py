@@ -393,7 +393,7 @@ def test_rules_for_one_answer_a_record_and_for_lists(tmp_path):
     ("content", "parts"),
     [
         ([], ["the file must have names and values"]),
-        ({"responses": ["a", "b"], "score": {}}, ["'score'", "known are prompt, responses"]),
+        ({"responses": ["a", "b"], "score": {}}, ["'score'", "must have only prompt, responses"]),
         ({"responses": ["a", "b"]}, ["must name at least one objective"]),
         ({"responses": "a", "scores": {"x": "n"}}, ["`prompt` must be given"]),
         ({"responses": ["a", "b"], "scores": {"x": "n"}}, ["one field per response, 2"]),
@@ -446,7 +446,7 @@ def test_yaml_without_its_package_names_it(tmp_path, capsys, monkeypatch):
     ("record", "options", "parts"),
     [
         ({"text": "a"}, [], ["line 1", "no known layout", "it has text", "--layout"]),
-        (PKU, ["--layout", "helpsteer2"], ["lacks response, helpfulness", "helpsteer2"]),
+        (PKU, ["--layout", "helpsteer2"], ["needs response, helpfulness", "helpsteer2"]),
         (PKU, ["--layout", "pku"], ["`--layout` must be one of pku-saferlhf", "got pku"]),
         (PKU, ["--objective", "kind"], ["pku-saferlhf names its objectives"]),
         ({**PKU, "better_response_id": 2}, [], ["`better_response_id`", "2"]),

@@ -133,8 +133,8 @@ def test_chat_goes_on_after_what_it_cannot_do(folder, monkeypatch, capsys):
     text = f"/help\n{'the ' * 100}\n\xff\nwe show\n"  # a byte that is no UTF-8, too
     assert chat(folder / "full", text, monkeypatch) == 0
     printed = capsys.readouterr()
-    assert "there is no /help" in printed.err
-    assert "less than 64, which" in printed.err
+    assert "unknown command /help" in printed.err
+    assert "fewer than 64, the limit" in printed.err
     assert printed.out.count("\n") == 2
 
 
@@ -299,7 +299,7 @@ def test_soup_is_the_average_of_the_weights(names, folder, tmp_path):
     ("arguments", "fragments"),
     [
         (["full", "base", "--weights", "1"], ["one number per model", "got 1 for full base"]),
-        (["full", "full", "--weights", "0.5", "0.5"], ["different models"]),
+        (["full", "full", "--weights", "0.5", "0.5"], ["the models must differ"]),
         (["full", "base", "--weights", "0.5", "0.6"], ["sum to 1"]),
         (["full", "base", "--weights", "0.5", "nan"], ["weights"]),
         (["full", "deep", "--weights", "0.5", "0.5"], ["equal keys"]),

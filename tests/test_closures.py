@@ -13,8 +13,8 @@ from raco_optim import MGDA, CAGradClip, LinearScalarization
 from tests.problems_nn import INNER, batch, bits, network, two_losses
 
 TOLD = (
-    r"`closure` must return the losses, one per weight, as a list or mapping, and leave `backward` "
-    r"to `step` .*; it {}\. .*`self\.automatic_optimization = False`"
+    r"`closure` must return the losses, one per weight, as a list or mapping, without calling "
+    r"`backward` .*; it {}\. .*`self\.automatic_optimization = False`"
 )
 WEIGHTS = [0.7, 0.3]
 
@@ -42,7 +42,7 @@ def inner(request):
         (lambda a, b: a, False, "returned a single Tensor"),
         (lambda a, b: a.item(), False, "returned a single float"),
         (lambda a, b: True, False, "returned a single bool"),
-        (lambda a, b: None, False, "returned None, and there was no `backward`"),
+        (lambda a, b: None, False, "returned None without calling `backward`"),
     ],
     ids=[
         *("backward, losses", "backward, weighted loss", "backward, number"),

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raco_optim import mixing_coefficients, solve_subproblem
+from raco_optim import gram_matrix, min_norm_point, mixing_coefficients, solve_subproblem
 from tests.oracles import exact_minimum
 from tests.samplers import SAMPLERS, Problem, problem
 
@@ -341,12 +341,20 @@ def test_few_losses_are_solved_as_many_are(c, clip, monkeypatch):
         np.testing.assert_allclose(found.coefficients, many.coefficients, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("m", [2, 3, 5, 8, 10, 11, 20, 40])
-def test_duplicates_of_equal_weight_have_equal_shares(m):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("m", [2, 3, 4, 5, 6, 8, 10, 11, 20, 40])
+def test_duplicates_of_equal_weight_have_equal_shares_to_the_bit(m, dtype):
     """The minimiser closest to w is unique, so it is symmetric."""
-    rng = np.random.default_rng(m)
-    distinct = rng.standard_normal(((m + 1) // 2, 2 * m))
-    which = np.arange(m) // 2
-    gram = (distinct @ distinct.T)[np.ix_(which, which)]
-    p = mixing_coefficients(gram, [1 / m] * m, 0.5).p.numpy()
-    np.testing.assert_allclose(p[0 : m - 1 : 2], p[1:m:2], rtol=0, atol=1e-12)
+    generator = torch.Generator().manual_seed(m)
+    for n in (2 * m, 1000):
+        for number in {1, (m + 1) // 2, max(1, m - 1)}:  # of different gradients
+            distinct = torch.randn(number, n, generator=generator, dtype=dtype)
+            which = torch.arange(m) % number
+            own = torch.rand(number, generator=generator, dtype=torch.float64) + 0.1
+            for w in (torch.full((m,), 1 / m), own[which] / own[which].sum()):
+                gram = gram_matrix([[g] for g in distinct[which]])
+                for c in (0.4, 0.9):
+                    mixing = mixing_coefficients(gram, w.tolist(), c)
+                    points = [mixing.p, mixing.p_clipped, mixing.coefficients]
+                    for x in [*points, min_norm_point(gram).p]:
+                        assert torch.equal(x, x[which])  # each as the first of its kind

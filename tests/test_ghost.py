@@ -55,6 +55,11 @@ def uniform(losses):
     return [1 / len(losses)] * len(losses)
 
 
+def wrapped(model, losses, mode="ghost"):
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    return CAGradClip(inner, uniform(losses), gradients=mode)
+
+
 def step(mode, model, losses, weights=None, *, parameters=None, c=0.4, **options):
     """The optimizer after one `backward` on a copy of the model, and the copy."""
     model = copy.deepcopy(model)
@@ -66,6 +71,25 @@ def step(mode, model, losses, weights=None, *, parameters=None, c=0.4, **options
     opt = CAGradClip(inner, weights or uniform(terms), c=c, gradients=mode, **options)
     opt.backward(terms)
     return opt, model
+
+
+def in_both(model, use, make=CAGradClip, inner=None, rule=(1 / 3, 1 / 3, 1 / 3), **settings):
+    """The optimizers and copies of the model after ``use(optimizer, model)``, by mode."""
+    found = []
+    for mode in ("ghost", "dense"):
+        copied = copy.deepcopy(model)
+        sgd = (inner or torch.optim.SGD)(copied.parameters(), lr=0.01)
+        opt = make(sgd, rule, gradients=mode, **settings)
+        torch.manual_seed(0)
+        use(opt, copied)
+        found.append((opt, copied))
+    return found
+
+
+def assert_alike(results, tolerance):
+    (opt, found), (expected_opt, expected) = results
+    assert_gram(opt.report.gram, expected_opt.report.gram, tolerance)
+    assert_grads(found, expected, tolerance)
 
 
 def witness(model, losses):
@@ -152,7 +176,7 @@ def test_equals_materialized(name, dtype, forced):
         assert covered(model, case.losses) == case.covers
 
 
-def token_losses(ids, checkpointing=False):
+def token_losses(ids):
     """Of a language model: likelihoods of some tokens, an entropy, and a pull on the logits."""
 
     def losses(model):
@@ -169,26 +193,19 @@ def token_losses(ids, checkpointing=False):
     return losses
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("form", ["untied", "tied", "checkpointing"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_language_models(family, dtype, tied, forced):
+def test_language_models(family, dtype, form, forced):
     model = tiny_model(family).to(dtype).train()
-    embedding = model.get_input_embeddings()
-    head = model.get_output_embeddings()
-    head.weight = embedding.weight if tied else nn.Parameter(embedding.weight.detach() + 0.1)
+    if form == "checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        own = nn.Parameter(embedding.weight.detach() + 0.1)
+        head.weight = embedding.weight if form == "tied" else own
     losses = token_losses(torch.randint(3, 20, (2, 6)))
     assert_equal(model, losses, TOLERANCE[dtype])
-    matrices = {name for name, p in model.named_parameters() if p.dim() == 2}
-    assert covered(model, losses) == matrices
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_language_models_with_checkpointing(family, forced):
-    model = tiny_model(family).double().train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    losses = token_losses(torch.randint(3, 20, (2, 6)))
-    assert_equal(model, losses, 1e-12)
     matrices = {name for name, p in model.named_parameters() if p.dim() == 2}
     assert covered(model, losses) == matrices
 
@@ -314,21 +331,14 @@ def test_random_networks(operations, losses, seed):
     def rule(gram):  # of the losses that are there
         return torch.linspace(0.5, 1.5, len(gram), dtype=DOUBLE)
 
-    found = []
     with pytest.MonkeyPatch.context() as patch:
         cover_all(patch)
-        for mode in ("ghost", "dense"):
-            copied = copy.deepcopy(model)
-            opt = MultiObjectiveOptimizer(
-                torch.optim.SGD(copied.parameters(), lr=0.1), rule, gradients=mode
-            )
-            torch.manual_seed(0)
-            opt.backward(copied.losses())
-            found.append((opt.report.gram, copied))
-    assert_gram(found[0][0], found[1][0], 1e-10)
-    assert_grads(found[0][1], found[1][1], 1e-10)
+        found = in_both(
+            model, lambda opt, m: opt.backward(m.losses()), MultiObjectiveOptimizer, rule=rule
+        )
+    assert_alike(found, 1e-10)
     J = witness(model, lambda m: m.losses())
-    assert_gram(found[0][0], J @ J.T, 1e-10)
+    assert_gram(found[0][0].report.gram, J @ J.T, 1e-10)
 
 
 # The rule for what is cheaper: half the multiplications of m gradients, which in float64 take twice
@@ -467,43 +477,52 @@ def test_callables(forced):
         assert_grads(found, expected, 1e-12)
 
 
-@pytest.mark.parametrize("absent", [None, 1])
-def test_micro_batches(absent, forced):
-    model = mlp().double()
-    results = []
-    for mode in ("ghost", "dense"):
-        copied = copy.deepcopy(model)
-        opt = CAGradClip(
-            torch.optim.SGD(copied.parameters(), lr=0.1), uniform(range(3)), gradients=mode
-        )
-        for t in range(3):
-            losses = three(copied(data(6, 5, seed=t)))
-            if absent is not None and t == 1:
-                losses[absent] = None
-            opt.backward(losses, accumulate=t < 2)
-        results.append((opt, copied))
-    (opt, found), (expected_opt, expected) = results
-    assert_gram(opt.report.gram, expected_opt.report.gram, 1e-12)
-    assert_grads(found, expected, 1e-12)
+def micro_batches(opt, model, absent=None):
+    for t in range(3):
+        losses = three(model(data(6, 5, seed=t)))
+        if absent is not None and t == 1:
+            losses[absent] = None
+        opt.backward(losses, accumulate=t < 2)
 
 
-def test_grad_that_is_there_is_added_to(forced):
-    model = mlp()
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    results = []
-    for mode in ("ghost", "dense"):
-        copied = copy.deepcopy(model)
-        for p in copied.parameters():
-            p.grad = torch.ones_like(p)
-        held = [p.grad for p in copied.parameters()]
-        opt = CAGradClip(
-            torch.optim.SGD(copied.parameters(), lr=0.1), uniform(range(3)), gradients=mode
-        )
-        opt.backward(of_x(copied))
-        assert all(p.grad is g for p, g in zip(copied.parameters(), held, strict=True))
-        results.append(copied)
-    assert_grads(*results, 1e-6)
+def added_to_grad(opt, model):
+    held = [torch.ones_like(p) for p in model.parameters()]
+    for p, g in zip(model.parameters(), held, strict=True):
+        p.grad = g
+    opt.backward(of_x(model))
+    assert all(p.grad is g for p, g in zip(model.parameters(), held, strict=True))
+
+
+def four_steps(opt, model):
+    for t in range(4):
+        opt.zero_grad()
+        opt.backward(three(model(data(6, 5, seed=t))))
+        opt.step()
+
+
+def one_step(opt, model):
+    opt.backward(of_x(model))
+
+
+USES = {
+    "micro-batches": (micro_batches, {}),
+    "micro-batches, one without a loss": (lambda *x: micro_batches(*x, absent=1), {}),
+    "grad that is there is added to": (added_to_grad, {}),
+    "one Gram matrix for two steps": (four_steps, {"gram_every": 2}),
+    "another rule": (
+        one_step,
+        {"make": MultiObjectiveOptimizer, "rule": lambda gram: gram.diagonal().rsqrt()},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_uses_of_the_optimizer(name, forced):
+    use, settings = USES[name]
+    results = in_both(mlp().double(), use, **settings)
+    assert_alike(results, 1e-10)
+    for p, q in zip(*(m.parameters() for _, m in results), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
 
 
 def test_named_losses(forced):
@@ -558,61 +577,21 @@ def test_some_parameters_of_the_model(forced):
         assert [j for j, p in enumerate(found.parameters()) if p.grad is not None] == sorted(chosen)
 
 
-def test_other_rules(forced):
-    model = mlp().double()
-    results = []
-    for mode in ("ghost", "dense"):
-        copied = copy.deepcopy(model)
-        opt = MultiObjectiveOptimizer(
-            torch.optim.SGD(copied.parameters(), lr=0.1),
-            lambda gram: gram.diagonal().rsqrt(),
-            gradients=mode,
-        )
-        opt.backward(of_x(copied))
-        results.append((opt.report.gram, copied))
-    assert_gram(results[0][0], results[1][0], 1e-12)
-    assert_grads(results[0][1], results[1][1], 1e-12)
-
-
-def test_one_gram_for_several_steps(forced):
-    model = mlp().double()
-    results = []
-    for mode in ("ghost", "dense"):
-        copied = copy.deepcopy(model)
-        opt = CAGradClip(
-            torch.optim.SGD(copied.parameters(), lr=0.1),
-            uniform(range(3)),
-            gradients=mode,
-            gram_every=2,
-        )
-        for t in range(4):
-            opt.zero_grad()
-            opt.backward(three(copied(data(6, 5, seed=t))))
-            opt.step()
-        results.append(copied)
-    assert_grads(*results, 1e-10)
-
-
 @pytest.mark.parametrize("make", [mlp, Tied], ids=["mlp", "tied"])
 def test_training_stays_together(make, forced):
-    results = []
-    torch.manual_seed(0)
-    model = make()
-    for mode in ("ghost", "dense"):
-        copied = copy.deepcopy(model)
-        opt = CAGradClip(
-            torch.optim.AdamW(copied.parameters(), lr=0.01), uniform(range(3)), gradients=mode
-        )
+    def train(opt, model):
         for t in range(20):
             if make is Tied:
                 x = torch.randint(0, 9, (2, 4), generator=torch.Generator().manual_seed(t))
             else:
                 x = data(6, 5, seed=t, dtype=torch.float32)
             opt.zero_grad()
-            opt.backward(three(copied(x)))
+            opt.backward(three(model(x)))
             opt.step()
-        results.append(copied)
-    for p, q in zip(*(m.parameters() for m in results), strict=True):
+
+    torch.manual_seed(0)
+    results = in_both(make(), train, inner=torch.optim.AdamW)
+    for p, q in zip(*(m.parameters() for _, m in results), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4)
 
 
@@ -620,9 +599,7 @@ def test_without_gradients_around_backward(forced):
     model = mlp().double()
     expected_opt, expected = step("dense", model, of_x)
     losses = of_x(model)
-    opt = CAGradClip(
-        torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gradients="ghost"
-    )
+    opt = wrapped(model, losses)
     with torch.no_grad():
         opt.backward(losses)
     assert_gram(opt.report.gram, expected_opt.report.gram, 1e-12)
@@ -646,16 +623,6 @@ def test_hook_on_a_weight_falls_back_and_runs(forced):
     assert calls[-2:] == [[1, 1, 1], [1, 1, 1]]
 
 
-def test_hook_that_was_removed(forced):
-    def losses(model):
-        model[0].weight.register_hook(lambda g: 2 * g).remove()
-        return of_x(model)
-
-    model = mlp().double()
-    assert covered(model, losses) == {"0.weight", "2.weight"}
-    assert_equal(model, losses, 1e-12)
-
-
 def test_hook_on_the_accumulation_of_grad_runs_once(forced):
     """On the combined gradient, which is complete then."""
     seen = []
@@ -671,7 +638,8 @@ def test_hook_on_the_accumulation_of_grad_runs_once(forced):
     assert seen == [[True] * len(list(model.parameters()))] * 2  # "ghost" and "dense"
 
 
-MODULE_HOOKS = {
+HOOKS = {
+    "of the weight, removed": lambda layer: layer.weight.register_hook(lambda g: 2 * g).remove(),
     "forward": lambda layer: layer.register_forward_hook(lambda _, __, y: 3 * y + 1),
     "forward pre": lambda layer: layer.register_forward_pre_hook(lambda _, x: (2 * x[0],)),
     "full backward": lambda layer: layer.register_full_backward_hook(
@@ -685,10 +653,10 @@ MODULE_HOOKS = {
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("which", [0, 2])
-@pytest.mark.parametrize("kind", MODULE_HOOKS)
-def test_module_hooks(kind, which, forced):
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_that_leave_a_layer_covered(kind, which, forced):
     def losses(model):
-        MODULE_HOOKS[kind](model[which])
+        HOOKS[kind](model[which])
         return of_x(model)
 
     model = mlp().double()
@@ -1064,14 +1032,10 @@ def test_equal_losses_have_equal_rows(kind, forced):
 def test_equal_losses_take_the_weights_as_they_do_when_materialized(forced):
     """Else p is anywhere between the two, and the clipped update with it: up to 27 % off."""
     for seed in range(10):
-        n, a, b = 17, 5, 7
         torch.manual_seed(seed)
-        x = data(n, a, seed=seed, dtype=torch.float32)
+        x = data(17, 5, seed=seed, dtype=torch.float32)
         losses = lambda model, x=x, s=seed: twins(model, x, s)  # noqa: E731
-        assert_equal(nn.Linear(a, b), losses, 1e-5, [0.2, 0.5, 0.3])
-
-
-def test_equal_losses_in_float64(forced):
+        assert_equal(nn.Linear(5, 7), losses, 1e-5, [0.2, 0.5, 0.3])
     for n, a, b in SIZES[::5]:
         x = data(n, a)
         losses = lambda model, x=x: twins(model, x)  # noqa: E731
@@ -1267,7 +1231,7 @@ def failure(mode, model, losses):
     terms = losses(model)
     for p in model.parameters():
         p.grad = None
-    opt = CAGradClip(torch.optim.SGD(model.parameters(), lr=0.1), uniform(terms), gradients=mode)
+    opt = wrapped(model, terms, mode)
     with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
         opt.backward(terms)
     assert all(p.grad is None for p in model.parameters())
@@ -1284,20 +1248,15 @@ def test_errors(name, forced):
     assert str(found) == str(expected)
 
 
-def test_sparse_embedding_is_refused(forced):
-    model = nn.Embedding(9, 5, sparse=True)
-    losses = lambda m: three(m(torch.tensor([1, 2])))  # noqa: E731
-    found, expected = (failure(mode, model, losses) for mode in ("ghost", "dense"))
-    assert "sparse=False" in str(found)
-    assert str(found) == str(expected)
-
-
-def test_complex_parameter_is_refused(forced):
-    model = Net(lambda m, x: (torch.complex(x, x) @ m.w).abs(), w=matrix(5, 7))
-    model.w = nn.Parameter(torch.complex(model.w.detach(), model.w.detach()))
-    losses = lambda m: three(m(X.float()))  # noqa: E731
-    found, expected = (failure(mode, model, losses) for mode in ("ghost", "dense"))
-    assert str(found) == str(expected)
+def test_parameters_of_a_kind_that_is_refused(forced):
+    product = Net(lambda m, x: (torch.complex(x, x) @ m.w).abs(), w=matrix(5, 7))
+    product.w = nn.Parameter(torch.complex(product.w.detach(), product.w.detach()))
+    cases = [(nn.Embedding(9, 5, sparse=True), torch.tensor([1, 2])), (product, X.float())]
+    for model, x in cases:
+        losses = lambda m, x=x: three(m(x))  # noqa: E731
+        found, expected = (failure(mode, model, losses) for mode in ("ghost", "dense"))
+        assert str(found) == str(expected)
+        assert ("sparse=False" in str(found)) == (model is not product)
 
 
 # Memory
@@ -1313,27 +1272,12 @@ def activations(model, x):
 def test_nothing_is_held_after_backward_and_the_graph_is_freed(forced):
     model = mlp()
     losses, h, y = activations(model, X.float())
-    opt = CAGradClip(
-        torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gradients="ghost"
-    )
+    opt = wrapped(model, losses)
     opt.backward(losses)
     with pytest.raises(RuntimeError, match="second time"):
         losses[0].backward()
     del losses
-    for p in model.parameters():
-        p.grad = None
-    assert (h(), y()) == (None, None)
-
-
-def test_grad_does_not_hold_the_graph(forced):
-    model = mlp()
-    losses, h, y = activations(model, X.float())
-    opt = CAGradClip(
-        torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gradients="ghost"
-    )
-    opt.backward(losses)
-    del losses
-    assert not any(p.grad.requires_grad for p in model.parameters())
+    assert not any(p.grad.requires_grad for p in model.parameters())  # which hold no graph
     assert (h(), y()) == (None, None)
 
 
@@ -1351,9 +1295,7 @@ def test_inputs_of_a_first_layer_are_freed_too(forced):
     losses = three(model(x))
     held = weakref.ref(x)
     del x
-    opt = CAGradClip(
-        torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gradients="ghost"
-    )
+    opt = wrapped(model, losses)
     opt.backward(losses)
     assert held() is None
 
@@ -1362,9 +1304,7 @@ def test_failed_backward_holds_nothing(forced):
     model = mlp()
     losses, h, y = activations(model, X.float())
     losses[1] = losses[1] * math.nan
-    opt = CAGradClip(
-        torch.optim.SGD(model.parameters(), lr=0.1), uniform(losses), gradients="ghost"
-    )
+    opt = wrapped(model, losses)
     with pytest.raises(FloatingPointError):
         opt.backward(losses)
     del losses

@@ -298,7 +298,7 @@ def wrong(model, case):
     ("case", "exception", "fragments"),
     [
         ("callable", TypeError, ["callable", "gram_every=1"]),
-        ("number", TypeError, ["`losses` must hold tensors"]),
+        ("number", TypeError, ["`losses` must hold only tensors"]),
         ("NaN", FloatingPointError, ["loss '1' is NaN", "nonfinite"]),
         ("NaN gradient", FloatingPointError, ["gradient", "NaN", "nonfinite"]),
     ],
@@ -348,7 +348,7 @@ def test_a_second_call_for_the_same_graph(mode, steps):
     z, losses = forward(state.model, batch(7, dtype=DOUBLE))
     z.sum().backward(inputs=list(state.model[0].parameters()))
     state.opt.zero_grad()
-    with pytest.raises(RuntimeError, match=r"(?s)second time.*compute the losses anew"):
+    with pytest.raises(RuntimeError, match=r"(?s)second time.*Compute the losses again"):
         state.opt.backward(losses, **({"representation": z} if mode == "representation" else {}))
     state.check()
 

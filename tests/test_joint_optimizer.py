@@ -237,7 +237,7 @@ def test_micro_batches(pair):
     model, twin = network(), network()
     opt, other = joint(model, pair), joint(twin, pair)
     opt.backward(two_losses(model, batch(0)), accumulate=True)
-    with pytest.raises(RuntimeError, match="accumulated and not combined"):
+    with pytest.raises(RuntimeError, match="accumulated but not combined"):
         opt.step()
     opt.backward(two_losses(model, batch(1)))
     other.backward(
@@ -782,13 +782,13 @@ def test_every_rule_takes_several():
 
 def test_an_optimizer_given_twice():
     inner = SGD(network().parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="of different parameters; got SGD, which shares 4 with an earlier"):
+    with pytest.raises(ValueError, match="different parameters; got SGD, which shares 4 with"):
         CAGradClip([inner, inner], WEIGHTS)
 
 
 def test_a_parameter_held_twice():
     model = network()
-    with pytest.raises(ValueError, match="of different parameters; got AdamW with 1 that"):
+    with pytest.raises(ValueError, match="of different parameters; got AdamW, which shares 1"):
         CAGradClip([SGD(model.parameters(), lr=0.1), AdamW([model[0].bias])], WEIGHTS)
 
 

@@ -253,7 +253,7 @@ def test_closure_without_losses_takes_the_step_of_the_backward_before() -> None:
     opt.step(closure)
     assert x.tolist() == [0.75, 0.75]
     opt.backward([x[0], x[1]], accumulate=True)
-    with pytest.raises(RuntimeError, match="accumulated and not combined"):
+    with pytest.raises(RuntimeError, match="accumulated but not combined"):
         opt.step(closure)
 
 

@@ -5,15 +5,19 @@ import email.message
 import email.parser
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import textwrap
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -77,22 +81,26 @@ def run_python(code: str, *arguments: str, path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    folder = tmp_path_factory.mktemp("wheel")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the source distribution, and the wheel that was built from it."""
     # A copy, since setuptools leaves build/ and *.egg-info where it works.
     source = shutil.copytree(
         ROOT,
-        folder / "source",
+        tmp_path_factory.mktemp("distributions") / "source",
         ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__"),
     )
-    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", *options, str(folder), str(source)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    (path,) = folder.glob("*.whl")
+    run_module("build", "--no-isolation", str(source))
+    return source / "dist"
+
+
+def run_module(*arguments: str) -> None:
+    done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(distributions: Path) -> zipfile.ZipFile:
+    (path,) = distributions.glob("*.whl")
     return zipfile.ZipFile(path)
 
 
@@ -102,10 +110,28 @@ def metadata(wheel: zipfile.ZipFile) -> email.message.Message:
     return email.parser.BytesParser().parsebytes(wheel.read(name))
 
 
+def package_files() -> set[str]:
+    sources = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("raco_optim/**/*.py")}
+    return sources | {"raco_optim/py.typed"}
+
+
 def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     files = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    sources = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("raco_optim/**/*.py")}
-    assert files == sources | {"raco_optim/py.typed"}
+    assert files == package_files()
+
+
+def test_source_distribution_holds_the_package_and_how_to_build_it(distributions: Path) -> None:
+    """And no tests: they import benchmarks and read the docs, which are in the repository."""
+    (path,) = distributions.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    own = {name for name in names if ".egg-info/" not in name}
+    about = {"LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "pyproject.toml", "setup.cfg"}
+    assert own == package_files() | about
+
+
+def test_package_index_would_take_both(distributions: Path) -> None:
+    run_module("twine", "check", "--strict", *map(str, distributions.iterdir()))
 
 
 def test_wheel_carries_the_licence_and_the_readme(
@@ -166,8 +192,7 @@ def test_the_trainer_names_the_package_it_lacks_and_its_extra(package: str) -> N
         print(error)
     """
     assert run_python(HIDE + textwrap.dedent(code), package, path=ROOT) == (
-        f"raco_optim.integrations.trl needs {package}. Run: pip install "
-        f'"raco_optim[align]"\n'
+        f'raco_optim.integrations.trl needs {package}. Run: pip install "raco_optim[align]"\n'
     )
 
 
@@ -187,3 +212,64 @@ def test_constraints_pin_every_requirement_within_its_bounds() -> None:
         if line and not line.startswith("raco_optim["):
             requirement = Requirement(line)
             assert pins[requirement.name] in requirement.specifier, line
+
+
+# -- Workflows ------------------------------------------------------------------------------------
+
+WORKFLOWS = sorted((ROOT / ".github/workflows").iterdir())
+
+
+def jobs_of(workflow: Path) -> dict[str, dict[str, Any]]:
+    """Its jobs, by name."""
+    found: dict[str, dict[str, Any]] = yaml.safe_load(workflow.read_text())["jobs"]
+    return found
+
+
+def commands_of(workflow: Path) -> list[str]:
+    return [
+        step["run"] for job in jobs_of(workflow).values() for step in job["steps"] if "run" in step
+    ]
+
+
+def test_workflows_run_on_the_pythons_of_the_classifiers(metadata: email.message.Message) -> None:
+    named = set()
+    for job in jobs_of(ROOT / ".github/workflows/ci.yml").values():
+        named |= set(job.get("strategy", {}).get("matrix", {}).get("python", []))
+        named |= {step.get("with", {}).get("python-version") for step in job["steps"]}
+    versions = {str(x) for x in named if x and "$" not in str(x)}
+    classifiers = " ".join(metadata.get_all("Classifier", []))
+    assert versions == set(re.findall(r":: (3\.\d+)", classifiers))
+    assert min(versions, key=lambda x: int(x[2:])) == metadata["Requires-Python"].strip(">=")
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_run_what_is_here(workflow: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([\w-]+):", makefile, flags=re.M))
+    lines = [line for command in commands_of(workflow) for line in command.splitlines()]
+    lines += (ROOT / ".ci/run").read_text().splitlines() if ".ci/run" in lines else []
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    for line in lines:
+        words = line.split()
+        if words[:1] == ["make"]:
+            assert set(words[1:]) <= targets, line
+        for word in words:
+            assert not word.startswith("tests/") or (ROOT / word).is_file(), line
+
+
+def test_publishing_checks_the_tag_and_both_distributions(
+    metadata: email.message.Message,
+) -> None:
+    publish = ROOT / ".github/workflows/publish.yml"
+    jobs, commands = jobs_of(publish), commands_of(publish)
+    # YAML takes the key `on` for a truth value.
+    assert yaml.safe_load(publish.read_text())[True] == {"push": {"tags": ["v*"]}}
+    assert {"python -m build", "twine check --strict dist/*"} <= set(commands)
+    assert jobs["publish"]["needs"] == "build"
+    assert jobs["publish"]["permissions"] == {"id-token": "write"}
+    (compare,) = (command for command in commands if "GITHUB_REF_NAME" in command)
+    for tag, code in ((f"v{metadata['Version']}", 0), ("v99.0.0", 1)):
+        done = subprocess.run(
+            ["bash", "-c", compare], cwd=ROOT, env={**os.environ, "GITHUB_REF_NAME": tag}
+        )
+        assert done.returncode == code

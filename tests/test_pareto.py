@@ -389,13 +389,11 @@ PAIR = [[1.0, 2.0], [2.0, 1.0]]
         ),
         (
             lambda: distance_to_front(PAIR, [[1.0, 2.0, 3.0]]),
-            "`front` must have shape [k, 2] with k >= 1, the objectives of `points`; got "
-            "[1, 3].",
+            "`front` must have shape [k, 2] with k >= 1, the objectives of `points`; got [1, 3].",
         ),
         (
             lambda: distance_to_front(PAIR, torch.zeros(0, 2)),
-            "`front` must have shape [k, 2] with k >= 1, the objectives of `points`; got "
-            "[0, 2].",
+            "`front` must have shape [k, 2] with k >= 1, the objectives of `points`; got [0, 2].",
         ),
         (
             lambda: distance_to_front(PAIR, [1.0, 2.0]),

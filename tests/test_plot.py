@@ -717,7 +717,7 @@ def test_pictures_that_cannot_be_written_are_refused(tmp_path):
             plot.save(ax, path)
         assert re.fullmatch(
             rf"`path` must be a writable file; got '{path}' \({why}.*\)\. Choose "
-            rf"another\.",
+            rf"another path\.",
             str(raised.value),
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]

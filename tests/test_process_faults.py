@@ -229,7 +229,7 @@ def outside_of_the_group(opt, model, losses, rank):
     group = dist.new_group([1 - BAD])
     if rank == BAD:
         again(opt, losses, process_group=group)
-    raise TypeError("holds this process; got one that does not")  # there is nothing wrong here
+    raise TypeError("contains this process; got one that does not")  # there is nothing wrong here
 
 
 # Fault -> the error everywhere, or here and elsewhere, and what it says.
@@ -239,7 +239,7 @@ FAULTS = {
     infinite_gradient: (FloatingPointError, "the gradient of loss 'b' is NaN or Inf"),
     raises_in_a_callable: (ZeroDivisionError, "rank 1: ZeroDivisionError: division by zero"),
     raises_in_the_one_pass: (ZeroDivisionError, "rank 1: ZeroDivisionError: division by zero"),
-    raises_in_the_pass: (RuntimeError, "It was raised by the backward pass of loss 'b'."),
+    raises_in_the_pass: (RuntimeError, "The backward pass of loss 'b' raised this."),
     reaches_nothing: (ValueError, "loss 'c' must depend on a parameter of the optimizer"),
     too_few: (ValueError, "got the names ['a', 'b']"),
     all_absent: (ValueError, "`losses` must hold at least one loss; got None for all of them."),
@@ -255,13 +255,13 @@ FAULTS = {
     other_absent: (ValueError, "`losses` (None if absent) must be the same in all processes"),
     other_number: (ValueError, "`losses` (None if absent) must be the same in all processes"),
     frozen: (ValueError, "the parameters must be the same in all processes; got '10 with 341"),
-    other_values: (ValueError, "wrap it in DistributedDataParallel before the optimizer is built"),
-    other_values_after_micro_batches: (ValueError, "pass as `process_group` the group of those"),
+    other_values: (ValueError, "wrap it in DistributedDataParallel before building the optimizer"),
+    other_values_after_micro_batches: (ValueError, "pass the processes of one model as"),
     other_device: (ValueError, "torch.float32 on cpu' on rank 0, '1 with 3 numbers, torch.float32"),
     other_dtype: (ValueError, "torch.float32 on cpu' on rank 0, '1 with 3 numbers, torch.float64"),
     other_form: (ValueError, "the values of the parameters must be the same in all processes"),
     not_sent_from_here: (ValueError, "got parameters on cpu and a group of cuda:gloo. "),
-    outside_of_the_group: (TypeError, "holds this process; got one that does not"),
+    outside_of_the_group: (TypeError, "contains this process; got one that does not"),
 }
 
 
@@ -314,7 +314,7 @@ def test_error_in_one_process_is_one_in_all(two_ranks: Ranks, fault) -> None:
         else:
             assert text in raised[1]
     if kinds[1 - BAD] is RuntimeError and kind is not RuntimeError:
-        assert "another process failed, and nothing was changed here. rank 1: " in results[0][0][1]
+        assert "another process failed; nothing was changed here. rank 1: " in results[0][0][1]
 
 
 def in_the_second_pair(rank):

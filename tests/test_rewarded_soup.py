@@ -144,7 +144,7 @@ BAD = {
     ),
     "integers": (
         altered("1.num_batches_tracked", lambda d, k: d.update({k: d[k] + 1})),
-        ["not floating", "'1.num_batches_tracked'", "torch.int64"],
+        ["'1.num_batches_tracked'", "torch.int64"],
     ),
 }
 

@@ -544,7 +544,7 @@ def test_a_method_of_a_model_or_an_optimizer_has_no_state_of_its_own(base):
 def test_what_a_checkpoint_cannot_hold_is_said():
     rule = FunctionRule(Average())
     rule.function.history = np.zeros(2)
-    with pytest.warns(UserWarning, match="'history' of type ndarray, which a checkpoint cannot"):
+    with pytest.warns(UserWarning, match="'history' of type ndarray, which a checkpoint can't"):
         state = through_a_file(rule.state_dict())
     fresh = FunctionRule(Average())
     fresh.load_state_dict(state)

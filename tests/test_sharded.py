@@ -337,7 +337,7 @@ def test_checkpoint_that_serves_one_loss_only_says_so(two_ranks: Ranks, how: str
         # As torch raises it.
         assert type(outcome.error) is (RuntimeError if how == "selective" else AttributeError)
         notes = " ".join(outcome.error.__notes__)
-        assert "It was raised by the backward pass of loss 'b'." in notes
+        assert "The backward pass of loss 'b' raised this." in notes
         assert "pass the losses as callables" in notes
         assert "start again from the last checkpoint" in notes
 

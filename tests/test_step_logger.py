@@ -133,7 +133,7 @@ def test_a_bare_nan_in_a_log_is_refused(tmp_path):
     lines = path.read_text().splitlines(keepends=True)
     entry = json.loads(lines[1]) | {"gap": math.nan}
     path.write_text("".join([lines[0], json.dumps(entry) + "\n", lines[2]]))
-    with pytest.raises(ValueError, match="whose line 2 is not one of its lines"):
+    with pytest.raises(ValueError, match="whose line 2 is something else"):
         read_steps(path)
 
 
@@ -390,7 +390,7 @@ def test_a_run_with_other_losses_is_not_gone_on_with(tmp_path):
         logger.log(opt)
     assert str(raised.value) == (
         f"`path` must be the log of a run with the losses ['a', 'b'] to continue it; got "
-        f"{str(path)!r}, with the losses ['0', '1']. Use a separate file for each run."
+        f"{str(path)!r} with the losses ['0', '1']. Use a separate file for each run."
     )
     assert path.read_bytes() == data
 
@@ -403,7 +403,7 @@ HEADER = '{"raco_optim": "step log", "version": 1, "run": "x"}\n'
     [
         (b"", "must be a log with at least one step; got {}, which has none. Call `StepLogger"),
         (HEADER.encode(), "must be a log with at least one step; got {}"),
-        (b"notes\nof mine\n", "must be a log of a StepLogger; got {}, whose line 1 is not one of"),
+        (b"notes\nof mine\n", "must be a log of a StepLogger; got {}, whose line 1 is something"),
         (b"notes without an end", "must be a log of a StepLogger; got {}, whose line 1"),
         (b"[1]\n", "must be a log of a StepLogger; got {}, whose line 1"),
         (b'{"step": 0}\n', "must be a log of a StepLogger; got {}, whose line 1"),
@@ -453,7 +453,7 @@ def test_a_damaged_line_is_refused(tmp_path):
     for damage in damages:
         path = tmp_path / "bad.jsonl"
         path.write_text("\n".join([head, json.dumps(entry | damage), second, ""]))
-        with pytest.raises(ValueError, match="whose line 2 is not one of its lines"):
+        with pytest.raises(ValueError, match="whose line 2 is something else"):
             read_steps(path)
 
 

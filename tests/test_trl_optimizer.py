@@ -229,9 +229,7 @@ class TestBetweenSteps:
         whole, saved = run(4), {"save_strategy": "steps", "save_steps": 2}
         run(2, **saved)
         again = make_trainer(settings, rows, **saved)
-        with pytest.warns(
-            UserWarning, match="resumes with `weights` from its checkpoint"
-        ) as seen:
+        with pytest.warns(UserWarning, match="resumes with `weights` from its checkpoint") as seen:
             again.train(resume_from_checkpoint=True)
         about_c = [w for w in seen if "with `c` from its checkpoint, 0.9, not" in str(w.message)]
         assert len(about_c) == (method == "raco")

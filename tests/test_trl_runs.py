@@ -307,9 +307,7 @@ class TestGoingOnFromAdapters:
         assert frozen and not any(p.requires_grad for p in frozen)
 
     def test_other_adapters_on_top(self, settings: Settings, folders: tuple[str, str]) -> None:
-        with pytest.raises(
-            ValueError, match="`peft_config` must be None if `model` is a folder"
-        ):
+        with pytest.raises(ValueError, match="`peft_config` must be None if `model` is a folder"):
             MultiObjectiveDPOTrainer(
                 folders[1],
                 args=config(settings),

@@ -240,7 +240,7 @@ class TestAdapters:
             (lora(target_modules=["q_proj"], modules_to_save=["lm_head"]), True, {}),
             (lora(modules_to_save=["norm"]), True, {"gradient_checkpointing": True}),
             (lora(target_modules=["q_proj", "embed_tokens"]), False, {}),
-            (lora(use_dora=True), False, {"gradient_checkpointing": True}),
+            (lora(use_dora=True), True, {"gradient_checkpointing": True}),
             (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), False, {}),
             (
                 IA3Config(

@@ -14,7 +14,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
@@ -22,6 +21,7 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import raco_optim
@@ -82,6 +82,7 @@ class Case:
     resume: bool = False
     fsdp: Settings = field(default_factory=dict)
     experts: bool = False
+    within: float = 1e-5
     ran: str = "per_example"  # how the gradients were computed; "" where they are not combined
 
 
@@ -178,11 +179,12 @@ CASES: dict[str, Case] = {
     "few labels": Case("qwen3", MICRO, missing=0.8),
     "few labels, linear": Case("gemma3", MICRO | {"method": "linear"}, missing=0.8, ran=""),
     "a pass for each": Case("gemma3", MICRO | {"gradients": "dense"}, missing=0.8, ran="dense"),
-    "precomputed": Case("gemma3", MICRO | {"precompute_ref_log_probs": True}),
+    # In one process, one pass and a pass for each already end 2.0e-5 from each other here.
+    "precomputed": Case("gemma3", MICRO | {"precompute_ref_log_probs": True}, within=5e-5),
     "resumed": Case("gemma3", resume=True),
     "resumed from shards": Case("llama", MICRO, resume=True, fsdp=SHARDS),
     "resumed adapters": Case("llama", lora=True, resume=True),
-    "experts": Case(changed=MICRO, experts=True, ran="dense: a parameter is in no layer"),
+    "experts": Case(changed=MICRO, experts=True, ran="dense: a parameter is in no known layer"),
 }
 
 
@@ -205,33 +207,35 @@ def test_equals_one_process(two_ranks: Ranks, settings: Settings, folder: Path, 
     expected, expected_logs = run(None, case, settings, folder)
     mine, theirs = two_ranks.run(run, case, settings, folder)
     assert_same(mine, theirs)
-    assert distance(mine[0], expected) < 1e-5
+    assert distance(mine[0], expected) < case.within
     if case.experts:  # their auxiliary loss is a mean over batches, one of which is filled up
         mine[1].pop(), expected_logs.pop()
     assert_logged_alike(mine[1], expected_logs, 1e-4)
 
 
+class Gatherings(TorchDispatchMode):
+    """Counts the messages by which FSDP2 gathers parameters."""
+
+    count = 0
+
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "allgather_base" in str(call)
+        return call(*args, **(kwargs or {}))
+
+
 def gatherings(rank: int, settings: Settings, folder: Path) -> tuple[str, list[int], int]:
     """How gradients were computed, how often parameters were gathered by step, and the groups."""
-    gather, counts = dist.all_gather_into_tensor, [0]
-
-    def counted(*args: Any, **others: Any) -> Any:
-        counts[-1] += 1
-        return gather(*args, **others)
-
-    settings = settings | FSDP | {"weights": base.WEIGHTS, "precompute_ref_log_probs": True}
-    with (
-        launched(rank),
-        fsdp_on_cpus(),
-        mock.patch.object(dist, "all_gather_into_tensor", counted),
-    ):
+    seen: list[int] = []
+    settings = settings | FSDP | {"weights": base.WEIGHTS, "loss_type": "simpo"}  # no reference
+    with launched(rank), fsdp_on_cpus(), Gatherings() as sent:
         trainer = sharded_trainer(settings, folder)
-        trainer.add_callback(Watch("on_step_begin", lambda *_, **__: counts.append(0)))
-        trainer.add_callback(Watch("on_step_end", lambda *_, **__: counts.append(0)))
+        trainer.add_callback(Watch("on_step_begin", lambda *_, **__: seen.append(sent.count)))
+        trainer.add_callback(Watch("on_step_end", lambda *_, **__: seen.append(sent.count)))
         trainer.train()
     states = {x._get_fsdp_state() for x in trainer.model.modules() if isinstance(x, FSDPModule)}
     groups = sum(len(state._fsdp_param_groups) for state in states)
-    return how(trainer.optimizer), counts[1::2], groups
+    counts = [end - begin for begin, end in zip(seen[::2], seen[1::2], strict=True)]
+    return how(trainer.optimizer), counts, groups
 
 
 @pytest.mark.parametrize("mode", ["per_example", "dense"])

@@ -13,16 +13,10 @@ from matplotlib.figure import Figure
 from benchmarks.demo.data import OBJECTIVES
 from benchmarks.demo.experiment import Run
 from benchmarks.demo.results import Ceiling, Estimate, by_point
-from benchmarks.style import GREY, INK, STYLE
+from benchmarks.style import GREY, INK, METHODS, STYLE
 
-# Okabe and Ito's colours, which differ for any colour vision; markers differ in print without
-# colour. The sizes let three methods show that end up in the same place.
-STYLES = {
-    "Weighted DPO": {"color": "#0072B2", "marker": "o", "markersize": 6},
-    "CAGrad": {"color": "#E69F00", "marker": "s", "markersize": 9, "markerfacecolor": "white"},
-    "CAGrad-Clip": {"color": "#009E73", "marker": "D", "markersize": 4.5},
-    "MGDA": {"color": "#CC79A7", "marker": "^", "markersize": 7},
-}
+TITLES = {"linear": "Weighted DPO", "cagrad": "CAGrad", "raco": "CAGrad-Clip", "mgda": "MGDA"}
+STYLES = {title: METHODS[name] for name, title in TITLES.items()}
 SHADE = "#efefef"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 def check_tensor(
     argument: str,
-    value: Any,  # noqa: ANN401  # that is what it checks
+    value: Any,  # noqa: ANN401  # checked here
     shape: Mapping[str, int | None],
 ) -> None:
     """Raises unless the value is a tensor of the shape: dimension name -> size or None."""
@@ -31,7 +31,7 @@ def check_tensor(
 
 def check_log_probs(
     argument: str,
-    value: Any,  # noqa: ANN401  # that is what it checks
+    value: Any,  # noqa: ANN401  # checked here
     shape: Mapping[str, int | None],
 ) -> None:
     """Raises unless the value is a floating tensor of the shape."""
@@ -42,7 +42,7 @@ def check_log_probs(
 
 def checked_number(
     argument: str,
-    value: Any,  # noqa: ANN401  # that is what it checks
+    value: Any,  # noqa: ANN401  # checked here
     *,
     positive: bool = False,
     below: float = math.inf,

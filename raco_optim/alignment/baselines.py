@@ -97,8 +97,8 @@ def modpo_loss(
     r"""Computes the loss of MODPO: DPO on one objective, with the rewards of the others as margin.
 
     .. math::
-        L = -\log \sigma \left( \frac{s}{w_k} \Big( \beta (\rho_{chosen} - \rho_{rejected})
-            - \sum_{j \ne k} w_j \, (r_{j, chosen} - r_{j, rejected}) \Big) \right),
+        L = -\log \sigma \left( \frac{s}{w_k} \left( \beta (\rho_{chosen} - \rho_{rejected})
+            - \sum_{j \ne k} w_j \, (r_{j, chosen} - r_{j, rejected}) \right) \right),
         \quad \rho = \log \pi - \log \pi_{ref}
 
     averaged over the pairs that objective k labels. With weight 1 on k it equals DPO.

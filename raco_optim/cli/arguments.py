@@ -94,7 +94,7 @@ class Parsed:
         align: Model and data.
         config: Fields of `MultiObjectiveDPOConfig`.
         model: Fields of TRL's `ModelConfig`.
-        silenced: Given options without effect -> what would give them one.
+        silenced: Given options without effect -> the settings that they need.
     """
 
     align: AlignArguments
@@ -243,10 +243,10 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
 def _silenced(
     given: set[str], align: AlignArguments, config: MultiObjectiveDPOConfig, model: ModelConfig
 ) -> dict[str, str]:
-    """Returns the given options without effect, and what they need."""
+    """Returns the given options without effect, with the settings that they need."""
     best = config.load_best_model_at_end or config.save_strategy == "best"
     plateau = config.lr_scheduler_type == "reduce_lr_on_plateau"
-    # Options (* stands for any ending), what they need, and whether it is given.
+    # Options (* stands for any ending), the setting that they need, and whether it is given.
     rules: list[tuple[str, str, object]] = [
         ("lora_* use_rslora use_dora", "`--use_peft`", model.use_peft),
         ("bnb_4bit_* use_bnb_nested_quant", "`--load_in_4bit`", model.load_in_4bit),

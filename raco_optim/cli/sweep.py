@@ -99,7 +99,7 @@ def sweep(
                 extra["model"] = str(_keep(folder, models, point, parsed))
         return {**result, "extra": extra}
 
-    # The method "linear" has no settings of its own.
+    # The method "linear" has no settings.
     common = _parsed(training, {**vars(points[0]), "method": "linear", "c": None}, work)
     settings = common.settings(data_hashes(common))
     records = run_grid(

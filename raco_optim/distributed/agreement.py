@@ -1,4 +1,4 @@
-"""Settings that all processes share, and errors of one process that all of them raise."""
+"""Settings that must be equal in all processes, and errors that all processes raise."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from raco_optim.wrapper.parameters import Parameters
 
 _VALUES = "the values of the parameters"
 _ONE_MODEL = (
-    "Start from one model: wrap it in DistributedDataParallel before the optimizer is built, or "
-    "broadcast it. If these processes do not train one model, pass as `process_group` the group of "
-    "those that do (for a process on its own, torch.distributed.new_subgroups(group_size=1)[0])."
+    "Start from one model: wrap it in DistributedDataParallel before building the optimizer, or "
+    "broadcast it. If these processes train different models, pass the processes of one model as "
+    "`process_group` (for a single process, torch.distributed.new_subgroups(group_size=1)[0])."
 )
 
 
@@ -26,28 +26,25 @@ _ONE_MODEL = (
 def raise_together(
     group: Group | None, settings: Mapping[str, Any] | None = None
 ) -> Iterator[None]:
-    """Runs a block without collectives; if it fails in one process, all processes raise.
-
-    So they do where `settings`, to which the block may add, differ between them.
-    """
+    """Runs a block; all processes raise if it fails in one or `settings` differ."""
     if group is None:
         yield
         return
     failure: Exception | None = None
     try:
         yield
-    except Exception as error:  # any error: the other processes are waiting
+    except Exception as error:  # the other processes wait, whatever the error
         failure = error
     try:
         failure = _outcome(group, failure, settings or {})
         if failure is not None:
             raise failure
     finally:
-        del failure  # a cycle with its traceback would keep the graph
+        del failure  # breaks a reference cycle with its traceback, which keeps the graph
 
 
 def error_everywhere(group: Group, failure: Exception | None) -> Exception:
-    """Returns the error to raise here, after one process or several failed; all must call it."""
+    """Returns the error to raise here after some process failed; all processes must call it."""
     text = None
     if failure is not None:
         notes = getattr(failure, "__notes__", ())
@@ -57,11 +54,11 @@ def error_everywhere(group: Group, failure: Exception | None) -> Exception:
         return failure
     named = [f"rank {r}: {text}" for r, text in found.items() if text is not None]
     more = f" ({len(named) - 1} more failed)" if len(named) > 1 else ""
-    return RuntimeError(f"another process failed, and nothing was changed here. {named[0]}{more}")
+    return RuntimeError(f"another process failed; nothing was changed here. {named[0]}{more}")
 
 
 def parameter_settings(group: Group, parameters: Parameters) -> dict[str, Any]:
-    """Returns what processes must share of the parameters: roles and, until compared, values."""
+    """Returns roles of the parameters and, until compared, values, which must be equal."""
     trained = [p for p in parameters.tensors if p.requires_grad]
     kinds = {f"{p.dtype} on {p.device.type}" for p in trained}
     number = f"{len(trained)} with {sum(p.numel() for p in trained)} numbers, "
@@ -83,7 +80,7 @@ def parameter_settings(group: Group, parameters: Parameters) -> dict[str, Any]:
 def _outcome(
     group: Group, failure: Exception | None, settings: Mapping[str, Any]
 ) -> Exception | None:
-    """Returns the error to raise in this process, None if all succeeded and agree."""
+    """Returns the error to raise in this process; None if all succeeded and agree."""
     texts = {name: repr(value) for name, value in settings.items()}
     digest = hashlib.sha256(repr(sorted(texts.items())).encode()).digest()
     number = int.from_bytes(digest[:7], "big")
@@ -95,26 +92,26 @@ def _outcome(
         group.compared = agreed and (group.compared or _VALUES in texts)
         return None if agreed else _difference(group, texts)
     except RuntimeError as error:
-        return failure or error  # the cause, rather than what came of it
+        return failure or error  # the cause first
 
 
 def _difference(group: Group, settings: Mapping[str, str]) -> ValueError | None:
     (rank, first), *others = group.gather(settings).items()
     for r, other in others:
         for name in [*first, *other]:
-            # Where only some have compared the values, all compare them at the next call.
+            # If only some processes sent the values, all compare them in the next call.
             if name == _VALUES and not (name in first and name in other):
                 continue
             if first.get(name) != other.get(name):
                 got = f"{first.get(name)} on rank {rank}, {other.get(name)} on rank {r}. "
-                got += "Pass the same to all of them."
+                got += "Pass the same value in all processes."
                 got = f"others. {_ONE_MODEL}" if name == _VALUES else got
                 return ValueError(f"{name} must be the same in all processes; got {got}")
     return None
 
 
 def _fingerprint(parameter: Tensor) -> int | None:
-    """Returns the sum of the bits as whole numbers: it does not depend on their order."""
+    """Returns the sum of the bits as integers, which does not depend on the order."""
     if parameter.is_meta:
         return None
     flat = torch.view_as_real(parameter) if parameter.is_complex() else parameter

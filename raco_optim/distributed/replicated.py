@@ -1,14 +1,13 @@
-r"""Gradients of parameters that every process holds as a whole (DistributedDataParallel).
+r"""Gradients of parameters that every process holds completely (DistributedDataParallel).
 
-The gradients are means over the processes; the Gram matrix is that of the means, not a mean of the
-processes' Gram matrices:
+The Gram matrix is computed from the mean gradients; it is not a mean of Gram matrices:
 
 .. math::
     g_i = \frac{1}{R} \sum_{r=1}^{R} g_i^{(r)}, \qquad
     H_{ij} = \sum_{s=1}^{R} \langle g_{i,s}, g_{j,s} \rangle
 
-where :math:`g_{i,s}` is the s-th of R parts of :math:`g_i`, which process s averages, multiplies
-and combines. docs/distributed.md counts the numbers that are sent.
+where :math:`g_{i,s}` is the s-th of R parts of :math:`g_i`; process s averages, multiplies and
+combines it. docs/distributed.md counts the numbers that are sent.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ from raco_optim.gradients.dense import DenseGradients
 from raco_optim.objectives import Batch, Found, Gradient
 from raco_optim.wrapper.parameters import Parameters
 
-# Bytes that travel together: enough for the bandwidth, little enough to begin early.
+# Bytes per message: enough to use the bandwidth, few enough to start early.
 _BUCKET = 25 * 2**20
 
 
 @dataclass
 class SummedGradients(DenseGradients):
-    """This process's parts of the gradients; losses and products are those of all processes."""
+    """This process's parts of the gradients, with losses and products of all processes."""
 
     products: Tensor = field(kw_only=True)
     norms: Tensor = field(kw_only=True)
 
     def __post_init__(self) -> None:
         gram = self.products.reshape(len(self.values), -1)
-        self.products = (gram + gram.T) / 2  # an all-reduce adds each number in another order
+        self.products = (gram + gram.T) / 2  # an all-reduce may add each entry in another order
 
     def gram(self) -> Tensor:
         """See `PerLossGradients`."""
@@ -53,7 +52,7 @@ class SummedGradients(DenseGradients):
 
 @dataclass
 class Bucket:
-    """Parameters whose gradients travel together: of one dtype, and all shared or all heads."""
+    """Parameters whose gradients are sent together: one dtype, all shared or all heads."""
 
     shared: bool
     dtype: torch.dtype
@@ -63,10 +62,7 @@ class Bucket:
     length: int = 0
 
     def pieces(self, whole: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yields the position of each parameter, and the part of the message in its form.
-
-        It has the parameter's strides too: fused optimizers walk both in the order of memory.
-        """
+        """Yields each parameter's position and a view of its part, with its strides."""
         start = 0
         for j, p in self.parameters.items():
             dense = p if p.is_contiguous() else torch.empty_like(p, device="meta")
@@ -76,15 +72,15 @@ class Bucket:
 
 @dataclass
 class ReplicatedGradients(SummedGradients):
-    """This process's parts of the mean gradients: ``rows`` holds one tensor per loss and bucket."""
+    """This process's parts of the mean gradients: a tensor per loss and bucket in ``rows``."""
 
     buckets: list[Bucket] = field(kw_only=True)
-    reached: list[bool] = field(kw_only=True)  # parameters that a loss of any process reaches
+    reached: list[bool] = field(kw_only=True)  # whether a loss of any process reaches a parameter
     group: Group = field(kw_only=True)
 
     @torch.no_grad()
     def combine(self, alpha: Tensor, weights: Tensor) -> Gradient:
-        """Returns the combined gradient, None where no loss of any process reaches."""
+        """Returns the combined gradient; None if no loss of any process reaches a parameter."""
         scales = {True: as_scales(alpha), False: as_scales(weights)}
         wholes = []
         for b, bucket in enumerate(self.buckets):
@@ -105,10 +101,7 @@ class ReplicatedGradients(SummedGradients):
 
 
 def gather(batch: Batch, found: Iterable[Found]) -> ReplicatedGradients:
-    """Averages the gradients of every loss over the processes, each as soon as it is found.
-
-    They are consumed. If finding one raises, all processes raise.
-    """
+    """Averages each loss's gradients as they are computed, and consumes them; all raise."""
     parameters, group = batch.parameters, batch.group
     assert group is not None
     tensors, device = parameters.tensors, parameters.tensors[0].device
@@ -125,7 +118,7 @@ def gather(batch: Batch, found: Iterable[Found]) -> ReplicatedGradients:
         if failure is None:
             try:
                 value, row = next(source)
-            except Exception as error:  # the others wait for these gradients
+            except Exception as error:  # the other processes wait for these gradients
                 failure = error
         parts.values.append(value)
         reached = [r or g is not None for r, g in zip(reached, row, strict=True)]
@@ -140,7 +133,7 @@ def gather(batch: Batch, found: Iterable[Found]) -> ReplicatedGradients:
         try:
             raise error_everywhere(group, failure)
         finally:
-            del failure  # a cycle with its traceback would keep the graph
+            del failure  # breaks a reference cycle with its traceback, which keeps the graph
     values, nonfinite_ranks = group.unpack_losses(losses)
     return ReplicatedGradients(
         values,
@@ -156,7 +149,7 @@ def gather(batch: Batch, found: Iterable[Found]) -> ReplicatedGradients:
 
 
 class _Transfer:
-    """A gradient's part of one bucket on its way: each process gets every process's share of it."""
+    """Sends a gradient's part of one bucket: each process receives its share from all."""
 
     def __init__(self, row: Gradient, bucket: Bucket, group: Group) -> None:
         number = group.world_size
@@ -173,14 +166,14 @@ class _Transfer:
                 piece.copy_(g)
         self._received = torch.empty_like(self._sent)
         with group.contact():
-            # Not a reduce-scatter: gloo's sends twice as much. And the sum of low-precision
-            # numbers is formed in float32, in one order everywhere.
+            # Not a reduce-scatter, which sends twice as much with gloo. Low-precision numbers are
+            # then summed in float32, in the same order everywhere.
             self._work = dist.all_to_all_single(
                 self._received, self._sent, group=group.group, async_op=True
             )
 
     def mean(self) -> Tensor:
-        """Waits, frees the memory, and returns the mean of this process's part."""
+        """Waits, frees the buffers, and returns the mean of this process's part."""
         with self._group.contact():
             self._work.wait()
         mean = self._received.mean(0, dtype=self._dtype)

@@ -21,14 +21,14 @@ from raco_optim.objectives import Batch, Found, Gradient
 
 
 class PerLossGradients(Protocol):
-    """What every mode offers of the gradients of m losses."""
+    """The gradients of m losses, as every mode provides them."""
 
     exact: bool
-    """Whether a finite Gram matrix says that the combined gradient is finite."""
+    """Whether a finite Gram matrix implies a finite combined gradient."""
     values: list[Tensor | None]
     """Values of the losses; None for an absent one."""
     nonfinite_ranks: str
-    """Which processes have a loss that is NaN or Inf, in words: " on rank 1"; "" for none."""
+    """Processes with a non-finite loss in words, " on rank 1"; "" for none."""
 
     def gram(self) -> Tensor:
         """Computes the Gram matrix of the shared parameters' gradients, ``[m, m]``, float64."""
@@ -37,8 +37,8 @@ class PerLossGradients(Protocol):
         """Returns norms of the head gradients, ``[m]``; non-finite iff a head gradient is."""
 
     def combine(self, alpha: Tensor, weights: Tensor) -> Gradient:
-        """Combines by alpha where parameters are shared, else by the weights; consumes them."""
+        """Combines shared parameters by alpha, others by the weights; consumes the gradients."""
 
 
 Gather = Callable[[Batch, Iterable[Found]], PerLossGradients]
-"""Averages gradients over processes, as soon as each is found."""
+"""Averages gradients over processes as they are computed."""

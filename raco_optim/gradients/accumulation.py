@@ -1,4 +1,4 @@
-"""Gradients of several micro-batches: each loss's are summed before anything is combined."""
+"""Sums the gradients of micro-batches, separately for each loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from raco_optim.objectives import Batch, Found, Pending
 
 
 def accumulate(found: Iterable[Found], batch: Batch, *, named: bool) -> Pending:
-    """Adds the gradients of a micro-batch to those of earlier ones."""
+    """Adds the gradients of a micro-batch to the pending ones."""
     pending = Pending(batch.names, named, batch.parameters, [], [])
     for value, row in add_pending(found, batch.pending):
         pending.values.append(value)
@@ -22,15 +22,12 @@ def accumulate(found: Iterable[Found], batch: Batch, *, named: bool) -> Pending:
 def add_pending(
     found: Iterable[Found], pending: Pending | None, *, in_place: bool = False
 ) -> Iterator[Found]:
-    """Adds the pending values and gradients, which stay as they are, to those found.
-
-    `in_place` writes sums into the gradients found, which nobody else may hold then.
-    """
+    """Adds pending gradients to new ones, which `in_place` overwrites."""
     if pending is None:
         yield from found
         return
     for (value, row), before, earlier in zip(found, pending.values, pending.rows, strict=True):
-        for j, g in enumerate(earlier):  # one at a time, so that each is freed at once
+        for j, g in enumerate(earlier):  # one at a time, to free each at once
             row[j] = _sum(g, row[j], in_place)
         yield _sum(before, value), row
 

@@ -1,10 +1,10 @@
-r"""Modes that approximate: the Gram matrix of something smaller than the gradients.
+r"""Approximate modes: the Gram matrix of something smaller than the gradients, or an earlier one.
 
-Surrogates :math:`s_i` stand for the gradients :math:`g_i` in the Gram matrix,
-:math:`H_{ij} = \langle s_i, s_j \rangle`: the gradients with respect to a representation that the
-losses share, :math:`s_i = \partial L_i / \partial z`, or to a subset of the parameters; or H is
-that of an earlier step (``gram_every``). The combined gradient is that of
-:math:`\sum_i \alpha_i L_i`, by one backward pass, whatever m. Only :math:`\alpha` is approximate.
+Surrogates :math:`s_i` replace the gradients :math:`g_i` in the Gram matrix,
+:math:`H_{ij} = \langle s_i, s_j \rangle`: gradients with respect to a shared representation,
+:math:`s_i = \partial L_i / \partial z`, or to a subset of the parameters; or an earlier step's H
+is used again (``gram_every``). The combined gradient is the gradient of
+:math:`\sum_i \alpha_i L_i`, in one backward pass for any m. Only :math:`\alpha` is approximate.
 
 References:
     The representation: Sener and Koltun, Multi-Task Learning as Multi-Objective Optimization,
@@ -25,7 +25,7 @@ from raco_optim.gradients.dense import iterate_gradients
 from raco_optim.gradients.functions import gram_matrix
 from raco_optim.objectives import Batch, Gradient
 
-# Argument that holds the inputs -> what a loss must depend on, and the remedy.
+# Argument that holds the inputs -> the end of "a loss must depend on", and the remedy.
 _NEEDED = {
     "gradients": "a parameter of `gradients`; it reaches none. Pass parameters that all losses "
     "share, or None for a loss that is absent from this batch.",
@@ -52,11 +52,11 @@ class ApproximateGradients:
         return self._gram
 
     def head_norms(self) -> Tensor:
-        """Returns zeros: the gradients of the single losses are not known."""
+        """Returns zeros, because the gradients of the losses are unknown."""
         return self._gram.new_zeros(len(self._losses))
 
     def combine(self, alpha: Tensor, weights: Tensor) -> Gradient:
-        """Computes the gradient of the combined losses, by one backward pass for each part."""
+        """Computes the gradient of the combined losses, in one pass each for heads and trunk."""
         from raco_optim.distributed import agreement, replicated
 
         with agreement.raise_together(self._batch.group):
@@ -81,18 +81,18 @@ class ApproximateGradients:
                     if loss is not None
                 ]
                 total = torch.stack(terms).sum()
-            # The last pass, that of the shared part, frees the graph behind the heads too.
+            # The last pass, for the shared part, also frees the graph behind the heads.
             keep = self._batch.retain_graph or (chosen is heads and bool(trunk))
             name = " + ".join(self._batch.names)
             part = [tensors[j] for j in chosen]
             passes = iterate_gradients([total], part, [name], keep_graph=keep, needed=None)
             for j, g in zip(chosen, next(passes)[1], strict=True):
-                # Autograd may return one tensor for two parameters, or one that user code holds.
+                # Autograd may return a tensor for two parameters, or one that user code holds.
                 row[j] = None if g is None else g.clone()
         if all(g is None for g in row):
             raise ValueError(
-                "losses must depend on a parameter of the optimizer; together they reach none. Was "
-                "the optimizer built from this model's parameters?"
+                "losses must depend on a parameter of the optimizer; they reach none. Was the "
+                "optimizer built from this model's parameters?"
             )
         return row
 
@@ -105,18 +105,18 @@ class ApproximateMode:
         self._argument = "gradients" if name == "subset" else name
 
     def check(self, batch: Batch, *, accumulate: bool) -> None:
-        """Raises unless what was passed to ``backward`` is what the mode needs."""
+        """Raises unless the arguments of ``backward`` fit the mode."""
         check_approximation(batch, accumulate=accumulate)
         if self._argument != "representation":
             if not batch.parameters.subset:
                 raise ValueError(
-                    "`gradients` must hold a parameter that the optimizer holds and that requires "
-                    "gradients; all of them were frozen or removed."
+                    "`gradients` must hold a trainable parameter of the optimizer; all were frozen "
+                    "or removed."
                 )
         elif not isinstance(batch.through, Tensor):
             raise TypeError(
-                f"`representation` must be the tensor that all losses are computed from, which "
-                f'gradients="representation" needs; got {type(batch.through).__name__}.'
+                f"`representation` must be the tensor from which all losses are computed, because "
+                f'gradients="representation"; got {type(batch.through).__name__}.'
             )
 
     def collect(self, batch: Batch) -> ApproximateGradients:
@@ -130,10 +130,10 @@ class ApproximateMode:
         if group is None:
             gram = gram_matrix(rows)
         elif z is not None:
-            # The representation of the joint batch is made of those of the processes.
+            # The representation of the joint batch consists of the representations here and there.
             gram = gram_matrix(rows) / group.world_size**2
             gram = group.sum([gram], inputs[0].device)[0].view_as(gram)
-            gram = (gram + gram.T) / 2  # an all-reduce adds each number in another order
+            gram = (gram + gram.T) / 2  # an all-reduce may add each entry in another order
         else:
             subset = replace(batch, parameters=batch.parameters.only_subset())
             gram = replicated.gather(subset, [(None, row) for row in rows]).gram()
@@ -163,7 +163,7 @@ def check_approximation(batch: Batch, *, accumulate: bool) -> None:
         )
     if batch.tensors is None:
         raise TypeError(
-            f"`losses` must hold tensors with an approximate Gram matrix; got a callable or "
+            f"`losses` must hold only tensors with an approximate Gram matrix; got a callable or "
             f"another object. {exact} for callables."
         )
 
@@ -184,27 +184,24 @@ def _check_inputs(losses: Sequence[Tensor | None], inputs: Sequence[Tensor], arg
 
 @dataclass(frozen=True)
 class KeptGram:
-    """A Gram matrix that serves several steps (``gram_every``), and its age in steps.
-
-    It is due again after so many steps, and whenever the losses are others, or others are absent.
-    """
+    """A Gram matrix for several steps of the same losses (``gram_every``), and its age."""
 
     gram: Tensor | None = None
     losses: list[str | None] = field(default_factory=list)  # their names, None for an absent one
     age: int = 0
 
     def serves(self, losses: Sequence[str | None], every: int) -> bool:
-        """Whether the Gram matrix serves one step more."""
+        """Returns whether the next step can use the Gram matrix."""
         return self.gram is not None and self.losses == losses and self.age + 1 < every
 
     @classmethod
     def loaded(
         cls,
-        state: Any,  # noqa: ANN401  # that is what it checks
+        state: Any,  # noqa: ANN401  # checked here
         names: Sequence[str] | None,
         places: Sequence[int] | None,
     ) -> KeptGram:
-        """Makes one of its `vars`, for losses in the order that `places` gives, or raises."""
+        """Returns a `KeptGram` from its `vars`, losses reordered by `places`, or raises."""
         with suppress(AttributeError, IndexError, KeyError, TypeError, ValueError):
             gram, losses, age = state["gram"], state["losses"], state["age"]
             known = [str(x) for x in losses] if names is None else names
@@ -216,6 +213,6 @@ class KeptGram:
                 order = list(range(len(losses)) if places is None else places)
                 return cls(gram[order][:, order], [losses[k] for k in order], age)
         raise ValueError(
-            f"`state_dict` must hold, as 'kept_gram', a Gram matrix of shape [m, m], the names of "
-            f"its m losses and its age; got {state!r}."
+            f"`state_dict` must hold a Gram matrix of shape [m, m], the names of its m losses and "
+            f"its age as 'kept_gram'; got {state!r}."
         )

@@ -1,4 +1,4 @@
-"""Stage 5: gradients and coefficients -> ``.grad``. Nothing else writes to ``.grad``."""
+"""Stage 5: adds the combined gradient to ``.grad``. Nothing else writes to ``.grad``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from raco_optim.objectives import Gradient
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 LARGEST = torch.finfo(torch.float32).max
-# Numbers from which on a column is combined on its own, in blocks of so many.
+# Columns of at least so many numbers are combined separately, in blocks of so many.
 _LARGE, _BLOCK = 2**18, 2**16
 # Numbers from which on fresh memory costs more, in page faults, than to keep some.
 _KEPT = 2**14
@@ -30,18 +30,20 @@ def combine_rows(
     shared: Sequence[bool],
     blanks: Sequence[list[Tensor]] = (),
 ) -> Gradient:
-    """Combines rows by alpha where a parameter is shared, else by the weights; consumes them.
-
-    In place of each large tensor of the i-th row but the first, `blanks[i]` gets an empty one.
-    """
+    """Combines shared parameters by alpha, others by weights; `blanks` replace large tensors."""
     scales = {True: as_scales(alpha), False: as_scales(weights)}
-    sizes = [next((g.numel() for g in c if g is not None), 0) for c in zip(*rows, strict=True)]
-    alike = _are_plain([g for row in rows for g in row], scales[True] + scales[False])
+    sizes = [0] * len(shared)
+    for row in rows:
+        for j, n in [(j, g.numel()) for j, g in enumerate(row) if g is not None]:
+            sizes[j] = n
+    alike = _are_plain(
+        [g for row in rows for g in row if g is not None], scales[True] + scales[False]
+    )
     combined: Gradient = []
     start = stop = 0
     while start < len(shared):
         length, is_shared = 0, shared[start]
-        # Small columns together, but not so many that a part of a gradient counts in the peak.
+        # Small columns together, but not so many that they raise the peak of memory.
         while stop < len(shared) and shared[stop] == is_shared and length + sizes[stop] < _LARGE:
             length += sizes[stop]
             stop += 1
@@ -50,33 +52,40 @@ def combine_rows(
         else:
             stop = start + 1
             pairs = zip(rows, scales[is_shared], strict=True)
-            terms = [(g, scale) for row, scale in pairs if (g := row[start]) is not None]
+            terms = [(row[start], scale) for row, scale in pairs if row[start] is not None]
             combined.append(combination(*zip(*terms, strict=True)) if terms else None)
             del terms
-        keep = max(sizes[start:stop]) >= _KEPT
+        large = [j for j in range(start, stop) if blanks and sizes[j] >= _KEPT]
         for i, row in enumerate(rows):
-            bytes_ = [g.nbytes for g in row[start:stop] if keep and g is not None and g.is_cpu]
+            kept = [
+                g.nbytes for g in map(row.__getitem__, large) if i and g is not None and g.is_cpu
+            ]
             row[start:stop] = [None] * (stop - start)
-            if i and blanks:  # the first row's serves what is combined next
-                blanks[i].extend(torch.empty(n, dtype=torch.uint8, device="cpu") for n in bytes_)
+            if kept:  # the first row's serves what is combined next
+                blanks[i] += [torch.empty(n, dtype=torch.uint8, device="cpu") for n in kept]
         start = stop
     return combined
 
 
 def _foreach(rows: Sequence[Gradient], scales: Sequence[float]) -> Gradient:
-    """Combines small columns by a call or two for each row: 8 rows of 22 take 80 us, not 290."""
-    combined: list[Any] = [None] * len(rows[0])
+    """Combines small columns with one or two calls per row: 8 rows of 22 take 80 us, not 290."""
+    combined: Gradient = [None] * len(rows[0])
     for row, scale in zip(rows, scales, strict=True):
-        there = [(k, g) for k, g in enumerate(row) if g is not None]
-        new = [(k, g) for k, g in there if combined[k] is None]
-        begun = [(combined[k], g) for k, g in there if combined[k] is not None]
+        new, outs, terms = [], [], []
+        for k, g in enumerate(row):
+            if g is None:
+                continue
+            if (out := combined[k]) is None:
+                new.append(k)
+            else:
+                outs.append(out)
+                terms.append(g)
         if new:
-            for (k, _), out in zip(
-                new, torch._foreach_mul([g for _, g in new], scale), strict=True
-            ):
+            firsts: Any = [row[k] for k in new]
+            for k, out in zip(new, torch._foreach_mul(firsts, scale), strict=True):
                 combined[k] = out
-        if begun:
-            torch._foreach_add_([out for out, _ in begun], [g for _, g in begun], alpha=scale)
+        if outs:
+            torch._foreach_add_(outs, terms, alpha=scale)
     return combined
 
 
@@ -84,10 +93,10 @@ def _foreach(rows: Sequence[Gradient], scales: Sequence[float]) -> Gradient:
 def write_gradients(
     parameters: Sequence[Tensor], gradients: Gradient, done: Callable[[], object] = lambda: None
 ) -> None:
-    """Adds gradients, which it may keep, to ``.grad`` of all parameters or, if it fails, of none.
+    """Adds gradients to ``.grad`` of all parameters or, on failure, of none; it may keep them.
 
-    None leaves a ``.grad`` alone. `done`, written in C (a `partial` of `setattr`, say), is called
-    with the writing, so that an interrupt (Ctrl-C) comes before both or after both.
+    None leaves ``.grad`` unchanged. `done`, which must be implemented in C (such as a `partial` of
+    `setattr`), is called in the same go: an interrupt (Ctrl-C) comes before or after both.
     """
     reached = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
     fresh = [(p, _like(g, p)) for p, g in reached if p.grad is None]
@@ -98,7 +107,7 @@ def write_gradients(
         writes.append(partial(torch._foreach_add_, held, added))
     written: list[bool] = []
     try:
-        # Python looks for signals between its own instructions, and there are none in here.
+        # All in C: Python handles signals only between its instructions.
         call_all = map(methodcaller("__call__"), [*writes, done, partial(written.append, True)])
         deque(call_all, maxlen=0)
     except BaseException:
@@ -113,18 +122,18 @@ def write_gradients(
 
 
 def _local(parameter: Tensor, gradient: Any) -> tuple[Any, Tensor]:  # noqa: ANN401  # a DTensor
-    """Returns ``.grad`` and the gradient; of DTensors this process's parts, which are tensors."""
+    """Returns ``.grad`` and the gradient; for DTensors their local parts."""
     grad: Any = parameter.grad
     gradient = gradient.to(grad.dtype)
     if not hasattr(grad, "to_local"):
         return grad, gradient
-    if grad.placements != gradient.placements:  # a sum over processes that is not formed yet
+    if grad.placements != gradient.placements:  # a pending sum over processes
         grad = parameter.grad = grad.redistribute(placements=gradient.placements)
     return grad.to_local(), gradient.to_local()
 
 
 def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """Returns the gradient with its parameter's strides, which fused optimizers rely on."""
+    """Returns the gradient with the strides of its parameter, as fused optimizers require."""
     if gradient.stride() == parameter.stride():
         return gradient
     return torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
@@ -136,28 +145,25 @@ def grad_dtype(parameter: Tensor) -> torch.dtype:
 
 
 def as_scales(coefficients: Tensor) -> list[Any]:
-    """Returns Python numbers where they are at hand: a tensor is slower to multiply by.
-
-    A tensor has at most the largest number of float32, so that it is never Inf beside gradients.
-    """
+    """Returns Python numbers on a CPU, which are faster; else tensors in float32's range."""
     if coefficients.device.type == "cpu":
         return coefficients.tolist()
     return list(coefficients.clamp(-LARGEST, LARGEST).unbind())
 
 
-def _are_plain(tensors: Sequence[Tensor | None], scales: Sequence[Any]) -> bool:
-    """Whether products of these need no other precision than that of the tensors, one for all."""
-    dtypes = {g.dtype for g in tensors if g is not None}
+def _are_plain(tensors: Sequence[Tensor], scales: Sequence[Any]) -> bool:
+    """Returns whether products need no more precision than the tensors' common dtype."""
+    dtypes = {g.dtype for g in tensors}
     alike = len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
-    # Torch's functions for lists take no DTensors beside tensors.
-    alike = alike and all(g is None or type(g) in (Tensor, torch.nn.Parameter) for g in tensors)
+    # Torch's functions for lists don't mix DTensors with tensors.
+    alike = alike and {type(g) for g in tensors} <= {Tensor, torch.nn.Parameter}
     return alike and all(isinstance(x, float) and abs(x) <= LARGEST for x in scales)
 
 
 def combination(tensors: Sequence[Tensor], scales: Sequence[Any]) -> Tensor:
-    r"""Returns :math:`\sum_i \alpha_i x_i`, formed in float32 at least and rounded once."""
-    # Never in place: autograd may return one tensor for two parameters, an expanded one, or one
-    # that the user's code still holds.
+    r"""Returns :math:`\sum_i \alpha_i x_i`, computed in float32 or better and rounded once."""
+    # Never in place: autograd may return the same tensor for two parameters, an expanded one, or
+    # one that user code holds.
     first = tensors[0]
     in_cache = first.numel() >= _LARGE and first.is_cpu and _are_plain(tensors, scales)
     if in_cache and all(x.is_contiguous() for x in tensors):
@@ -172,7 +178,7 @@ def combination(tensors: Sequence[Tensor], scales: Sequence[Any]) -> Tensor:
 
 
 def _in_blocks(tensors: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
-    """Combines blocks whose sum stays in the cache: 17 ms for 8 times 10 M numbers, not 25."""
+    """Combines blocks that stay in the cache: 8 times 10 M numbers take 17 ms, not 25."""
     combined = torch.empty_like(tensors[0])
     flat = [torch.split(x.view(-1), _BLOCK) for x in (combined, *tensors)]
     for block, first, *others in zip(*flat, strict=True):
@@ -183,7 +189,7 @@ def _in_blocks(tensors: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
 
 
 def _scaled(x: Tensor, scale: Any) -> Tensor:  # noqa: ANN401  # a number or a tensor
-    """x times a number that float32 may not hold, as where p is on a gradient of 1e-40."""
+    """Returns x times a number that float32 may not hold, as for a gradient of 1e-40."""
     x = _at_least_single(x)
     wide = isinstance(scale, float) and abs(scale) > LARGEST
     scaled: Tensor = (x.double() if wide else x) * scale
@@ -206,7 +212,7 @@ def stashed_gradients(parameters: Sequence[Tensor]) -> Iterator[Callable[[], lis
 
     hooks = [p._post_accumulate_grad_hooks for p in parameters]
     for p in parameters:
-        p._post_accumulate_grad_hooks = OrderedDict()  # autograd would go on to call those of None
+        p._post_accumulate_grad_hooks = OrderedDict()  # with None, autograd would still call them
     kept = take()
     try:
         yield take

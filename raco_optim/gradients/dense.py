@@ -31,12 +31,10 @@ from raco_optim.objectives import Batch, Found, Gradient, Loss, Pending
 
 
 class Memory:
-    """Keeps, from step to step, scratch memory and as much as m - 1 gradients took on a CPU.
+    """Keeps scratch memory and, on a CPU, empty tensors in place of m - 1 consumed gradients.
 
-    There, the allocator returns large blocks to the system, and to fault m gradients in anew costs
-    as much as their Gram matrix. So blanks, which are empty tensors, take the place of what was
-    consumed: never the gradients themselves, which user code may hold. Those of a row are freed
-    just before its backward pass, so that the peak stays at m gradients.
+    Otherwise the allocator returns large blocks to the system, and page faults for new gradients
+    cost as much as their Gram matrix. Blanks of a row are freed just before its backward pass.
     """
 
     def __init__(self) -> None:
@@ -46,19 +44,16 @@ class Memory:
     def passes(self, found: Iterable[Found], m: int) -> Iterator[Found]:
         """Yields m values and gradients, and frees memory before each is computed."""
         old, self.blanks = self.blanks[:m], [[] for _ in range(m)]
-        # What is free above the last block in use goes back to the system: that one stays for now.
-        last = max((x for row in old for x in row), key=Tensor.data_ptr, default=None)
         source = iter(found)
         for i in range(m):
             if i < len(old):
                 old[i].clear()
             yield next(source)
-        del last
 
 
 @dataclass
 class DenseGradients:
-    """Values and gradients of m losses, as this process has them."""
+    """Values and gradients of m losses in this process."""
 
     values: list[Tensor | None]
     rows: list[Gradient]
@@ -81,10 +76,11 @@ class DenseGradients:
     def head_norms(self) -> Tensor:
         """See `PerLossGradients`."""
         norms = torch.zeros(len(self.rows), dtype=torch.float64, device=self._device)
-        for norm, row in zip(norms, self.rows, strict=True):
-            for g, is_shared in zip(row, self.shared, strict=True):
-                if g is not None and not is_shared:
-                    norm += torch.linalg.vector_norm(g, dtype=torch.float64)
+        if not all(self.shared):
+            for i, row in enumerate(self.rows):
+                for g, is_shared in zip(row, self.shared, strict=True):
+                    if g is not None and not is_shared:
+                        norms[i] += torch.linalg.vector_norm(g, dtype=torch.float64)
         return norms
 
     def combine(self, alpha: Tensor, weights: Tensor) -> Gradient:
@@ -93,25 +89,25 @@ class DenseGradients:
 
 
 class DenseMode:
-    """Computes a gradient per loss, by one backward pass each."""
+    """Computes a gradient per loss, with a backward pass for each."""
 
     name = "dense"
 
     def __init__(self, gather: Gather | None = None) -> None:
         self._gather, self._memory = gather, Memory()
-        self.ran = self.name  # what the last call did, and why, where it is another mode
+        self.ran = self.name  # the mode of the last call, and the reason if it is another one
 
     def check(self, batch: Batch, *, accumulate: bool) -> None:
-        """Raises unless what was passed to ``backward`` is what the mode needs."""
+        """Raises unless the arguments of ``backward`` fit the mode."""
 
     def rows(self, batch: Batch) -> Iterator[Found]:
-        """Yields value and gradient of one loss after the other."""
+        """Yields the value and the gradient of each loss."""
         return iterate_gradients(
             batch.losses, batch.parameters.tensors, batch.names, keep_graph=batch.retain_graph
         )
 
     def collect(self, batch: Batch) -> PerLossGradients:
-        """Gathers the gradients of this call and of earlier micro-batches."""
+        """Returns the gradients of this call, added to those of earlier micro-batches."""
         found = self.rows(batch)
         if batch.pending is not None:
             found = add_pending(found, batch.pending)
@@ -124,7 +120,7 @@ class DenseMode:
         return gradients
 
     def accumulate(self, batch: Batch, *, named: bool) -> Pending:
-        """Adds the gradients of a micro-batch to those of earlier ones."""
+        """Adds the gradients of a micro-batch to the pending ones."""
         found = self._memory.passes(self.rows(batch), len(batch.names))
         return accumulate(found, batch, named=named)
 
@@ -138,10 +134,10 @@ def iterate_gradients(
     keep_graph: bool = False,
     needed: str | None = A_PARAMETER,
 ) -> Iterator[Found]:
-    """Yields value and gradient of one loss after the other; see `per_loss_gradients`.
+    """Yields the value and the gradient of each loss; see `per_loss_gradients`.
 
-    The gradients of `edges` of the graph follow those of the parameters. `needed` says what a loss
-    must depend on, and the remedy; None allows a loss that reaches nothing.
+    Gradients of `edges` of the graph follow those of the parameters. `needed` says what a loss must
+    depend on, and the remedy; None allows a loss that reaches nothing.
     """
     trained = [p.requires_grad for p in parameters]
     inputs: Any = (*(p for p, t in zip(parameters, trained, strict=True) if t), *edges)
@@ -171,9 +167,9 @@ def iterate_gradients(
         if any(g.layout != torch.strided for g in there):
             raise sparse_gradient(name, row)
         value = value.detach().clone()
-        del loss, there  # its graph, and what the caller frees of the row before the next pass
+        del loss, there  # frees its graph, and gradients that the caller drops before the next pass
         if calls and i < calls[-1]:
-            # The next callable may refill a buffer that a custom function returned as gradient.
+            # The next callable may overwrite a buffer that a custom function returned as gradient.
             row = [None if g is None else g.clone() for g in row]
         if not all(trained):
             found = iter(row)
@@ -185,14 +181,14 @@ def iterate_gradients(
 def check_losses(
     losses: Sequence[Loss | None], parameters: Sequence[Tensor], names: Sequence[str]
 ) -> None:
-    """Raises where the losses are not what they must be, before the first backward pass."""
+    """Raises if a loss is invalid, before the first backward pass."""
     for name, loss in zip(names, losses, strict=True):
         if isinstance(loss, Tensor) or not (loss is None or callable(loss)):
             check_loss(name, loss, parameters, called=False)
 
 
-def check_loss(name: str, loss: Any, parameters: Sequence[Tensor], *, called: bool = True) -> None:  # noqa: ANN401  # that is what it checks
-    """Raises unless a loss, or what its callable returned, is what it must be."""
+def check_loss(name: str, loss: Any, parameters: Sequence[Tensor], *, called: bool = True) -> None:  # noqa: ANN401  # checked here
+    """Raises if a loss, or the result of its callable, is invalid."""
     fits = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
     if fits and not loss.is_complex() and (not parameters or loss.device == parameters[0].device):
         return
@@ -200,7 +196,7 @@ def check_loss(name: str, loss: Any, parameters: Sequence[Tensor], *, called: bo
 
 
 def check_parameters(parameters: Sequence[Tensor]) -> None:
-    """Raises unless parameters are real, on one device, and one at least is trainable."""
+    """Raises unless parameters are real, on one device, and at least one is trainable."""
     some_complex = any(p.is_complex() for p in parameters)
     trained = any(p.requires_grad for p in parameters)
     if some_complex or not trained or len({p.device for p in parameters}) > 1:

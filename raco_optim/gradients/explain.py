@@ -1,4 +1,4 @@
-"""What stops a loss, in words: which one it was, and the remedy."""
+"""Errors about a loss or its backward pass: the loss and the remedy."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from raco_optim._checks import add_note
 from raco_optim.gradients.graph import walk_graph
 from raco_optim.objectives import Gradient
 
-# What a loss must depend on, and the remedy.
+# The end of "a loss must depend on", and the remedy.
 A_PARAMETER = (
     "a parameter of the optimizer; it reaches none. Was the optimizer built from this model's "
     "parameters? Pass None for a loss that is absent from this batch."
 )
 _CALLABLES = "pass the losses as callables, each with its own forward pass."
-# Selective checkpoints, and those of torch.distributed._composable.
-_ONLY_ONCE = f"This activation checkpoint can be computed again only once: {_CALLABLES}"
+# For selective checkpoints, and checkpoints of torch.distributed._composable.
+_ONLY_ONCE = f"This activation checkpoint can be recomputed only once: {_CALLABLES}"
 _REMEDIES = (
-    ("second time", "An earlier backward pass freed the graph: compute the losses anew."),
+    ("second time", "An earlier backward pass freed the graph. Compute the losses again."),
     (
         "donated buffer",
         "A compiled model frees its buffers in the first of several backward passes: `import "
@@ -34,42 +34,42 @@ _REMEDIES = (
     ("use_reentrant", "Call `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."),
     (
         "fabric.backward",
-        "Fabric goes back through its module for one loss only: run the module inside, `with "
+        "Fabric's module supports only one backward pass. Run the module inside it, `with "
         "fabric.autocast(): outputs = model.module(inputs)`, and call `backward` on its losses.",
     ),
     (
         "out of memory",
-        "A step holds one gradient per loss: take smaller micro-batches (`accumulate=True`), or "
+        "A step holds one gradient per loss. Use smaller micro-batches (`accumulate=True`), or "
         'gradients="ghost" or "representation".',
     ),
 )
 
 
 def explain(name: str, error: Exception, *, again: bool = False) -> None:
-    """Adds a note with the loss and the remedy; `again`: another loss's pass went through."""
+    """Adds a note with the loss and a remedy; `again`: another loss's pass succeeded."""
     remedies = [remedy for symptom, remedy in _REMEDIES if symptom in str(error)]
     if again and not remedies:
         remedies = [
-            "The pass of an earlier loss went through. A custom autograd function that can go "
-            f"back only once raises here: {_CALLABLES}"
+            "The pass of an earlier loss succeeded. A custom autograd function that supports only "
+            f"one backward pass fails here: {_CALLABLES}"
         ]
-    add_note(error, " ".join([f"It was raised by the backward pass of loss {name!r}.", *remedies]))
+    add_note(error, " ".join([f"The backward pass of loss {name!r} raised this.", *remedies]))
 
 
 def evaluate(name: str, loss: Callable[[], Tensor]) -> Tensor:
-    """Calls a loss that is given as a callable."""
+    """Calls a callable loss; an error gets a note with its name."""
     try:
         with torch.enable_grad():
             return loss()
     except Exception as error:
-        add_note(error, f"It was raised by the callable of loss {name!r}.")
+        add_note(error, f"The callable of loss {name!r} raised this.")
         raise
 
 
 def check_no_reentrant_checkpoint(name: str, loss: Tensor, walked: set[Any]) -> None:
-    """Raises if the loss passes, behind nodes that were not `walked`, a reentrant checkpoint."""
+    """Raises if a loss passes a reentrant checkpoint, beyond nodes in `walked`."""
     # It is one opaque node: `autograd.grad` finds no path to the parameters inside and returns
-    # None for them. The walk takes half a microsecond a node.
+    # None for them. The walk takes half a microsecond per node.
     nodes = walk_graph(loss.grad_fn, walked)
     if "CheckpointFunctionBackward" in map(methodcaller("name"), nodes):
         raise RuntimeError(
@@ -80,7 +80,7 @@ def check_no_reentrant_checkpoint(name: str, loss: Tensor, walked: set[Any]) -> 
 
 
 def sparse_gradient(name: str, gradients: Gradient) -> ValueError:
-    """Returns the error for a gradient that is not dense."""
+    """Returns the error for a sparse gradient."""
     found = next(g for g in gradients if g is not None and g.layout != torch.strided)
     return ValueError(
         f"gradients must be dense; loss {name!r} has a {found.layout} gradient for the parameter "
@@ -91,7 +91,7 @@ def sparse_gradient(name: str, gradients: Gradient) -> ValueError:
 def refused_loss(
     name: str, loss: object, parameters: Sequence[Tensor], *, called: bool
 ) -> Exception:
-    """Returns the error for a loss that is not what it must be, or for what a callable returned."""
+    """Returns the error for an invalid loss, or for the invalid result of a callable."""
     if not isinstance(loss, Tensor):
         kind, scalar = type(loss).__name__, f"loss {name!r} must be a scalar tensor"
         if called:
@@ -122,15 +122,14 @@ def refused_parameters(parameters: Sequence[Tensor]) -> ValueError:
         if p.is_complex():
             return ValueError(
                 f"parameters must be real; got one of dtype {p.dtype} and shape {list(p.shape)}. "
-                f"Hold its real and imaginary parts in two parameters (torch.view_as_real)."
+                f"Use two parameters for its real and imaginary parts (torch.view_as_real)."
             )
     if not any(p.requires_grad for p in parameters):
         return ValueError(
-            f"parameters must hold one at least that requires gradients; got {len(parameters)} "
-            f"that do not. Call requires_grad_() on those to train."
+            f"at least one parameter must require gradients; got {len(parameters)} that do not. "
+            f"Call requires_grad_() on the parameters to train."
         )
     devices = sorted({str(p.device) for p in parameters})
     return ValueError(
-        f"parameters must be on one device; got {', '.join(devices)}. Move the model to one of "
-        f"them."
+        f"parameters must be on one device; got {', '.join(devices)}. Move the model to one device."
     )

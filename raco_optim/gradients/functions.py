@@ -1,4 +1,4 @@
-"""Stages 1, 2 and 5 of a step as functions."""
+"""Stages 1, 2 and 5 of a step as functions: gradients, Gram matrix, combination."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def per_loss_gradients(
 
     .. math:: g_i = \nabla_\theta L_i, \quad i = 1, \ldots, m
 
-    The gradients stay lists of per-parameter tensors and are never copied into one
-    ``[m, n]`` matrix. The last backward pass frees the graph; with callables each graph is
-    freed before the next forward pass. ``.grad`` is neither read nor written, so hooks on the
-    accumulation of ``.grad`` (those of DistributedDataParallel among them) do not run.
+    The gradients stay lists of tensors and are never copied into one ``[m, n]`` matrix. The last
+    backward pass frees the graph; with callables, each graph is freed before the next forward pass.
+    ``.grad`` is neither read nor written, so hooks on its accumulation, such as those of
+    DistributedDataParallel, do not run.
 
     Args:
-        losses: m scalar tensors that share a graph or not, or callables without arguments that
-            return one, evaluated one at a time; None stands for a loss that is absent from this
-            batch and has a zero gradient.
-        parameters: Leaf tensors, real, on one device. Frozen ones have no gradient.
+        losses: m scalar tensors, whose graphs may overlap, or callables without arguments that
+            return one, evaluated one at a time; None for a loss that is absent from this batch and
+            has a zero gradient.
+        parameters: Leaf tensors, real, on one device. Frozen ones get no gradient.
 
     Returns:
-        m lists, one tensor per parameter in its shape and dtype, or None where the loss does not
+        m lists with a tensor per parameter in its shape and dtype, or None if the loss does not
         reach the parameter.
 
     Raises:
@@ -42,7 +42,8 @@ def per_loss_gradients(
             losses are None; no parameter is trainable, or one is complex; devices differ; a
             gradient is sparse.
         RuntimeError: Reentrant activation checkpointing hides parameters from a backward pass.
-            What a backward pass raises keeps its class; a note names the loss and the remedy.
+        Exception: An error in a backward pass keeps its class; a note names the loss and the
+            remedy.
 
     Example:
         >>> import torch
@@ -68,31 +69,30 @@ def gram_matrix(gradients: Sequence[Sequence[Tensor | None] | Tensor] | Tensor) 
 
     .. math:: H_{ij} = \langle g_i, g_j \rangle
 
-    In float64, chunk by chunk: the products of float32, bfloat16 and float16 numbers are exact
-    there, nothing overflows, and the sum does not drift with the number of elements (a float32
-    product over 50 M elements is off by up to 14 %). Nothing is waited for on an accelerator.
+    It is computed in float64, chunk by chunk: products of float32, bfloat16 and float16 numbers are
+    exact, nothing overflows, and the error does not grow with the number of elements (a float32
+    product over 50 M elements is off by up to 14 %). It does not wait for an accelerator.
 
-    On a CPU, large parameters (65,536 elements and more) with gradients of float32 or shorter are
-    multiplied in float32, in half to two thirds of the time, and summed so over at most 128
-    elements (64 where more than 8 losses reach the parameter; a tree of sums for up to 3). That is
-    off, relative to :math:`|g_i| |g_j|`, by 1e-8 for random elements and by less than 1e-6 if all
-    elements have one magnitude. Where more is needed, all is computed in float64: if an entry is
-    not finite, a gradient is zero or has a root mean square below 1e-15, or the matrix of cosines
-    has an eigenvalue below 1e-3 (nearly dependent gradients, duplicates). On a CPU, gradients that
-    are equal have entries that are equal to the last bit.
+    On a CPU, parameters with at least 65,536 elements and gradients of at most float32 are
+    multiplied in float32, in half to two thirds of the time, and summed in float32 over at most 128
+    elements (64 if more than 8 losses reach the parameter; a tree of sums for up to 3). Relative to
+    :math:`|g_i| |g_j|`, the error is 1e-8 for random elements and below 1e-6 if all elements have
+    the same magnitude. Everything is recomputed in float64 if an entry is not finite, a gradient is
+    zero or has a root mean square below 1e-15, or the matrix of cosines has an eigenvalue below
+    1e-3 (nearly dependent gradients). On a CPU, equal gradients have bitwise equal entries.
 
     Args:
-        gradients: m rows, each one gradient as tensors per parameter, in the same order in all
-            rows, on one device, of any real dtype and shape; None stands for zeros. A row may
-            also be one tensor, as those of a Jacobian ``[m, n]`` are.
+        gradients: m rows with a tensor per parameter, in the same order in all rows, on one device,
+            of any real dtype and shape; None means zeros. A row may also be a single tensor, such
+            as a row of a Jacobian ``[m, n]``.
 
     Returns:
         H, ``[m, m]``, float64, symmetric, on the gradients' device.
 
     Raises:
         TypeError: A row holds something other than tensors and None.
-        ValueError: There is no row, the rows differ in their number or shapes of tensors, or a
-            tensor is complex.
+        ValueError: There is no row, the rows differ in the number or shapes of tensors, or a tensor
+            is complex.
 
     Example:
         >>> import torch
@@ -118,16 +118,16 @@ def add_combined_gradient(
 ) -> None:
     r"""Adds the combined gradient to ``.grad``, as ``loss.backward()`` does.
 
-    .. math:: \theta.\mathrm{grad} \mathrel{+}= \sum_i \alpha_i g_i
+    .. math:: \theta.\mathrm{grad} += \sum_i \alpha_i g_i
 
-    The sum is formed in float32 where the gradients have lower precision, and rounded once. A
-    parameter that no loss reaches keeps its ``.grad``, None included, so that weight decay does
-    not move it. Post-accumulate-grad hooks of the parameters run once, at the end.
+    Gradients in lower precision are summed in float32 and rounded once. If no loss reaches a
+    parameter, its ``.grad`` is unchanged, also None, so weight decay does not move it.
+    Post-accumulate-grad hooks of the parameters run once, at the end.
 
     Args:
         parameters: The parameters.
-        gradients: m rows, one tensor or None per parameter. They are consumed: entries become
-            None as they are combined, so that the peak of memory stays at m gradients.
+        gradients: m rows with a tensor or None per parameter. The function sets entries to None as
+            it combines them, which keeps the peak of memory at m gradients.
         coefficients: alpha, ``[m]``. On an accelerator they stay there.
 
     Example:

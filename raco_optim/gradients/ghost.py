@@ -1,21 +1,23 @@
 r"""Mode "ghost": the exact Gram matrix without the gradients of large weights.
 
 A layer :math:`y = x W^\top` with inputs :math:`x \in \mathbb{R}^{N \times a}` has the gradients
-:math:`g_i = \delta_i^\top x`, where :math:`\delta_i = \partial L_i / \partial y`. All that a step
-needs of them follows from x and the :math:`\delta_i`, with :math:`K = x x^\top`:
+:math:`g_i = \delta_i^\top x`, where :math:`\delta_i = \partial L_i / \partial y`. A step needs only
+their inner products and combination, which follow from x and :math:`\delta_i`; with
+:math:`K = x x^\top`,
 
 .. math::
     \langle g_i, g_j \rangle = \langle K \delta_i, \delta_j \rangle, \qquad
     \sum_i \alpha_i g_i = \Big( \sum_i \alpha_i \delta_i \Big)^\top x.
 
-A convolution is such a layer of its unfolded input. An embedding's gradient is zero but for the
-rows that were looked up, and is held as these. The gradient of a weight that is used several times
-is the sum over its uses: inputs and output gradients of its products are laid end to end, and what
-products and lookups of one weight (tied embeddings) have in common is accounted for.
+A convolution is such a layer of its unfolded input. An embedding's gradient is stored as the rows
+that were looked up; the others are zero. The gradient of a weight with several uses is the sum over
+them: inputs and output gradients of its products are concatenated, and mixed terms of products and
+lookups of one weight (tied embeddings) are added.
 
-`graph.py` finds inputs and layers in the autograd graph of the losses; the model isn't touched. A
-weight is treated so only where every use of it is one of these and it is cheaper. The gradients of
-all other parameters are dense, from the same backward passes. The result is exact either way.
+`graph.py` finds inputs and layers in the autograd graph of the losses, without changing the model.
+A weight is treated like this only if all its uses are of these kinds and it is cheaper. The
+gradients of all other parameters are dense, from the same backward passes. The result is exact
+either way.
 """
 
 from __future__ import annotations
@@ -41,10 +43,10 @@ _SLICE = 2**17
 
 
 class Layer:
-    """A weight's inputs and output gradients, which stand for its m gradients.
+    """Inputs and output gradients of a weight, which represent its m gradients.
 
     Its products have inputs x, ``[N, a]``, and deltas, m times ``[N, b]``; its lookups have
-    indices, ``[T]``, and deltas, m times ``[T, a]``. N or T is 0 where there are none.
+    indices, ``[T]``, and deltas, m times ``[T, a]``. N or T may be 0.
     """
 
     def __init__(self, uses: Uses, deltas: Sequence[Gradient], weight: Tensor) -> None:
@@ -58,13 +60,13 @@ class Layer:
         self._lookup_deltas = [self._deltas(uses.lookups, a, row[k:]) for row in deltas]
 
     def gram(self) -> Tensor:
-        """Computes the Gram matrix of the gradients, ``[m, m]``, float64."""
-        # The terms of a gradient may cancel, and those of its square do so twice: hence float64.
+        """Returns the Gram matrix of the gradients, ``[m, m]``, float64."""
+        # Float64, because the terms of a gradient may cancel, and twice in its square.
         x, looked_up = self._x().double(), torch.stack(self._lookup_deltas).double()
         m, n = len(self._product_deltas), len(x)
         kernel = (x @ x.T).expand(m, n, n)
         total = gram_matrix(list(_rows_once(self._ids, looked_up)))
-        # In slices, so that what is computed on the way stays in the cache.
+        # In slices that stay in the cache.
         width = max(1, _SLICE // max(1, m * n))
         for parts in zip(*(torch.split(d, width, 1) for d in self._product_deltas), strict=True):
             part = torch.stack(parts).double()
@@ -79,11 +81,11 @@ class Layer:
 
     @torch.no_grad()
     def combine(self, coefficients: Tensor) -> Tensor:
-        """Computes the combination of the gradients with coefficients ``[m]``."""
+        """Returns the combination of the gradients with coefficients ``[m]``."""
         scales = as_scales(coefficients)
         x, delta = self._x(), combination(self._product_deltas, scales)
         left, right = (delta.T, x) if self._uses.transposed else (x.T, delta)
-        # `out`, because autocast would shorten the factors of a product that makes its own result.
+        # `out`, because autocast would round the factors of a product without it.
         combined = torch.mm(left, right, out=x.new_empty(len(left), right.shape[1]))
         combined = combined.view(self._uses.shape)
         if len(self._ids):
@@ -103,7 +105,7 @@ class Layer:
         )
 
     def _joined(self, width: int, parts: Sequence[Tensor]) -> Tensor:
-        """Lays the rows of all uses end to end, in the dtype of the computation."""
+        """Concatenates the rows of all uses, in the dtype of the computation."""
         parts = [part.to(self._empty.dtype) for part in parts]
         return parts[0] if len(parts) == 1 else torch.cat([self._empty.view(0, width), *parts])
 
@@ -121,8 +123,8 @@ class GhostGradients(DenseGradients):
         for layer in self.layers.values():
             part = layer.gram()
             gram = gram.to(part.device, non_blocking=True) + part
-        # Where the terms of a gradient cancel to the last digits, what is left of the products need
-        # not satisfy |H_ij| <= |g_i| |g_j|.
+        # If the terms of a gradient cancel to the last digits, the rest of the products may violate
+        # |H_ij| <= |g_i| |g_j|.
         squares = gram.diagonal().clamp(min=0)
         bound = squares.sqrt()[:, None] * squares.sqrt()
         gram = torch.where(gram.abs() > (1 + 1e-12) * bound, gram.sign() * bound, gram)
@@ -164,7 +166,7 @@ def collect(batch: Batch, memory: Memory) -> GhostGradients:
             for j, uses in find_uses(losses, parameters).items()
             if shared[j] and _is_cheaper(uses)
         }
-    except RuntimeError:  # a tensor is gone or was changed: the backward pass explains it
+    except RuntimeError:  # a tensor was freed or changed; the backward pass raises an error
         found = {}
     plain = [p for j, p in enumerate(parameters) if j not in found]
     edges = [GradientEdge(node, 0) for used in found.values() for node in used.nodes]
@@ -191,9 +193,9 @@ def collect(batch: Batch, memory: Memory) -> GhostGradients:
 
 @contextmanager
 def _given_to(nodes: Sequence[Any]) -> Iterator[dict[int, Tensor | None]]:
-    """Collects what nodes are given in a backward pass, after hooks on tensors changed it.
+    """Collects the gradients that nodes receive in a backward pass, after hooks on tensors.
 
-    The gradient of an edge is what it was before them, where its node is run too.
+    Autograd returns the gradient of an edge without these hooks if it runs its node too.
     """
     given: dict[int, Tensor | None] = {}
 
@@ -209,12 +211,12 @@ def _given_to(nodes: Sequence[Any]) -> Iterator[dict[int, Tensor | None]]:
 
 
 def _is_cheaper(uses: Uses) -> bool:
-    """Whether Gram and combination by deltas take less time than m gradients."""
+    """Returns whether deltas take less time than m gradients."""
     b, a = _sizes(uses)
     m, n, t = uses.losses, sum(u.number for u in uses.products), sum(u.number for u in uses.lookups)
     if not uses.products:
         return m * t < (m - 1) * b
-    # Twice: these products are formed in float64, at half the rate of the gradients'.
+    # Twice, because these products are in float64, at half the speed.
     return 2 * (n * (a + m * b) + m * t * a) < (m - 1) * a * b
 
 

@@ -1,7 +1,8 @@
-"""Stage 2: per-loss gradients -> Gram matrix."""
+"""Stage 2: the Gram matrix of per-loss gradients."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
 from typing import Any
@@ -12,12 +13,12 @@ from torch import Tensor
 
 Column = Sequence[Tensor | None]
 
-# 64k numbers a row stay in the cache, and the rounding error of a float64 sum over so few is below
-# that of one float32 number.
+# 64k numbers per row stay in the cache, and a float64 sum over them rounds less than one float32
+# number.
 _CHUNK = 65536
-# Of an accelerator, where each chunk costs launches: 1 B parameters would be 16,000 chunks.
+# On an accelerator each chunk costs launches: 1 B parameters would be 16,000 chunks.
 _CHUNK_OF_ACCELERATOR = 2**20
-# What float32 holds, at twice the speed of float64.
+# Float32 holds these, at twice the speed of float64.
 _SHORT = {torch.float32, torch.bfloat16, torch.float16}
 # Numbers of small columns that are multiplied at once: 2 MB of float64.
 _BLOCK = 2**18
@@ -26,19 +27,18 @@ _PAIRS = 3
 
 
 class Workspace:
-    """Multiplies gradients; keeps between steps the scratch memory, and which tensor goes where.
+    """Multiplies gradients; keeps scratch memory and a plan between steps.
 
-    All of it follows from the shapes, dtypes and devices of the tensors and from which are there;
-    these are compared in every call.
+    The plan depends on shapes, dtypes, devices and missing tensors, which every call compares.
     """
 
     def __init__(self) -> None:
         self._key: list[Any] = []
 
     @torch.no_grad()
-    @np.errstate(all="ignore")  # what is not finite is the caller's to say
+    @np.errstate(all="ignore")  # the caller handles NaN and Inf
     def gram(self, rows: Sequence[Sequence[Tensor | None]]) -> Tensor:
-        """Returns the Gram matrix, ``[m, m]``, of rows that were checked; see `gram_matrix`."""
+        """Returns the Gram matrix, ``[m, m]``, of checked rows; see `gram_matrix`."""
         key: list[Any] = [
             g if g is None else (g.shape, g.dtype, g.device) for row in rows for g in row
         ]
@@ -47,32 +47,43 @@ class Workspace:
             self._key = []
             self._plan(rows)
             self._key = key
-        H = _exactly([[row[j] for row in rows] for j in self._others], len(rows))
+        m = len(rows)
+        if self._others:
+            gram = _exactly([[row[j] for row in rows] for j in self._others], m)
+            if not gram.is_cpu:
+                return (gram + gram.T) / 2
+            H = gram.numpy()
+        else:
+            H = np.zeros((m, m))
         for views, places, products in self._batches:
             sources: Any = [rows[i][j] for i, j in places]
             torch._foreach_copy_(views, sources)
-            for where, left, right in products:
-                H.numpy()[where] += torch.mm(left, right).numpy()
+            for where, left, right, out, found in products:
+                if out is None:  # of one loss: a squared norm
+                    H[where] += left.dot(left)
+                else:
+                    torch.mm(left, right, out=out)
+                    H[where] += found
         if self._large:
-            small = H.clone()
+            small = H.copy()
             for j, losses, where in self._large:
                 column = [g for i in losses if (g := rows[i][j]) is not None]
                 product = _pairs if len(column) <= _PAIRS else self._stacked
-                H.numpy()[where] += product(column)
+                H[where] += product(column)
             if not _is_well_conditioned(H, self._sizes):
-                H = small + _exactly([[row[j] for row in rows] for j, *_ in self._large], len(rows))
+                columns = [[row[j] for row in rows] for j, *_ in self._large]
+                H = small + _exactly(columns, m).numpy()
         # The two triangles of a matrix product may differ in the last bit.
         H = (H + H.T) / 2
-        if H.device.type == "cpu":
-            _mend(H.numpy(), rows)
-        return H
+        _mend(H, rows)
+        return torch.from_numpy(H)
 
     def _plan(self, rows: Sequence[Sequence[Tensor | None]]) -> None:
-        """Decides how each column is multiplied.
+        """Decides how to multiply each column.
 
-        Small ones are grouped by the losses that reach them, and a group is one float64 matrix, or
-        several of limited size: m = 8 and 22 parameters take 0.2 ms, and 0.6 ms one by one. The
-        head of a loss adds a squared norm, without the cost of m^2 products.
+        Small columns are grouped by the losses that reach them; each group is one or more float64
+        matrices of limited size (m = 8 and 22 parameters take 0.2 ms, and 0.6 ms separately). The
+        head of a single loss adds a squared norm, without m^2 products.
         """
         groups: dict[tuple[int, ...], list[tuple[int, torch.Size]]] = {}
         self._sizes = [sum(g.numel() for g in row if g is not None) for row in rows]
@@ -95,6 +106,7 @@ class Workspace:
         size = min(max(_BLOCK, len(rows) * longest), total)
         scratch = torch.empty(size, dtype=torch.float64, device="cpu")
         self._batches: list[tuple[list[Tensor], list[tuple[int, int]], list[Any]]] = []
+        out = torch.empty(len(rows) ** 2, dtype=torch.float64, device="cpu")
         end = size
         for losses, columns in groups.items():
             k, left = len(losses), columns[::-1]
@@ -109,7 +121,12 @@ class Workspace:
                 matrix = scratch[end : end + k * width].view(k, width)
                 end += k * width
                 views, places, products = self._batches[-1]
-                products.append((_square(losses), matrix, matrix.T))
+                if k == 1:
+                    products.append(((*losses, *losses), matrix[0].numpy(), None, None, None))
+                else:
+                    product = out[: k * k].view(k, k)
+                    wanted = (_square(losses), matrix, matrix.T, product, product.numpy())
+                    products.append(wanted)
                 for i, row in zip(losses, matrix, strict=True):
                     parts = torch.split(row, [shape.numel() for _, shape in taken])
                     views += [x.view(shape) for x, (_, shape) in zip(parts, taken, strict=True)]
@@ -117,11 +134,11 @@ class Workspace:
         self._scratch: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _stacked(self, column: Sequence[Tensor]) -> Any:  # noqa: ANN401  # a numpy array
-        """Multiplies short pieces of float32 rows, in batches, and sums in float64.
+        """Multiplies short pieces of float32 rows in batches, and sums in float64.
 
-        The BLAS sums over a piece one number after the other: with elements of one magnitude, 128
-        (64 for the kernel that serves more rows) are off by 5e-7 (1e-6), 1,024 by 4e-6. 10 M
-        elements and m = 4 / 8 / 40 take 17 / 48 / 600 ms; all pairs 22 / 73, float64 1,140.
+        BLAS sums a piece sequentially: with elements of equal magnitude, 128 of them (64 in the
+        kernel for more rows) are off by 5e-7 (1e-6), 1,024 by 4e-6. 10 M elements and m = 4 / 8 /
+        40 take 17 / 48 / 600 ms; all pairs 22 / 73, float64 1,140.
         """
         k, dtype = len(column), torch.float32
         piece, chunk = (128, _CHUNK) if k <= 8 else (64, _CHUNK if k <= 16 else _CHUNK // 2)
@@ -141,13 +158,13 @@ class Workspace:
                 )
             torch._foreach_copy_(rows, parts)
             rest.zero_()
-            # `out`, because autocast would shorten the factors of a product without it.
+            # `out`, because autocast would round the factors of a product without it.
             total += torch.bmm(left, left.mT, out=out).sum(0, dtype=torch.float64)
         return total.numpy()
 
 
 def _square(losses: tuple[int, ...]) -> Any:  # noqa: ANN401  # an index
-    """Returns the index of the entries of H that these losses have, by slices where it can be."""
+    """Returns the index of the entries of H for these losses, as slices if possible."""
     first, last = losses[0], losses[-1] + 1
     if last - first > len(losses):
         return np.ix_(losses, losses)
@@ -155,13 +172,13 @@ def _square(losses: tuple[int, ...]) -> Any:  # noqa: ANN401  # an index
 
 
 def _pairs(column: Sequence[Tensor]) -> Any:  # noqa: ANN401  # a numpy array
-    """Multiplies float32 rows pair by pair; for few, that is faster than to stack them."""
+    """Multiplies float32 rows pair by pair, which is faster than stacking a few."""
     upper = np.zeros((len(column), len(column)))
     product = torch.empty(_CHUNK, dtype=torch.float32, device="cpu")
     for parts in zip(*(torch.split(g.reshape(-1), _CHUNK) for g in column), strict=True):
         rows, out = enumerate(part.float() for part in parts), product[: len(parts[0])]
         for (i, a), (j, b) in combinations_with_replacement(rows, 2):
-            # torch adds in a tree: a sum is off by a few bits, however many numbers it has.
+            # torch adds in a tree: any sum is off by only a few bits.
             upper[i, j] += torch.mul(a, b, out=out).sum().item()
     return upper + np.triu(upper, 1).T
 
@@ -187,31 +204,33 @@ def _exactly(columns: Sequence[Column], m: int) -> Tensor:
     return gram
 
 
-def _is_well_conditioned(gram: Tensor, sizes: Sequence[int]) -> bool:
-    """Whether an H from float32 sums serves as well as one from float64; None is exactly zero."""
+def _is_well_conditioned(H: Any, sizes: Sequence[int]) -> bool:  # noqa: ANN401  # a numpy array
+    """Returns whether an H from float32 sums is as good as one from float64."""
     present = [i for i, n in enumerate(sizes) if n > 0]
-    H = gram[present][:, present]
-    # Smaller squares lose bits, as those below 1e-38 do altogether.
-    least = 1e-30 * H.new_tensor([sizes[i] for i in present])
-    if not bool(H.isfinite().all() & (H.diagonal() > least).all()):
+    if len(present) < len(H):
+        H = H[np.ix_(present, present)]
+    squares = H.diagonal()
+    # Float32 products lose bits below this, and everything below 1e-38.
+    least = [1e-30 * sizes[i] for i in present]
+    if not (math.isfinite(H.sum()) and (squares > least).all()):
         return False
-    scale = H.diagonal().rsqrt()
-    cosines = scale[:, None] * H * scale
-    # A solution depends on the last digits of H where gradients are nearly dependent. The factor
-    # exists if and only if all eigenvalues are above 1e-3, and takes less time than they do.
-    cosines.diagonal().sub_(1e-3)
-    return int(torch.linalg.cholesky_ex(cosines).info) == 0
+    lengths = np.sqrt(squares)
+    cosines = H / lengths[:, None] / lengths
+    # For nearly dependent gradients, the solution depends on the last digits of H. The factor
+    # exists if and only if all eigenvalues are above 1e-3, and is faster than computing them.
+    cosines[np.diag_indices_from(cosines)] -= 1e-3
+    return int(torch.linalg.cholesky_ex(torch.from_numpy(cosines)).info) == 0
 
 
 def _mend(H: Any, rows: Sequence[Sequence[Tensor | None]]) -> None:  # noqa: ANN401
-    """Gives equal gradients equal entries, which products of matrices (BLAS) may not, to the bit.
+    """Makes entries of equal gradients bitwise equal, which matrix products (BLAS) may not.
 
-    Otherwise the subproblem has one solution, a random one, instead of many. The tensors are
-    compared only where the entries say that two gradients are equal but for rounding.
+    Otherwise the subproblem has a single random solution instead of many. Tensors are compared only
+    if the entries show two gradients to be equal up to rounding.
     """
     squares = H.diagonal()
-    bad = np.isnan(squares)
-    if bad.any():  # NaN times None is NaN, too
+    if math.isnan(squares.sum()):  # NaN times None is NaN, too
+        bad = np.isnan(squares)
         H[bad] = H[:, bad] = np.nan
     close = np.maximum.outer(squares, squares) * (1 - 1e-9) < H
     if np.count_nonzero(close) > len(H):

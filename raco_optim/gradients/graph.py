@@ -1,4 +1,4 @@
-"""Where the weights of a model are used, read off the autograd graph of its losses."""
+"""Finds the uses of a model's weights in the autograd graph of its losses."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-# Node of the graph -> the position of the weight among its inputs.
+# Node of the graph -> position of the weight among its inputs.
 _WEIGHT_INPUT = {
     "AddmmBackward0": 2,
     "MmBackward0": 1,
     "ConvolutionBackward0": 1,
     "EmbeddingBackward0": 0,
 }
-# Node -> whether it transposes the weight on its way there.
+# Node that passes a weight on -> whether it transposes it.
 _PASSES_ON = {"TBackward0": True, "ToCopyBackward0": False}
 
 _Consumers = dict[Any, list[tuple[Any, int]]]
@@ -27,7 +27,7 @@ _Consumers = dict[Any, list[tuple[Any, int]]]
 
 @dataclass(frozen=True)
 class Product:
-    """A use of a weight as :math:`y = x W^T`, with x ``[N, a]`` or what it is unfolded from."""
+    """A use of a weight as :math:`y = x W^T`, with x ``[N, a]``, or an image to unfold to x."""
 
     node: Any
     saved: Tensor
@@ -70,29 +70,29 @@ class Uses:
     shape: torch.Size
     losses: int
     transposed: bool = False
-    """Whether the weight is kept as ``[b, a]``, as `torch.nn.Linear` does, or as ``[a, b]``."""
+    """Whether the weight is stored as ``[b, a]``, as in `torch.nn.Linear`, or as ``[a, b]``."""
     products: list[Product] = field(default_factory=list)
     lookups: list[Lookup] = field(default_factory=list)
 
     @property
     def nodes(self) -> list[Any]:
-        """The nodes of the products, and those of the lookups behind them."""
+        """The nodes of the products, then of the lookups."""
         return [*(use.node for use in self.products), *(use.node for use in self.lookups)]
 
 
 def find_uses(losses: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> dict[int, Uses]:
-    """Finds the parameters every use of which is a product or a lookup, by their positions.
+    """Finds parameters, by position, that are used only in products and lookups.
 
-    Linear layers, convolutions in one and two dimensions without groups, and embeddings are these,
-    also under autocast. What is behind an opaque node (a compiled region, a custom function) is
-    not, nor is a parameter with a hook, which only an ordinary gradient runs.
+    These are linear layers, convolutions in one and two dimensions without groups, and embeddings,
+    also under autocast. Parameters behind an opaque node (a compiled region, a custom function) are
+    left out, and so are parameters with a hook, which only an ordinary gradient runs.
     """
     consumers, reached = _walk(
         [None if loss is None else get_gradient_edge(loss).node for loss in losses]
     )
     found = {}
     for j, p in enumerate(parameters):
-        # In float16 the gradient may overflow where its inputs do not.
+        # In float16 the gradient may overflow although its inputs do not.
         if not p.requires_grad or p._backward_hooks or p.dtype == torch.float16:
             continue
         leaf = get_gradient_edge(p).node
@@ -103,10 +103,10 @@ def find_uses(losses: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> 
 
 
 def walk_graph(root: Any, walked: set[Any]) -> list[Any]:  # noqa: ANN401  # a node of autograd
-    """Returns the nodes behind a node, but for those in `walked`, to which it adds them."""
+    """Returns the nodes behind a node, except those in `walked`, and adds them to it."""
     nodes = [] if root is None or root in walked else [root]
     walked.update(nodes)
-    for node in nodes:  # which grows
+    for node in nodes:  # the list grows
         for child, _ in node.next_functions:
             if child is not None and child not in walked:
                 walked.add(child)
@@ -115,12 +115,12 @@ def walk_graph(root: Any, walked: set[Any]) -> list[Any]:  # noqa: ANN401  # a n
 
 
 def _walk(roots: Sequence[Any]) -> tuple[_Consumers, dict[Any, int]]:
-    """Returns who uses each node's output, as which input, and which roots reach it, as bits."""
+    """Returns the consumers of each node's output, and as bits the roots that reach it."""
     reached: dict[Any, int] = {}
     for i, root in enumerate(roots):
         if root is not None:
             reached[root] = reached.get(root, 0) | 1 << i
-    # A loss may be a weight itself; it is then used by nothing that the graph knows.
+    # A loss may be a weight; then the graph has no consumer of it.
     consumers: _Consumers = {root: [(None, 0)] for root in reached}
     stack = list(consumers)
     while stack:
@@ -132,7 +132,7 @@ def _walk(roots: Sequence[Any]) -> tuple[_Consumers, dict[Any, int]]:
                 consumers[child] = []
                 stack.append(child)
             consumers[child].append((node, position))
-    # A node is younger than those that it uses; leaves have no age.
+    # A node has a higher sequence number than its inputs; leaves have none.
     for node in sorted(consumers, key=lambda x: (not x.next_functions, -x._sequence_nr())):
         for consumer, _ in consumers[node]:
             if consumer is not None:
@@ -141,7 +141,7 @@ def _walk(roots: Sequence[Any]) -> tuple[_Consumers, dict[Any, int]]:
 
 
 def _add_uses(uses: Uses, node: Any, consumers: _Consumers, *, transposed: bool) -> bool:  # noqa: ANN401
-    """Adds the uses of the weight that `node` passes on; False where one is of another kind."""
+    """Adds the uses of the weight that `node` passes on; False if one has an unknown kind."""
     for consumer, position in consumers[node]:
         if consumer is None or _has_hooks(consumer):
             return False
@@ -156,7 +156,7 @@ def _add_uses(uses: Uses, node: Any, consumers: _Consumers, *, transposed: bool)
 
 
 def _has_hooks(node: Any) -> bool:  # noqa: ANN401
-    """Whether hooks of the node may change gradients, which those of its output don't show."""
+    """Returns whether hooks of the node may change gradients, which its output doesn't show."""
     found = False
     for register in (node.register_hook, node.register_prehook):
         handle = register(lambda *_: None)
@@ -167,7 +167,7 @@ def _has_hooks(node: Any) -> bool:  # noqa: ANN401
 
 
 def _add_use(uses: Uses, node: Any, name: str, transposed: bool) -> bool:  # noqa: ANN401
-    # A kernel, flat, and a table are kept as [b, a].
+    # A flat kernel and a table are stored as [b, a].
     is_kept = name in ("EmbeddingBackward0", "ConvolutionBackward0")
     use = None if is_kept and transposed else _use(node, name, uses.shape)
     transposed |= is_kept

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction, _addmm_fp32
 
-from raco_optim.gradients.per_example import HIDDEN, Sensitivities, Vectors, blocks, norm
+from raco_optim.gradients.per_example.layers import Sensitivities, Vectors, blocks, norm
+from raco_optim.gradients.per_example.watch import HIDDEN
 from raco_optim.integrations.preference_data import MARGINS, SIGNS
 
 _NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", SIGNS, MARGINS)

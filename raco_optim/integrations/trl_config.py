@@ -75,7 +75,7 @@ class MultiObjectiveDPOConfig(DPOConfig):  # type: ignore[misc]  # TRL is not ty
             from the columns ``margin_<objective>``.
         c: Radius of the correction relative to the weighted gradient: in [0, 1) for ``"raco"``,
             >= 0 for ``"cagrad"``. The default is the paper's; if preferences keep conflicting,
-            0.1 to 0.2 worked better (docs/beyond.md).
+            0.1 to 0.2 worked better (docs/evidence.md).
         solver: ``"exact"``, ``"pgd"`` or ``"slsqp"``; see `raco_optim.solve_subproblem`.
         nonfinite: What to do if a loss or gradient of an objective is NaN or Inf. ``"raise"``: a
             `FloatingPointError` that names it. ``"skip"``: skip the update and log the number of
@@ -357,7 +357,7 @@ def parsed_weights(weights: Mapping[str, float] | str | None) -> dict[str, float
         return parsed
     if not isinstance(weights, Mapping) or not weights:
         raise ValueError(
-            f"`weights` must be a mapping from objective to weight, such as "
-            f"{{'helpful': 0.7, 'harmless': 0.3}}; got {weights!r}."
+            f"`weights` must map objectives to weights, such as {{'helpful': 0.7, 'harmless': 0.3}}"
+            f" or helpful=0.7,harmless=0.3; got {weights!r}."
         )
     return dict(weights)

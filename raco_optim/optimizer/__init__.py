@@ -1,6 +1,6 @@
-"""`MultiObjectiveOptimizer`: ``backward`` takes several losses, ``step`` is the inner optimizer's.
+"""`MultiObjectiveOptimizer`: ``backward`` takes several losses, ``step`` runs the inner optimizer.
 
-`multi_objective` reads like a step; `core` holds its state and chooses the mode.
+`multi_objective` runs a step; `core` holds its state and chooses the mode.
 """
 
 from raco_optim.optimizer.core import Mode as Mode

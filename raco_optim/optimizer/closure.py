@@ -1,4 +1,4 @@
-"""A closure that returns several losses, as the inner optimizer sees it."""
+"""Closures that return several losses, for inner optimizers that evaluate them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from raco_optim.optimizer.multi_objective import MultiObjectiveOptimizer
 
 _RETURN = (
-    "`closure` must return the losses, one per weight, as a list or mapping, and leave `backward` "
-    "to `step` (or call `backward` itself and return None); it {got}. In a LightningModule, set "
+    "`closure` must return the losses, one per weight, as a list or mapping, without calling "
+    "`backward` (or call `backward` and return None); it {got}. In a LightningModule, set "
     "`self.automatic_optimization = False` and call `backward` and `step` in `training_step`."
 )
 
 
 def step_with(optimizer: MultiObjectiveOptimizer, closure: Callable[[], Losses | None]) -> Any:  # noqa: ANN401
-    """Performs the inner step; `backward` runs wherever it evaluates the closure."""
+    """Performs the inner step; each evaluation of the closure runs `backward`."""
     core = optimizer._core
 
     def weighted_loss() -> Tensor | None:
@@ -32,7 +32,7 @@ def step_with(optimizer: MultiObjectiveOptimizer, closure: Callable[[], Losses |
         ran, got = core.progress.report is not before, ""
         if losses is None:
             if core.progress.report is None:
-                got = "returned None, and there was no `backward`"
+                got = "returned None without calling `backward`"
         elif ran:
             got = "called `backward` and returned losses"
         elif is_single(losses):
@@ -54,4 +54,4 @@ def step_with(optimizer: MultiObjectiveOptimizer, closure: Callable[[], Losses |
 
 
 class _SkippedError(Exception):
-    """Leaves the inner step when the losses of its closure are not finite."""
+    """Leaves the inner step if the losses of its closure are not finite."""

@@ -1,4 +1,4 @@
-"""All that a `MultiObjectiveOptimizer` holds between steps."""
+"""The state of a `MultiObjectiveOptimizer` between steps."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _FIXED = ("shared_parameters", "gradients", "gram_every", "model", "process_grou
 
 
 class Options(TypedDict, total=False):
-    """Keyword arguments that every `MultiObjectiveOptimizer` takes; it documents them."""
+    """Keyword arguments of every `MultiObjectiveOptimizer`, which documents them."""
 
     nonfinite: NonFinite
     gram_every: int
@@ -50,7 +50,7 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Progress:
-    """What one call hands to the next; replaced at once, so that an interrupt can't split it."""
+    """State that each call passes to the next; replaced in one go, even under an interrupt."""
 
     report: StepReport | None = None
     pending: Pending | None = None
@@ -61,7 +61,7 @@ class Progress:
 
 @dataclass
 class Core:
-    """All that the optimizer holds; wrappers that imitate its class (Fabric's) share it."""
+    """The state of an optimizer; wrappers that imitate its class (Fabric's) share it."""
 
     objectives: Objectives
     rule: Rule
@@ -80,30 +80,29 @@ class Core:
         return self.__dict__ | {"mode": None, "mode_of": None}
 
     def chosen_mode(self, parameters: Parameters, group: Group | None) -> Any:  # noqa: ANN401
-        """Chooses how gradients are computed; the only place where that is decided."""
+        """Returns the mode that computes gradients; the only place that decides it."""
         if self.asked in ("representation", "subset"):
             return ApproximateMode(self.asked)
+        model: Any = self.model  # not None with "per_example"
         if parameters.is_sharded:
             from raco_optim.distributed.sharded import ShardedMode
             from raco_optim.distributed.sharded_layers import ShardedPerExampleMode
 
             if self.asked == "per_example":
-                assert self.model is not None
-                return ShardedPerExampleMode(self.model, parameters.tensors, self.group)
+                return ShardedPerExampleMode(model, parameters.tensors, self.group)
             return ShardedMode(self.asked)
         gather = None if group is None else replicated.gather
         if self.asked == "per_example":
-            assert self.model is not None
-            return PerExampleMode(self.model, parameters.tensors, gather)
+            return PerExampleMode(model, parameters.tensors, gather)
         return ghost.GhostMode(gather) if self.asked == "ghost" else DenseMode(gather)
 
     def settings(self) -> dict[str, Any]:
-        """Returns what must be the same in all processes."""
+        """Returns the settings that must be equal in all processes."""
         own = self.rule.settings() | {"weights": self.objectives.given} | self._chosen()
         return {f"`{name}`": value for name, value in own.items()}
 
     def described(self) -> dict[str, str]:
-        """Returns what `repr` shows of the optimizer itself."""
+        """Returns the settings that `repr` shows."""
         shown = {}
         if isinstance(self.rule, FunctionRule):
             shown["rule"] = repr(self.rule.function)
@@ -117,7 +116,7 @@ class Core:
         return dict(zip(_DEFAULTS, own, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps of the optimizer itself."""
+        """Returns the optimizer's own part of a checkpoint."""
         state = {"version": _STATE_VERSION} | self.objectives.state_dict()
         rule = self.rule.state_dict()
         state |= rule if isinstance(self.rule, CAGradRule) else {"rule": rule}  # c, or any names
@@ -125,16 +124,16 @@ class Core:
         return state | {"skipped": self.progress.skipped, "kept_gram": kept_gram}
 
     def loader(self, own: Any, cls: str) -> Callable[[], None]:  # noqa: ANN401
-        """Checks a state, changing nothing, and returns what loads it."""
+        """Checks a state without changing anything, and returns a function that loads it."""
         has_radius = isinstance(self.rule, CAGradRule)
         needed = {"version", "weights", "names", "skipped", "kept_gram"}
         needed.add("c" if has_radius else "rule")
         if not isinstance(own, Mapping) or needed - own.keys():
             got = sorted(needed - own.keys()) if isinstance(own, Mapping) else type(own).__name__
             raise ValueError(
-                f"`state_dict` must be of a {cls}; what is under {STATE_KEY!r} "
-                f"{'lacks' if isinstance(got, list) else 'is a'} {got}. Without that key it is "
-                f"loaded as the state of the inner optimizer."
+                f"`state_dict` must come from a {cls}; its entry {STATE_KEY!r} "
+                f"{'lacks' if isinstance(got, list) else 'is a'} {got}. Remove this entry to load "
+                f"the rest as the state of the inner optimizer."
             )
         version, skipped = own["version"], own["skipped"]
         if type(version) is not int or version > _STATE_VERSION:
@@ -144,7 +143,7 @@ class Core:
             )
         if type(skipped) is not int or skipped < 0:
             raise ValueError(
-                f"`state_dict` must hold, as 'skipped', a number of updates >= 0; got {skipped!r}."
+                f"`state_dict` must hold an integer >= 0 as 'skipped'; got {skipped!r}."
             )
         weights, places = self.objectives.loaded(own)
         rule_state = {"c": own["c"]} if has_radius else own["rule"]
@@ -161,12 +160,12 @@ class Core:
         return load
 
     def watching(self, batch: Batch) -> Batch:
-        """Looks, before the first step, for parameters that nobody holds."""
-        # FSDP2's leaves are gathered copies.
+        """Collects, before the first step, parameters that no inner optimizer holds."""
+        # With FSDP2 the leaves are gathered copies.
         held = set() if batch.parameters.is_sharded else set(batch.parameters.tensors)
         walked, unheld = set[Any](), self.unheld
 
-        def watched(loss: Any) -> Any:  # noqa: ANN401  # a tensor or what else a callable returned
+        def watched(loss: Any) -> Any:  # noqa: ANN401  # a tensor, or any result of a callable
             for node in walk_graph(getattr(loss, "grad_fn", None), walked):
                 leaf = getattr(node, "variable", None)
                 if unheld is not None and isinstance(leaf, nn.Parameter) and leaf not in held:
@@ -180,10 +179,10 @@ class Core:
         return replace(batch, losses=losses)
 
     def warn_of_unheld(self, parameters: Parameters, cls: str) -> None:
-        """Warns of them, once."""
-        found = (self.unheld or set()).difference(parameters.tensors)  # some joined, perhaps
+        """Warns once about these parameters."""
+        found = (self.unheld or set()).difference(parameters.tensors)  # some may have joined
         self.unheld = None
-        if found and parameters.is_sharded:  # gathered copies are known by their shapes alone
+        if found and parameters.is_sharded:  # gathered copies are known only by their shapes
             shapes = [p.shape for p in parameters.tensors]
             for p in list(found):
                 if p.shape in shapes:
@@ -192,8 +191,8 @@ class Core:
         if found:
             warnings.warn(
                 f"the losses depend on {len(found)} parameters, with "
-                f"{sum(p.numel() for p in found)} numbers, that no inner optimizer holds: "
-                f"`backward` gives them no gradient, and they do not move. Pass all optimizers "
+                f"{sum(p.numel() for p in found)} numbers, that no inner optimizer holds. "
+                f"`backward` gives them no gradient, so they are not trained. Pass all optimizers "
                 f"together, {cls}([trunk_optimizer, head_optimizer], ...), or "
                 f"freeze these parameters with requires_grad_(False).",
                 stacklevel=5,  # two frames are torch's, around `backward`
@@ -201,7 +200,7 @@ class Core:
 
 
 class BetweenSteps(OptimizerWrapper):
-    """What a user reads and sets between the steps of a `MultiObjectiveOptimizer`."""
+    """Attributes of a `MultiObjectiveOptimizer` to read and set between steps."""
 
     _core: Core
 
@@ -209,43 +208,44 @@ class BetweenSteps(OptimizerWrapper):
         """Adds a parameter group to the inner optimizer.
 
         Args:
-            param_group: As in torch. Where `shared_parameters` was given and does not hold these
-                parameters, the key ``"shared"`` says whether they are shared. With several inner
-                optimizers the key ``"optimizer"`` is the position of the one that takes them.
+            param_group: As in torch. The key ``"shared"`` says whether its parameters are shared;
+                it is required if `shared_parameters` was given without them. With several inner
+                optimizers, the key ``"optimizer"`` is required: the position of the one to add the
+                group to.
 
         Raises:
-            ValueError: A key is missing or of no use. Nothing is added then.
+            ValueError: A key is missing or has no use. Nothing is added.
         """
         params = param_group["params"]
-        if isinstance(params, Tensor | Iterator):  # in place, as torch does
+        if isinstance(params, Tensor | Iterator):  # in place, like torch
             param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
         if "optimizer" in param_group and len(self.optimizers) == 1:
             raise ValueError(
-                'the key "optimizer" of `param_group` chooses between several inner optimizers; '
-                "there is one. Leave it out."
+                'the key "optimizer" of `param_group` must be left out, because there is only one '
+                "inner optimizer."
             )
         self._core.roles.check_group(param_group)
         self.optimizer.add_param_group(param_group)
 
     @property
     def report(self) -> StepReport:
-        """What the last `backward` did. Reading it waits for the device.
+        """The report of the last `backward`. Reading it waits for the device.
 
         Raises:
             RuntimeError: There was no `backward` yet.
         """
         if self.last_step is not None:
             return self.last_step.to_host()
-        raise RuntimeError("there is nothing to report yet. Call `backward` first.")
+        raise RuntimeError("there is no report yet. Call `backward` first.")
 
     @property
     def last_step(self) -> StepReport | None:
-        """The report with its tensors still on their device; None before the first `backward`."""
+        """The report with tensors on their device; None before the first `backward`."""
         return self._core.progress.report
 
     @property
     def weights(self) -> Mapping[str, float] | tuple[float, ...] | None:
-        """The user's weights, as they were given, read-only; others may be set between steps."""
+        """The user's weights, read-only, in the given form; may be set between steps."""
         return self._core.objectives.given
 
     @weights.setter
@@ -254,7 +254,7 @@ class BetweenSteps(OptimizerWrapper):
 
     @property
     def rule(self) -> Any:  # noqa: ANN401  # a Rule, or the function that was given
-        """The rule; another one may be set between steps."""
+        """The rule, or the user's function; may be set between steps."""
         rule = self._core.rule
         return rule.function if isinstance(rule, FunctionRule) else rule
 
@@ -273,14 +273,14 @@ class BetweenSteps(OptimizerWrapper):
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the first of the processes, or the only one."""
+        """Whether this is the first process, or the only one."""
         return self._core.group.is_main
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in _FIXED and not self._having(name):  # an inner optimizer may have a `model`
             raise AttributeError(
-                f"`{name}` is chosen when the optimizer is built; got {value!r} later, which would "
-                f"have no effect. Build another one with it, and load this one's state_dict()."
+                f"`{name}` can't be changed after the optimizer is built; got {value!r}. Build "
+                f"another optimizer with it, and load this one's state_dict()."
             )
         super().__setattr__(name, value)
 
@@ -305,13 +305,13 @@ class BetweenSteps(OptimizerWrapper):
         self._core.progress = replace(self._core.progress, kept=KeptGram())
 
     def _follow(self) -> None:
-        """Sees the groups that a state brought; the next `backward` says if they are not right."""
+        """Registers loaded groups; the next `backward` reports any error in them."""
         with suppress(ValueError):
             self._core.roles.current(self.param_groups)
 
 
 def check_options(cls: str, options: Mapping[str, Any]) -> None:
-    """Raises for an argument that no optimizer takes."""
+    """Raises `TypeError` for an argument that no optimizer takes."""
     unknown = sorted(set(options) - set(Options.__annotations__))
     if unknown:
         known = ["shared_parameters", "gradients", *Options.__annotations__]
@@ -319,7 +319,7 @@ def check_options(cls: str, options: Mapping[str, Any]) -> None:
 
 
 def checked_gradients(gradients: Any, model: Any) -> tuple[str, Any]:  # noqa: ANN401
-    """Returns the mode, and the parameters of the mode "subset", or raises."""
+    """Returns the mode, and the parameters for the mode "subset", or raises."""
     asked = gradients if isinstance(gradients, str) else "subset"
     if isinstance(gradients, str):
         checks.checked_choice("gradients", gradients, MODES)
@@ -338,5 +338,5 @@ def checked_gradients(gradients: Any, model: Any) -> tuple[str, Any]:  # noqa: A
 
 
 def checked_nonfinite(nonfinite: NonFinite) -> NonFinite:
-    """Returns what to do with NaN and Inf, or raises."""
+    """Returns `nonfinite` if it is valid, or raises."""
     return checks.checked_choice("nonfinite", nonfinite, ("raise", "skip", "propagate"))

@@ -58,59 +58,58 @@ _THROUGH = {"representation": "representation", "per_example": "scalars"}
 
 
 class MultiObjectiveOptimizer(BetweenSteps):
-    r"""Wraps `torch.optim` optimizers so that they step along a combination of several gradients.
+    r"""Wraps `torch.optim` optimizers to step along a combination of several gradients.
 
-    ``backward(losses)`` computes one gradient per loss and their Gram matrix H, asks `rule` for
-    coefficients :math:`\alpha(H)` and adds :math:`\sum_i \alpha_i g_i` to ``.grad``; ``step()`` is
-    the step of the inner optimizer. Gradient clipping between the two sees the combined gradient.
-    ``param_groups``, ``state``, ``defaults`` and attributes that the wrapper lacks are those of the
-    inner optimizer: pass the wrapper to schedulers, checkpoints and gradient scalers.
+    ``backward(losses)`` computes one gradient per loss and their Gram matrix H, gets coefficients
+    :math:`\alpha(H)` from `rule` and adds :math:`\sum_i \alpha_i g_i` to ``.grad``. ``step()`` runs
+    the inner optimizer. Clip gradients between the two. ``param_groups``, ``state``, ``defaults``
+    and all attributes that the wrapper lacks are those of the inner optimizer: pass the wrapper to
+    schedulers, checkpoints and gradient scalers.
 
-    A loss that is absent from a step (None) takes no part: H and the weights run over the losses
-    that are there, and `CAGradClip` divides these weights by their sum W and multiplies the
-    coefficients by W, so that :math:`g_0` stays :math:`\sum_i w_i g_i`.
+    A loss that is None is absent from the step: H and the weights cover the other losses only.
+    `CAGradClip` divides these weights by their sum W and multiplies the coefficients by W, so
+    :math:`g_0` remains :math:`\sum_i w_i g_i`.
 
     Args:
         inner: An optimizer, or a list of optimizers of different parameters that step together.
-            LBFGS needs a closure, and sees the combined gradient and the weighted loss, which is
-            not its antiderivative: leave ``line_search_fn`` at None.
+            LBFGS needs a closure. It sees the combined gradient and the weighted loss, which do not
+            match exactly: leave ``line_search_fn`` at None.
         rule: A `raco_optim.rules.Rule`, or any callable from the Gram matrix, ``[m, m]``, float64,
-            to the coefficients, ``[m]``, as a tensor or as `MixingCoefficients`. The ``Weighting``
-            classes of TorchJD that work on a Gram matrix are such callables.
+            to the coefficients, ``[m]``, as a tensor or `MixingCoefficients`, for example a
+            ``Weighting`` of TorchJD that works on a Gram matrix.
         weights: w, one number >= 0 per loss, summing to 1, or a mapping from the losses' names to
             them: `backward` then takes a mapping with the same keys. Default: any number of
             losses, uniform weights.
-        shared_parameters: Only these enter the Gram matrix and get
-            :math:`\sum_i \alpha_i g_i`; the other parameters (task heads) get
-            :math:`\sum_i w_i g_i`. They keep that role in whatever group they are; frozen ones
-            that join later may be among them. A group can say it too, by the key ``"shared"``
-            (True or False). Default: all parameters.
-        gradients: How the gradients and H are computed. Exact: ``"dense"``, all m gradients at
-            once; ``"ghost"``, without those of layers for which inputs and output gradients are
-            cheaper; ``"per_example"``, by one backward pass for losses of one scalar per example
-            (`model`, and `scalars` in `backward`). Where the last two can't be had, the gradients
-            are dense and the report says why. Approximate, with one more backward pass:
-            ``"representation"``, H of the gradients with respect to a tensor that is passed to
-            `backward`, or an iterable of parameters, H of their part of the gradients.
-        nonfinite: What to do when a loss, its gradient or a coefficient of `rule` is NaN or Inf.
-            ``"raise"`` (default): `FloatingPointError` that names it. ``"skip"``: no update,
-            counted in the report (with LBFGS: none from the first evaluation that was not finite).
-            On an accelerator each costs a copy of m (m + 2) numbers to the host per step, and of a
-            bit where `gradients` is approximate. ``"propagate"``: combine with alpha = w, as
-            ``loss.backward()`` would, or with `rule`'s coefficients as they are, so that a
-            `GradScaler` sees it and skips; under a `GradScaler` use no other.
-        gram_every: H serves this many steps (default 1); above 1 an approximation, with one
-            backward pass in each step between.
-        model: With ``gradients="per_example"``, the model; its first dimension is that of the
-            examples, and it gets forward hooks. Layers that are not known have one backward pass
-            for each loss.
+        shared_parameters: Parameters that enter the Gram matrix and get
+            :math:`\sum_i \alpha_i g_i`; the others (task heads) get :math:`\sum_i w_i g_i`. They
+            keep this role in any group; frozen parameters that join later may be included. The key
+            ``"shared"`` (True or False) of a group overrides it. Default: all parameters.
+        gradients: How to compute the gradients and H. Exact: ``"dense"``, all m gradients at once;
+            ``"ghost"``, without the gradients of layers whose inputs and output gradients are
+            cheaper; ``"per_example"``, one backward pass for losses of one scalar per example
+            (needs `model`, and `scalars` in `backward`). If the last two are not possible, the
+            gradients are dense and the report says why. Approximate, with one more backward pass:
+            ``"representation"``, H of the gradients with respect to a tensor passed to `backward`;
+            or an iterable of parameters, H of the gradients with respect to them.
+        nonfinite: What to do if a loss, its gradient or a coefficient of `rule` is NaN or Inf.
+            ``"raise"`` (default): a `FloatingPointError` that names it. ``"skip"``: no update, and
+            the report counts it (with LBFGS: none after the first non-finite evaluation).
+            On an accelerator both copy m (m + 2) numbers to the CPU per step, and one more bit if
+            `gradients` is approximate. ``"propagate"``: combine with alpha = w, as
+            ``loss.backward()`` would, or with non-finite coefficients of `rule`, for a `GradScaler`
+            to detect and skip; with a `GradScaler` use only this.
+        gram_every: Number of steps that use the same H (default 1). Values above 1 are an
+            approximation that needs one backward pass in each step without a new H.
+        model: With ``gradients="per_example"``, the model; its first dimension must be the
+            examples. It gets forward hooks. Parameters of unknown layers get one backward pass per
+            loss.
         process_group: The processes of torch.distributed that train the model together. Default:
-            all of them. Every gradient is the mean over them, an absent loss counting as zero;
-            what `DTensor` parameters (FSDP2) have averaged themselves is taken as it is.
+            all of them. Every gradient is the mean over them, where an absent loss counts as zero.
+            `DTensor` parameters (FSDP2) already average their gradients.
 
     Raises:
         TypeError: `inner` holds no optimizer, `rule` is not callable, `gradients` is neither a
-            mode nor parameters, or a name of a loss is no string.
+            mode nor parameters, or the name of a loss is not a string.
         ValueError: Another argument is out of its range, or `inner` steps during the backward
             pass or differentiates gradients (AdaHessian).
 
@@ -155,8 +154,8 @@ class MultiObjectiveOptimizer(BetweenSteps):
         )
         self._parameters(self._group)
 
-    # Traced, the solver's branches would specialise on the values of the Gram matrix.
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # of which torch says nothing in public
+    # Under torch.compile, the solver's branches would specialise on values of the Gram matrix.
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # not in torch's stubs
     def backward(
         self,
         losses: Losses,
@@ -168,30 +167,31 @@ class MultiObjectiveOptimizer(BetweenSteps):
     ) -> None:
         """Adds the combined gradient of the losses to ``.grad``, as ``loss.backward()`` does.
 
+        After an exception, parameters, ``.grad``, state and pending gradients are unchanged.
+
         Args:
-            losses: Scalar tensors that share a graph or not, or callables without arguments that
+            losses: Scalar tensors, whose graphs may overlap, or callables without arguments that
                 return one, evaluated one at a time (each graph is freed before the next forward
                 pass); None for a loss that is absent from this batch. A mapping if the weights are
                 one.
-            accumulate: Keep the gradients of this micro-batch, per loss, and write nothing. The
-                next call without it adds its own and combines the sums: the Gram matrix is that
-                of the accumulated gradients. As with ``loss.backward()``, dividing the losses by
-                the number of micro-batches is the caller's part.
+            accumulate: Whether to keep the gradients of this micro-batch, per loss, and write
+                nothing. The next call with False adds its own gradients and combines the sums; the
+                Gram matrix is that of the sums. As with ``loss.backward()``, divide the losses by
+                the number of micro-batches yourself.
             representation: With ``gradients="representation"``, the tensor in the graph from which
                 all losses are computed.
-            scalars: With ``gradients="per_example"``, the tensor of one scalar per example,
-                ``[N]``, in the graph, from which all losses are computed.
-            retain_graph: Keep the graph, which is freed otherwise.
+            scalars: With ``gradients="per_example"``, the tensor in the graph with one scalar per
+                example, ``[N]``, from which all losses are computed.
+            retain_graph: Whether to keep the graph.
 
         Raises:
-            TypeError, ValueError: A loss is not what it must be; see `per_loss_gradients`. The
-                number or names of the losses differ from those of the weights. With an
-                approximation: a loss is a callable, or gradients are to be accumulated.
-            FloatingPointError: A loss, gradient or coefficient isn't finite; ``nonfinite="raise"``.
-            RuntimeError: Another process failed, or is not to be reached.
-            Exception: What a backward pass raises keeps its class; a note names the loss.
-
-        After an exception, parameters, ``.grad``, state and pending gradients are as before.
+            TypeError, ValueError: A loss is invalid; see `per_loss_gradients`. The number or the
+                names of the losses differ from the weights. With an approximation: a loss is a
+                callable, or `accumulate` is True.
+            FloatingPointError: A loss, gradient or coefficient is not finite;
+                ``nonfinite="raise"``.
+            RuntimeError: Another process failed or can't be reached.
+            Exception: An error in a backward pass keeps its class; a note names the loss.
         """
         core, group = self._core, self._group
         through = {"representation": representation, "scalars": scalars}
@@ -205,7 +205,7 @@ class MultiObjectiveOptimizer(BetweenSteps):
         gradients: PerLossGradients = (
             ApproximateGradients(batch, progress.kept.gram) if reused else mode.collect(batch)
         )
-        if group is not None and batch.pending is None:  # absent here, it may be there
+        if group is not None and batch.pending is None:  # other processes may have losses
             check_any_present(gradients.values)
         age = progress.kept.age + 1 if reused else 0
         report = self._solve(batch, gradients, "earlier step" if reused else mode.ran, age)
@@ -229,17 +229,17 @@ class MultiObjectiveOptimizer(BetweenSteps):
 
     def step(  # type: ignore[override]  # the closure returns losses, not a loss
         self, closure: Callable[[], Losses | None] | None = None
-    ) -> Any:  # noqa: ANN401  # what the inner step returns
-        """Performs the step of the inner optimizer.
+    ) -> Any:  # noqa: ANN401  # the result of the inner step
+        """Runs the step of the inner optimizer.
 
         Args:
             closure: Zeroes the gradients and returns the losses; `backward` runs on them first
-                (several times with LBFGS). The result of the step is then the weighted loss.
-                If it returns None, as Lightning's does, `backward` has run before.
+                (several times with LBFGS), and `step` returns the weighted loss. A closure that
+                returns None, such as Lightning's, must have called `backward`.
 
         Raises:
             RuntimeError: Gradients were accumulated but not combined.
-            TypeError: `closure` returned one loss, or losses of which it ran `backward` itself.
+            TypeError: `closure` returned a single loss, or called `backward` and returned losses.
         """
         if closure is not None:
             return step_with(self, closure)
@@ -252,14 +252,14 @@ class MultiObjectiveOptimizer(BetweenSteps):
 
     @property
     def _group(self) -> Group | None:
-        """The processes that average their gradients; None for a process on its own."""
+        """The processes that average their gradients; None for a single one."""
         if not (dist.is_available() and dist.is_initialized()):
             return None
         group = self._core.group
         return group if group.world_size > 1 else None
 
     def _parameters(self, group: Group | None) -> Parameters:
-        """Returns the parameters with their roles; chooses the mode anew where they changed."""
+        """Returns the parameters with their roles; chooses the mode again if they changed."""
         core = self._core
         parameters = core.roles.current(self.optimizer.param_groups)
         mode_of = id(parameters), group is not None
@@ -275,12 +275,12 @@ class MultiObjectiveOptimizer(BetweenSteps):
         accumulate: bool,
         retain_graph: bool,
     ) -> Batch:
-        """Checks what was passed to `backward`, in all processes, before the first pass."""
+        """Checks the arguments of `backward` in all processes before the first pass."""
         core = self._core
         kept = core.progress.kept
         parameters = self._parameters(group)
         settings = {} if group is None else parameter_settings(group, parameters) | core.settings()
-        # A micro-batch that sends nothing may fail without the other processes.
+        # A micro-batch without messages may fail without telling the other processes.
         alone = group is None or (accumulate and not parameters.is_sharded)
         with contextlib.nullcontext() if alone else raise_together(group, settings):
             check_parameters(parameters.tensors)
@@ -292,7 +292,7 @@ class MultiObjectiveOptimizer(BetweenSteps):
                 if tensor is not None and argument != wanted:
                     mode = next(mode for mode, name in _THROUGH.items() if name == argument)
                     raise ValueError(
-                        f'`{argument}` is used with gradients="{mode}" alone; got one, of type '
+                        f'`{argument}` must be None unless gradients="{mode}"; got '
                         f"{type(tensor).__name__}. Leave it out, or choose that mode."
                     )
             batch = Batch(
@@ -306,7 +306,7 @@ class MultiObjectiveOptimizer(BetweenSteps):
                 retain_graph,
             )
             approximate = core.gram_every > 1 or isinstance(core.mode, ApproximateMode)
-            # Whether all are absent from micro-batches and processes, the gradients tell.
+            # With several micro-batches or processes, only the gradients show if all are absent.
             if not accumulate and pending is None and (group is None or approximate):
                 check_any_present(ordered)
             if core.gram_every > 1 and not isinstance(core.mode, ApproximateMode):
@@ -323,20 +323,11 @@ class MultiObjectiveOptimizer(BetweenSteps):
         return batch if core.unheld is None else core.watching(batch)
 
     def _solve(self, batch: Batch, gradients: PerLossGradients, mode: str, age: int) -> StepReport:
-        """Computes the Gram matrix and asks the rule for coefficients.
-
-        Raises:
-            FloatingPointError: See the class.
-            ValueError: The rule returned something other than one coefficient per loss.
-        """
+        """Computes the Gram matrix, and the coefficients by the rule."""
         core, names, m = self._core, batch.names, len(batch.names)
         gram, values = gradients.gram(), gradients.values
         present = [i for i, value in enumerate(values) if value is not None]
-        there = [v.reshape(()).double() for v in values if v is not None]
-        # Stacked before they are moved: an accelerator waits for each copy to the host.
-        found = iter(torch.stack(there).to(gram.device) if there else ())
-        zero = gram.new_zeros(())
-        losses = torch.stack([zero if v is None else next(found) for v in values])
+        losses = self._losses(values, gram)
         made: dict[str, Any] = {
             "names": names,
             "weights": torch.tensor(batch.weights, dtype=torch.float64, device="cpu"),
@@ -358,11 +349,13 @@ class MultiObjectiveOptimizer(BetweenSteps):
                         other = other.to(x.device, non_blocking=True)
                     made[name] = torch.where(finite.to(x.device), x, other)
             return StepReport(gram=gram, losses=losses, **made)
-        # The one copy to the host; what follows is of size m and done there.
-        host = torch.cat([gram.flatten(), gradients.head_norms(), losses]).cpu()
-        gram, norms, losses = torch.split(host, [m * m, m, m])
-        gram, problem = gram.view(m, m), None
-        if not math.isfinite(sum(host.tolist())):  # the sum may overflow
+        norms = gradients.head_norms()
+        if not gram.is_cpu:  # the only copy to the CPU, where the rest is computed
+            host = torch.cat([gram.flatten(), norms, losses]).cpu()
+            gram, norms, losses = torch.split(host, [m * m, m, m])
+            gram = gram.view(m, m)
+        problem, vectors = None, (norms.tolist(), losses.tolist())
+        if not math.isfinite(sum(map(sum, (*gram.tolist(), *vectors)))):  # the sum may overflow
             rows = torch.cat([gram, norms[:, None], losses[:, None]], dim=1).tolist()
             problem = first_nonfinite(names, rows, gradients.nonfinite_ranks)
         if problem is None:
@@ -370,14 +363,26 @@ class MultiObjectiveOptimizer(BetweenSteps):
             alpha = mixing["coefficients"].tolist()
             if all(map(math.isfinite, alpha)):
                 return StepReport(gram=gram, losses=losses, **made, **mixing)
-            problem = f"`rule` must return finite coefficients; got {alpha}. Mend it."
+            problem = f"`rule` must return finite coefficients; got {alpha}. Correct the rule."
         report = StepReport(
             gram=gram, losses=losses, coefficients=torch.zeros_like(made["weights"]), **made
         )
         return self._not_finite(report, problem)
 
+    @staticmethod
+    def _losses(values: Sequence[Tensor | None], gram: Tensor) -> Tensor:
+        """Returns the values of the losses, 0 for an absent one, float64 where `gram` is."""
+        if all(v is None or v.is_cpu for v in values):
+            numbers = [0.0 if v is None else v.item() for v in values]
+            made = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+            return made.to(gram.device, non_blocking=True)
+        # Stacked first, because each copy to the CPU waits for the accelerator.
+        there = torch.stack([v.reshape(()).double() for v in values if v is not None])
+        found, zero = iter(there.to(gram.device)), gram.new_zeros(())
+        return torch.stack([zero if v is None else next(found) for v in values])
+
     def _mix(self, batch: Batch, gram: Tensor, present: Sequence[int]) -> MixingCoefficients:
-        """Asks the rule for coefficients of the losses that are there; an absent one gets 0."""
+        """Returns the rule's coefficients for the present losses; an absent one gets 0."""
         rule, weights, m = self._core.rule, batch.weights, len(batch.names)
         some_absent = len(present) < m
         if not present:  # in any micro-batch
@@ -391,7 +396,7 @@ class MultiObjectiveOptimizer(BetweenSteps):
             else:
                 with raise_together(batch.group):
                     mixing = self._asked(rule, gram, weights)
-                # By the host: a tensor of cuda:0 would be unpickled on cuda:0 in every process.
+                # Via the CPU: every process would unpickle a tensor of cuda:0 on cuda:0.
                 own = [None if x is None else x.cpu() for x in vars(mixing).values()]
                 mixing = MixingCoefficients(*batch.group.broadcast_from_first(own))
             if not some_absent:
@@ -411,20 +416,20 @@ class MultiObjectiveOptimizer(BetweenSteps):
         try:
             mixing = rule(gram, weights)
         except Exception as error:
-            note = f"It was raised by the rule, for the {len(gram)} losses that are present."
+            note = f"The rule raised this for the {len(gram)} present losses."
             checks.add_note(error, note)
             raise
         if mixing.coefficients.shape != gram.shape[:1]:
             raise ValueError(
-                f"`rule` must return one coefficient for each of the {len(gram)} losses that are "
-                f"present; got shape {list(mixing.coefficients.shape)}."
+                f"`rule` must return one coefficient for each of the {len(gram)} present losses; "
+                f"got shape {list(mixing.coefficients.shape)}."
             )
         return mixing
 
     def _checked_combination(
         self, report: StepReport, combined: Sequence[Tensor | None]
     ) -> StepReport:
-        """Raises, or marks the step to be skipped, where the combined gradient is not finite."""
+        """Raises, or marks the step as skipped, if the combined gradient is not finite."""
         extremes = [torch.stack(g.aminmax()) for g in combined if g is not None and g.numel()]
         if not extremes or bool(torch.cat(extremes).isfinite().all()):
             return report
@@ -436,15 +441,15 @@ class MultiObjectiveOptimizer(BetweenSteps):
         if self._core.nonfinite == "skip":
             return replace(report, skip=True)
         raise FloatingPointError(
-            f'{problem} Or choose nonfinite="skip" to leave out such updates, or '
-            f'nonfinite="propagate" if a GradScaler is to see them and skip.'
+            f'{problem} Or choose nonfinite="skip" to skip such updates, or '
+            f'nonfinite="propagate" for a GradScaler to detect and skip them.'
         )
 
     def _skipping(self) -> bool:
         progress = self._core.progress
         if progress.pending is not None:
             raise RuntimeError(
-                "gradients were accumulated and not combined. Call `backward` without "
+                "gradients were accumulated but not combined. Call `backward` without "
                 "`accumulate=True` on the last micro-batch, or `zero_grad` to drop them."
             )
         if progress.skip:

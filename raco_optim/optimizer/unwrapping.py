@@ -1,4 +1,4 @@
-"""The optimizer inside wrappers that hide its methods."""
+"""Finds the optimizer inside wrappers that hide its methods."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from raco_optim.optimizer.multi_objective import MultiObjectiveOptimizer
 def unwrap(optimizer: Any) -> MultiObjectiveOptimizer:  # noqa: ANN401  # or any wrapper of one
     """Returns the `MultiObjectiveOptimizer` inside other wrappers.
 
-    Accelerate's ``AcceleratedOptimizer``, for one, hides the methods that torch optimizers lack.
-    The result has them: ``backward``, ``report``, ``weights``, ``c``.
+    Wrappers such as Accelerate's ``AcceleratedOptimizer`` hide the methods and attributes that
+    torch optimizers lack: ``backward``, ``report``, ``weights``, ``c``.
 
     Args:
-        optimizer: The optimizer, or a wrapper that holds it as its attribute ``optimizer``.
+        optimizer: The optimizer, or a wrapper with the attribute ``optimizer``.
 
     Raises:
         TypeError: There is no `MultiObjectiveOptimizer` inside.
@@ -28,7 +28,7 @@ def unwrap(optimizer: Any) -> MultiObjectiveOptimizer:  # noqa: ANN401  # or any
         True
     """
     found = optimizer
-    # Lightning's and Fabric's wrappers are instances too: the innermost one is meant.
+    # Lightning's and Fabric's wrappers are instances too; find the innermost one.
     while not isinstance(found, MultiObjectiveOptimizer) or isinstance(
         found.optimizer, MultiObjectiveOptimizer
     ):
@@ -43,12 +43,12 @@ def unwrap(optimizer: Any) -> MultiObjectiveOptimizer:  # noqa: ANN401  # or any
 
 
 def backward(optimizer: Any, losses: Losses, **options: Any) -> None:  # noqa: ANN401
-    """Calls ``backward`` of the optimizer that `unwrap` finds; see there.
+    """Calls ``backward`` of the optimizer inside a wrapper; see `unwrap`.
 
     Args:
         optimizer: The optimizer, or a wrapper of it.
         losses: See `MultiObjectiveOptimizer.backward`.
-        **options: As there.
+        **options: Other arguments of `MultiObjectiveOptimizer.backward`.
 
     Raises:
         TypeError: There is no `MultiObjectiveOptimizer` inside.

@@ -1,7 +1,7 @@
-"""The attributes of a user's object, as a state that ``torch.load(weights_only=True)`` can read.
+"""The attributes of a user's object as a state for ``torch.load(weights_only=True)``.
 
-`nn.Module.state_dict` would not do: it leaves out plain attributes and buffers that are None at
-construction, and TorchJD's stateful weightings have both.
+`nn.Module.state_dict` leaves out plain attributes and buffers that are None at construction, which
+TorchJD's stateful weightings need.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 _NUMBERS = (bool, int, float, complex)
-# Exact types: torch.load does not read classes derived from them, as numpy.float64 is from float.
+# Exact types: torch.load does not read derived classes such as numpy.float64.
 _PLAIN = (*_NUMBERS, type(None), str, bytes, torch.dtype, torch.device, torch.Size)
 _INTERNAL = nn.Module().__dict__.keys()
-# The dict that holds an attribute, its name there, and whether the dict is for tensors alone.
+# The dict with an attribute, its name there, and whether the dict holds only tensors.
 _Place = tuple[dict[str, Any], str, bool]
 
 
@@ -34,20 +34,20 @@ def attributes_of(obj: object) -> dict[str, Any]:
             if not callable(space[name]):
                 warnings.warn(
                     f"`rule` has the attribute {key!r} of type {type(space[name]).__name__}, which "
-                    f"a checkpoint cannot hold: it starts anew on resumption. Give the rule "
+                    f"a checkpoint can't hold, so a resumed run loses it. Give the rule "
                     f"`state_dict` and `load_state_dict`.",
                     stacklevel=4,
                 )
     if not values:
         return {}
     types = {prefix: type(part).__name__ for prefix, part in _parts(obj).items()}
-    # Some rules work on the host whatever the device, and `map_location` would move their tensors.
+    # A rule may work on the CPU for any device; `map_location` must not move its tensors.
     on_host = devices <= {"cpu"}
     return {"types": types, "attributes": values, "left_out": left_out, "on_host": on_host}
 
 
 def set_attributes(obj: object, state: Mapping[str, Any]) -> None:
-    """Sets what `attributes_of` returned; a parameter remains the same tensor."""
+    """Sets the attributes of a state from `attributes_of`; parameters stay the same tensors."""
     for (space, name, _), value in new_values(obj, state):
         if isinstance(space.get(name), nn.Parameter):
             space[name].data.copy_(value)
@@ -56,7 +56,7 @@ def set_attributes(obj: object, state: Mapping[str, Any]) -> None:
 
 
 def new_values(obj: object, state: Any) -> list[tuple[_Place, Any]]:  # noqa: ANN401
-    """Returns place and value of every entry; raises `ValueError` if one does not fit."""
+    """Returns place and value of each entry; raises `ValueError` if one does not fit."""
     parts, places, values = _parts(obj), _places(obj), []
     types = {prefix: type(part).__name__ for prefix, part in parts.items()}
     if isinstance(state, Mapping) and not state:
@@ -65,9 +65,9 @@ def new_values(obj: object, state: Any) -> list[tuple[_Place, Any]]:  # noqa: AN
         given, entries = dict(state["types"]), dict(state["attributes"])
         known, device = {*entries, *state["left_out"]}, "cpu" if state["on_host"] else None
     except (TypeError, KeyError, ValueError):
-        raise bad_state("be what its `state_dict` returned", state) from None
+        raise bad_state("come from its `state_dict`", state) from None
     if given != types:
-        raise bad_state(f"be that of {types}", given)
+        raise bad_state(f"come from {types}", given)
     for key, stored in entries.items():
         place = places.get(key) or _place_of_new(str(key), parts)
         if place is None:
@@ -77,13 +77,13 @@ def new_values(obj: object, state: Any) -> list[tuple[_Place, Any]]:  # noqa: AN
         try:
             value = _copied(stored, set(), device)
         except TypeError:
-            raise bad_state(f"hold what a checkpoint can hold; {key!r} does not", state) from None
+            raise bad_state(f"hold types that a checkpoint can hold in {key!r}", state) from None
         kinds = {_kind(value), _kind(old)} - {type(None)}
         fits = len(kinds) < 2 and (not only_tensors or value is None or isinstance(value, Tensor))
         if isinstance(old, nn.Parameter):
             fits = getattr(value, "shape", None) == old.shape and value.dtype == old.dtype
         if not fits:
-            raise bad_state(f"hold another {key!r}, which is {old!r} now", stored)
+            raise bad_state(f"hold {key!r} of the kind of {old!r}", stored)
         values.append((place, value))
     if missing := sorted(places.keys() - known):
         raise bad_state(f"hold {missing[0]!r}", state)
@@ -99,14 +99,14 @@ def bad_state(rule: str, got: object) -> ValueError:
 
 
 def _parts(obj: object) -> dict[str, object]:
-    """Returns an object, or a module and all its submodules, by the prefix of their attributes."""
+    """Returns an object, or a module and its submodules, by the prefix of their attributes."""
     if isinstance(obj, nn.Module):
         return {path and f"{path}.": module for path, module in obj.named_modules()}
     return {"": obj}
 
 
 def _places(obj: object) -> dict[str, _Place]:
-    """Returns where the attributes are, by their names with a prefix."""
+    """Returns the places of the attributes, by their names with a prefix."""
     places: dict[str, _Place] = {}
     for prefix, part in _parts(obj).items():
         if isinstance(part, type | ModuleType):
@@ -121,7 +121,7 @@ def _places(obj: object) -> dict[str, _Place]:
 
 
 def _place_of_new(key: str, parts: Mapping[str, object]) -> _Place | None:
-    """Returns the place of an attribute that some objects make in their first call."""
+    """Returns the place of an attribute that an object creates in its first call."""
     path, dot, name = key.rpartition(".")
     part = parts.get(path + dot)
     if name in _INTERNAL or isinstance(part, type | ModuleType | FunctionType):
@@ -130,12 +130,12 @@ def _place_of_new(key: str, parts: Mapping[str, object]) -> _Place | None:
 
 
 def _kind(value: object) -> type:
-    """Returns the type, and one type for all numbers and tensors, which may follow each other."""
+    """Returns the type of a value; one type for all numbers and tensors, which may alternate."""
     return float if isinstance(value, (*_NUMBERS, Tensor)) else type(value)
 
 
 def _copied(value: Any, devices: set[str], device: str | None = None) -> Any:  # noqa: ANN401
-    """Copies a value, to `device` if it is given; `TypeError` if a checkpoint cannot hold it."""
+    """Copies a value, to `device` if given; raises `TypeError` if a checkpoint can't hold it."""
     if isinstance(value, Tensor):
         devices.add(value.device.type)
         return value.detach().clone().to(device or value.device).as_subclass(Tensor)

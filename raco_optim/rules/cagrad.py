@@ -1,4 +1,4 @@
-"""The rule of CAGrad and CAGrad-Clip: subproblem -> clipping -> coefficients."""
+"""The rule of CAGrad and CAGrad-Clip: subproblem, clipping, coefficients."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from raco_optim.subproblem.solve import SOLVERS, Solver, copied, solve, solve_on
 Clip = Literal["hard", "soft", "none"]
 CLIPS = ("hard", "soft", "none")
 
-# With c >= 1, combinations of gradients that cancel to 1e-4 of their terms count as zero. What
-# they leave is rounding in part, and coefficients that scale it to |g_0| scale its rounding too:
-# float32 gradients would then give <g_i, d> = -0.4 |g_i| |g_0| (cancelled to 1e-7), -0.004 (1e-5).
+# With c >= 1, combinations of gradients that cancel to 1e-4 of their terms count as zero. The
+# remainder is partly rounding, which the coefficients would scale to |g_0|: float32 gradients gave
+# <g_i, d> = -0.4 |g_i| |g_0| when they cancelled to 1e-7, and -0.004 |g_i| |g_0| at 1e-5.
 _CRITICAL = 1e-8
 _SMALLEST = torch.finfo(torch.float64).tiny
 
 
 class CAGradRule(Rule):
-    r"""CAGrad with weights, clipped or not; `mixing_coefficients` has the formula.
+    r"""Weighted CAGrad, clipped or not; `mixing_coefficients` gives the formula.
 
-    If losses are absent from a step, the weights of those that are present sum to W < 1. Then
+    If some losses are absent from a step, the weights of the others sum to W < 1. Then
     :math:`\alpha(H, w) = W \alpha(H, w / W)`, and p and the clipped p refer to :math:`w / W`.
 
     Args:
         c: Radius of the correction relative to :math:`|g_0|`.
         clip: ``"hard"``, ``"soft"`` or ``"none"``.
         solver: ``"exact"``, ``"pgd"`` or ``"slsqp"``; see `solve_subproblem`.
-        below_one: Whether c must be in [0, 1); otherwise any c >= 0 is accepted.
+        below_one: Whether c must be in [0, 1); otherwise any c >= 0 is valid.
 
     Raises:
         ValueError: An argument is out of its range; the message names it.
@@ -66,7 +66,7 @@ class CAGradRule(Rule):
 
     @property
     def clip(self) -> Clip:
-        """How p is clipped."""
+        """The kind of clipping."""
         return self._clip
 
     @clip.setter
@@ -75,7 +75,7 @@ class CAGradRule(Rule):
 
     @property
     def solver(self) -> Solver:
-        """Which solver finds p."""
+        """The solver of the subproblem."""
         return self._solver
 
     @solver.setter
@@ -83,7 +83,7 @@ class CAGradRule(Rule):
         self._solver: Solver = checked_choice("solver", solver, SOLVERS)
 
     def __call__(self, gram: Tensor, weights: Sequence[float]) -> MixingCoefficients:
-        """Computes the coefficients of the losses that are present."""
+        """Computes the coefficients of the present losses."""
         return mix(gram, weights, self._c, self._clip, self._solver)
 
     def settings(self) -> dict[str, Any]:
@@ -94,11 +94,11 @@ class CAGradRule(Rule):
         """Returns c."""
         return {"c": self._c}
 
-    def check_state(self, state: Any) -> None:  # noqa: ANN401  # that is what it checks
-        """Raises `ValueError` if the state holds anything but a valid c."""
+    def check_state(self, state: Any) -> None:  # noqa: ANN401  # checked here
+        """Raises `ValueError` unless the state holds only a valid c."""
         if not isinstance(state, Mapping) or state.keys() != {"c"}:
             raise ValueError(
-                f'`state` of the rule must hold "c" alone for CAGradRule; got {state!r}. '
+                f'`state` of the rule must hold only "c" for CAGradRule; got {state!r}. '
                 f"Load a checkpoint of the same rule."
             )
         checked_radius(state["c"], below_one=self._below_one)
@@ -112,7 +112,7 @@ class CAGradRule(Rule):
 def mix(
     H: Tensor, weights: Sequence[float], c: float, clip: Clip, solver: Solver
 ) -> MixingCoefficients:
-    """Computes the coefficients for arguments that were checked; see `mixing_coefficients`."""
+    """Computes the coefficients for checked arguments; see `mixing_coefficients`."""
     total = math.fsum(weights)
     if total == 0:  # only losses of weight zero are present
         zeros = H.new_zeros(len(weights))
@@ -125,8 +125,8 @@ def mix(
         own, w = copied([weights, shares], H)
         alpha, clipped = _combined(H, (own, w, solution.p), (c, c * total), clip)
         return MixingCoefficients(alpha, solution.p, clipped, solution.gap)
-    # On the host, where twenty operations of torch would take longer than the solver of few losses.
-    values = H.detach().cpu().numpy()
+    # Without torch: twenty of its operations take longer than the solver of few losses.
+    values = H.numpy(force=True)
     p, _, gap = solve_on_host(values, shares, c, solver)
     alpha, clipped = _combined(values, (weights, shares, p), (c, c * total), clip)
     numbers = copied([*alpha, *p, *clipped, gap], H)
@@ -137,10 +137,10 @@ def mix(
 def _combined(
     H: Tensor | Array, vectors: tuple[Any, Any, Any], radii: tuple[float, float], clip: Clip
 ) -> tuple[Any, Any]:
-    """Returns alpha and the clipped p: tensors, or lists if H is an array of numpy.
+    """Returns alpha and the clipped p: tensors, or lists if H is a numpy array.
 
-    The vectors are the weights of the user, those that sum to 1, and p. The radii are relative to
-    the g_0 of the second weights and to the g_0 of the first.
+    The vectors are the user's weights, the weights that sum to 1, and p. The radii are relative to
+    g_0 of the second weights and of the first.
     """
     own, w, p = vectors
     c, radius = radii
@@ -155,11 +155,11 @@ def _combined(
         clipped = each(minimum, p, w)
     elif clip == "soft":
         clipped = each(lambda x, y: x * y / (x + y + _SMALLEST), p, w)  # 0 where both are zero
-    # Scaled first, so that no square leaves the range of float64.
+    # Scaled first, to keep squares in the range of float64.
     few = not on_device and len(H) <= FEW
     unit: Any
     norms: Any
-    if few:  # numpy takes longer to call than to compute
+    if few:  # calling numpy takes longer
         rows = H.tolist()
         largest = max(row[i] for i, row in enumerate(rows)) + _SMALLEST
         unit = [[x / largest for x in row] for row in rows]

@@ -1,4 +1,4 @@
-"""Any function of the Gram matrix as a rule, with the state it carries from step to step."""
+"""A function of the Gram matrix as a rule, with its state."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from raco_optim.rules.rule import MixingCoefficients, Rule
 
 
 class FunctionRule(Rule):
-    """A user's function, or a TorchJD ``Weighting``, as a rule; it does not see the weights.
+    """A user's function, or a TorchJD ``Weighting``, as a rule; it does not receive the weights.
 
-    A checkpoint keeps what `function` carries from step to step, so that resuming equals not
-    stopping. An object with ``state_dict`` and ``load_state_dict`` (no `nn.Module`) says itself
-    what that is. For any other it is its attributes; for an `nn.Module` the attributes, parameters
-    and buffers of all its submodules. A checkpoint can hold numbers, strings, tensors, None,
-    dtypes, devices, and tuples, lists, dicts and sets of them. An attribute of another type is
-    left out with a warning, unless it can be called. What a function closes over is not seen, nor
-    the model or the optimizer whose method it is.
+    A checkpoint contains the state of `function`, so a resumed run continues exactly. The state is
+    ``function.state_dict()`` if it has ``state_dict`` and ``load_state_dict`` and is not an
+    `nn.Module`; otherwise its attributes or, for an `nn.Module`, the attributes, parameters and
+    buffers of all submodules. Attributes can be numbers, strings, tensors, None, dtypes, devices,
+    and tuples, lists, dicts and sets of them; other types are left out with a warning, unless they
+    are callable. The state does not include closures, nor the model or the optimizer whose method
+    `function` is.
 
     Args:
         function: Maps the Gram matrix, ``[m, m]``, float64, to coefficients, ``[m]``, or to
-            `MixingCoefficients`. It may write to its argument, which is a copy.
+            `MixingCoefficients`. It may modify its argument, which is a copy.
 
     Raises:
-        TypeError: `function` cannot be called.
+        TypeError: `function` is not callable.
 
     Warns:
-        UserWarning: Once, if a function with such a state is asked about another number of losses.
+        UserWarning: Once, if a function with a state is called with another number of losses.
 
     Example:
         >>> import torch
@@ -57,13 +57,13 @@ class FunctionRule(Rule):
         self._warned = False
 
     def __call__(self, gram: Tensor, weights: Sequence[float]) -> MixingCoefficients:
-        """Calls the function, without a graph, and checks what it returns."""
+        """Calls the function without recording gradients, and checks its result."""
         if self._number not in (None, len(gram)) and not self._warned and self.state_dict():
             self._warned = True
             warnings.warn(
-                f"`rule` is asked about {len(gram)} losses after {self._number}, because some are "
-                f"absent from a step. What {type(self.function).__name__} remembers of single "
-                f"losses may start anew or be mixed up.",
+                f"`rule` is called with {len(gram)} losses after {self._number}, because some are "
+                f"absent from a step. {type(self.function).__name__} may lose or mix up its state "
+                f"for single losses.",
                 stacklevel=2,
             )
         self._number = len(gram)
@@ -84,17 +84,17 @@ class FunctionRule(Rule):
         return mixing
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what the function carries from step to step."""
+        """Returns the state of the function."""
         holder, has_own = self._holder()
         return {"function": holder.state_dict()} if has_own else attributes_of(holder)
 
-    def check_state(self, state: Any) -> None:  # noqa: ANN401  # that is what it checks
+    def check_state(self, state: Any) -> None:  # noqa: ANN401  # checked here
         """Raises `ValueError` if the state is of another function; changes nothing."""
         holder, has_own = self._holder()
         if not has_own:
             new_values(holder, state)
         elif not isinstance(state, Mapping) or state.keys() != {"function"}:
-            raise bad_state('hold "function" alone', state)
+            raise bad_state('hold only "function"', state)
         else:
             try:
                 copy.deepcopy(holder).load_state_dict(state["function"])
@@ -102,7 +102,7 @@ class FunctionRule(Rule):
                 raise bad_state(f"fit; {type(error).__name__}: {error}", state) from error
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores a state from `state_dict`."""
         self.check_state(state)
         holder, has_own = self._holder()
         if has_own:
@@ -114,9 +114,9 @@ class FunctionRule(Rule):
         return f"FunctionRule({self.function!r})"
 
     def _holder(self) -> tuple[Any, bool]:
-        """Returns the object that holds the state, and whether it says itself what that is."""
+        """Returns the object with the state, and whether it has its own ``state_dict``."""
         holder = getattr(self.function, "__self__", self.function)  # of a bound method
         if holder is not self.function and isinstance(holder, nn.Module | Optimizer):
-            return None, False  # it is in a checkpoint of its own
+            return None, False  # has a separate checkpoint
         has_both = hasattr(holder, "state_dict") and hasattr(holder, "load_state_dict")
         return holder, has_both and not isinstance(holder, nn.Module)

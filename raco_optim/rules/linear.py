@@ -1,4 +1,4 @@
-"""The weighted sum of the gradients."""
+"""The rule of the weighted sum."""
 
 from __future__ import annotations
 

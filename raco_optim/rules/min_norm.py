@@ -11,7 +11,7 @@ from raco_optim.subproblem.min_norm import min_norm_point
 
 
 class MinNormRule(Rule):
-    r"""MGDA: :math:`\alpha = p^* \in \arg\min_{p \in \Delta} |\sum_i p_i g_i|`, whatever w.
+    r"""MGDA: :math:`\alpha = p^* \in \arg\min_{p \in \Delta} |\sum_i p_i g_i|`, for any weights.
 
     Example:
         >>> import torch
@@ -24,6 +24,6 @@ class MinNormRule(Rule):
     """
 
     def __call__(self, gram: Tensor, weights: Sequence[float]) -> MixingCoefficients:
-        """Returns the min-norm point; the weights have no influence."""
+        """Returns the min-norm point; ignores the weights."""
         point = min_norm_point(gram)
         return MixingCoefficients(point.p, p=point.p, gap=point.gap)

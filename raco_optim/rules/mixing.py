@@ -1,4 +1,4 @@
-"""The coefficients of a step as a function of the Gram matrix."""
+"""The coefficients of a CAGrad-Clip step as a function of the Gram matrix."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ def mixing_coefficients(
     clip: Clip = "hard",
     solver: Solver = "exact",
 ) -> MixingCoefficients:
-    r"""Computes the coefficients of one CAGrad-Clip step from the Gram matrix alone.
+    r"""Computes the coefficients of one CAGrad-Clip step from the Gram matrix.
 
     .. math::
         p^* &\in \arg\min_{p \in \Delta} \; p^\top H w + c \sqrt{w^\top H w} \sqrt{p^\top H p} \\
         \tilde p &= \min(p^*, w) \\
         \alpha &= w + c \sqrt{w^\top H w} \; \tilde p / \sqrt{\tilde p^\top H \tilde p}
 
-    so that :math:`\sum_i \alpha_i g_i = g_0 + c |g_0| \tilde G / |\tilde G|`. The clipped p is not
-    renormalised. With c = 0, alpha = w exactly. Scaling the gradients does not change alpha.
+    Then :math:`\sum_i \alpha_i g_i = g_0 + c |g_0| \tilde G / |\tilde G|`. The clipped p is not
+    renormalised. With c = 0, alpha equals w exactly. Scaling all gradients does not change alpha.
 
-    Where :math:`|\tilde G|` is zero to rounding, alpha = w. For c >= 1, alpha = 0 where :math:`G_p`
-    or the combined gradient vanish (below 1e-4 of the sum of their terms' norms): the point is
-    Pareto-critical, and CAGrad promises for c >= 1 that no loss rises to first order.
+    If :math:`|\tilde G|` is zero up to rounding, alpha = w. If c >= 1 and :math:`G_p` or the
+    combined gradient vanishes (below 1e-4 of the sum of the norms of its terms), alpha = 0: the
+    point is Pareto-critical, and with c >= 1 CAGrad must not raise any loss to first order.
 
     Args:
         gram: H, ``[m, m]``, real, symmetric, positive semi-definite up to rounding.
-        weights: w, m numbers on the simplex.
+        weights: w, m numbers >= 0 that sum to 1.
         c: Radius of the trust region relative to :math:`|g_0|`, >= 0. The descent guarantee
             (Theorem 3.1) needs c < 1.
-        clip: ``"hard"``: :math:`\tilde p = \min(p^*, w)`, the paper. ``"none"``:
-            :math:`\tilde p = p^*`, CAGrad with weights. ``"soft"``:
-            :math:`\tilde p_i = p_i w_i / (p_i + w_i)`, half the harmonic mean, smooth and between
-            :math:`\min(p_i, w_i) / 2` and :math:`\min(p_i, w_i)`.
+        clip: ``"hard"``: :math:`\tilde p = \min(p^*, w)`, as in the paper. ``"none"``:
+            :math:`\tilde p = p^*`, weighted CAGrad. ``"soft"``:
+            :math:`\tilde p_i = p_i w_i / (p_i + w_i)`, half the harmonic mean, which is smooth and
+            between :math:`\min(p_i, w_i) / 2` and :math:`\min(p_i, w_i)`.
         solver: See `solve_subproblem`.
 
     Returns:

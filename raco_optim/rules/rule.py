@@ -1,4 +1,4 @@
-"""What every rule offers: coefficients, settings to show and to compare, and a state to save."""
+"""The interface of rules: coefficients, settings, and a state for checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raco_optim.rules.attributes import attributes_of, new_values, set_attribute
 
 @dataclass(frozen=True)
 class MixingCoefficients:
-    """Coefficients of the combined gradient and where they come from; float64 tensors.
+    """Coefficients of the combined gradient and their derivation; float64 tensors.
 
     Attributes:
         coefficients: alpha, ``[m]``: the combined gradient is ``sum_i alpha_i g_i``.
@@ -35,14 +35,14 @@ class MixingCoefficients:
 
 
 class Rule:
-    """Maps the Gram matrix of the losses of a step to the coefficients of their gradients.
+    """Maps the Gram matrix of a step's losses to the coefficients of their gradients.
 
-    Derive from it to write a rule that uses the weights. A rule that uses the Gram matrix alone
-    can be any function; `FunctionRule` wraps it.
+    Derive from it to write a rule that uses the weights. A rule that uses only the Gram matrix can
+    be a function; `FunctionRule` wraps it.
 
     Attributes:
-        deterministic: Whether equal arguments give equal coefficients, to the bit, in every
-            process. If not, all processes use the result of the first.
+        deterministic: Whether equal arguments give bitwise equal coefficients in every process. If
+            not, all processes use the result of the first one.
 
     Example:
         >>> import torch
@@ -61,32 +61,32 @@ class Rule:
         """Computes the coefficients of the losses that are present in a step.
 
         Args:
-            gram: H of these losses, ``[m, m]``, float64. The rule does not write to it.
-            weights: The user's weights of these losses, m numbers >= 0. Their sum is 1, or less
-                if some losses are absent from the step.
+            gram: H of these losses, ``[m, m]``, float64. Do not modify it.
+            weights: The user's weights of these losses, m numbers >= 0. They sum to less than 1 if
+                some losses are absent from the step.
 
         Returns:
-            The coefficients, on the device of `gram` or on the host.
+            The coefficients, on the device of `gram` or on the CPU.
         """
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
-        """Returns what ``repr`` shows and what must be equal in all processes."""
+        """Returns the settings to show in ``repr`` and to compare between processes."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps: the rule's attributes, unless a subclass says other.
+        """Returns the state for a checkpoint: by default the rule's attributes.
 
         ``torch.load(weights_only=True)`` must be able to read it.
         """
         return attributes_of(self)
 
-    def check_state(self, state: Any) -> None:  # noqa: ANN401  # that is what it checks
+    def check_state(self, state: Any) -> None:  # noqa: ANN401  # checked here
         """Raises `ValueError` if `load_state_dict` cannot load the state; changes nothing."""
         new_values(self, state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores a state from `state_dict`."""
         set_attributes(self, state)
 
     def __repr__(self) -> str:

@@ -72,11 +72,7 @@ def may_begin(torn: bytes, head: bytes) -> bool:
 
 
 class Appender:
-    """Appends records to a file, each completely or not at all.
-
-    A failed write is undone. A kill during a write leaves a torn last line, which `read` separates
-    and `cut` removes.
-    """
+    """Appends records to a file, each completely or not at all, except after a kill."""
 
     def __init__(self, path: Path, *, new: bool = False) -> None:
         self._path = path

@@ -128,8 +128,8 @@ def encode(step: int, report: StepReport) -> dict[str, Any]:
 
 def _no_log(path: Path, line: int) -> ValueError:
     return ValueError(
-        f"`path` must be a file of a StepLogger; got {str(path)!r}, in which line {line} is "
-        f"something else."
+        f"`path` must be a log of a StepLogger; got {str(path)!r}, whose line {line} is something "
+        f"else."
     )
 
 

@@ -180,10 +180,7 @@ class StepLogger:
 
 
 def _fetched(number: int, report: StepReport) -> _Unread:
-    """Starts copying a report's tensors to the CPU.
-
-    CPU tensors are copied too, because a rule may return the same tensor every time.
-    """
+    """Starts copying tensors to the CPU, also from the CPU, where a rule may reuse them."""
     copies: dict[str, Any] = {}
     event = None
     for name, tensor in tensors_of(report).items():

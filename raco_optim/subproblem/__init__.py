@@ -1,10 +1,10 @@
 """The subproblem of CAGrad and the min-norm point: Gram matrix -> p on the simplex.
 
-`solve.py` is the entrance. Two losses have a closed form, `two_losses.py`. `few_losses.py` solves
-ordinary problems of up to ten. `several_losses.py` prepares the others for `active_set.py` or
-`slsqp.py`. All of these run on the host; `projected_gradient.py` runs on the device of the Gram
-matrix. `certificate.py` turns what a solver on the host found into the minimiser closest to the
-weights, and proves how good it is. `min_norm.py` is the subproblem of MGDA.
+`solve.py` is the entry point. `two_losses.py` has a closed form. `few_losses.py` solves ordinary
+problems with up to ten losses. `several_losses.py` prepares all others for `active_set.py` or
+`slsqp.py`. These run on the CPU; `projected_gradient.py` runs on the device of the Gram matrix.
+`certificate.py` finds the minimiser closest to the weights from a solver's result, and proves its
+accuracy. `min_norm.py` is the subproblem of MGDA.
 """
 
 from raco_optim.subproblem.min_norm import MinNormPoint as MinNormPoint

@@ -1,23 +1,22 @@
 r"""The exact solver of the subproblem for any number of losses.
 
-It solves the dual that `certificate` states. For a fixed level :math:`\nu` the dual asks for the
-shortest :math:`N = |\sum_i q_i \hat g_i|` that lifts every loss to the level. That is a
-least-distance problem, and :math:`N(\nu)` is convex and increasing. So Newton's method on
-:math:`N(\nu) = c` goes down from a level that is too high and never overshoots. The lowest vertex
-of the simplex gives that level, and is often the solution itself.
+It solves the dual in `certificate`. For a fixed level :math:`\nu`, the dual seeks the shortest
+:math:`N = |\sum_i q_i \hat g_i|` that lifts every loss to the level. This is a least-distance
+problem, and :math:`N(\nu)` is convex and increasing. So Newton's method on :math:`N(\nu) = c`
+descends from a level that is too high and never overshoots. The lowest vertex of the simplex gives
+this first level, and is often the solution.
 
-**Why the level is not fixed in advance.** On a given support q is linear in the level. One
-factorisation therefore serves all levels of a support, and on the last support the equation
+**Why the level is not fixed in advance.** On a given support q is linear in the level. So one
+factorisation serves all levels of a support, and on the last support the equation
 :math:`N(\nu) = c` is quadratic: the level has a closed form.
 
-**Why block pivoting, and why not only that.** Exchanging all violating losses at once settles most
-supports in two or three rounds, but may cycle. The number of violating losses shows it: where that
-number has not fallen for some rounds, Lawson and Hanson's method, which is slower and cannot cycle,
-solves the level.
+**Why block pivoting, and why not only that.** Exchanging all violating losses at once finds most
+supports in two or three rounds, but may cycle. If the number of violating losses has not fallen
+for some rounds, Lawson and Hanson's method, which is slower but can't cycle, solves the level.
 
-**Why neighbours of C.** Dependent gradients make C singular, and a Gram matrix from float32 sums is
-not even semi-definite. Adding a multiple of the identity by as much as the rounding of C makes it
-definite. The solution of the neighbour is a guess for `certificate`, which judges it by C itself.
+**Why neighbours of C.** Dependent gradients make C singular, and a Gram matrix from float32 sums
+may be indefinite. Adding a multiple of the identity of the size of its rounding makes C definite.
+The solution for this neighbour is a guess, which `certificate` judges with C itself.
 """
 
 from __future__ import annotations
@@ -48,12 +47,7 @@ _SMALL = 1e-6
 
 
 def solve_active_set(problem: Problem) -> Solution | None:
-    """Solves the subproblem of any number of losses.
-
-    Returns:
-        The minimiser, the one closest to w where there are several, and its certificate; None if
-        rounding errors kept the support from settling.
-    """
+    """Returns the certified minimiser closest to w; None if the support does not settle."""
     m = len(problem.w)
     C, D, b = (x.astype(np.float64, copy=False) for x in problem[:3])
     present = (D > 0).nonzero()[0]
@@ -73,11 +67,7 @@ def solve_active_set(problem: Problem) -> Solution | None:
 
 
 def _duals(C: Array, e: Array, b: Array, c: float) -> Iterator[DualSolution]:
-    """Yields the dual solution for C, then for better and better conditioned neighbours of C.
-
-    Where gradients are dependent, a diagonal that is larger by rounding errors can be factorised,
-    or by what makes C definite, which a Gram matrix from float32 sums may fail to be by far.
-    """
+    """Yields the dual solution for C, then for neighbours of C with a larger diagonal."""
     found = _search(C, e, b, c)
     if found is not None:
         yield found
@@ -109,12 +99,12 @@ def _search(C: Array, e: Array, b: Array, c: float) -> DualSolution | None:
         return DualSolution(q, level, slack, unique)
     support[best] = True
 
-    # The number of violating losses may fail to fall three times.
+    # The number of violating losses may stagnate for three rounds.
     fewest, patience, settled = m + 1, 3, False
     for _ in range(20 + 2 * m):
         index = support.nonzero()[0]
-        # q is linear in the level. From 0 it keeps its digits where the level is small, that is,
-        # near a hull with zero in it; from the level itself where q is small, that is, if c is.
+        # q is linear in the level. Starting at level 0 is accurate if the level is small (a hull
+        # that nearly contains zero), starting at the level itself if q is small (small c).
         base = 0.0 if c > _SMALL else level
         rows, missing = C[:, index], base * e - b
         factor, solved, failed = dposv(rows[index], np.array((e[index], missing[index])).T)
@@ -170,7 +160,7 @@ def _search(C: Array, e: Array, b: Array, c: float) -> DualSolution | None:
 
 
 class _Line(NamedTuple):
-    """q + t u on a support, its slacks on all losses, and the level it starts from."""
+    """q + t u on a support, the slacks of all losses, and the level at t = 0."""
 
     support: Array
     u: Array
@@ -186,7 +176,7 @@ class _Line(NamedTuple):
         slack = self.slack_q + t * self.slack_u
         rounding = 8 * len(self.e) * EPS
         magnitude = np.abs(self.q).sum() + abs(t) * np.abs(self.u).sum()
-        # On the support the slacks are zero, but for the rounding errors that all of them have.
+        # On the support the slacks are zero except for rounding, which gives its size.
         error = 4 * np.abs(slack[self.support]).max()
         violating = slack < -error - rounding * (1 + abs(self.base + t) * self.e)
         violating[self.support] = q < -rounding * magnitude

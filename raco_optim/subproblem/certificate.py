@@ -1,4 +1,4 @@
-r"""From the support of a solution to the certified minimiser that is closest to the weights.
+r"""Finds the certified minimiser closest to the weights from the support of a solution.
 
 With the unit gradients :math:`\hat g_i = g_i / D_i`, their cosines C, and
 :math:`b_i = \langle \hat g_i, \hat g_0 \rangle`, the subproblem is to minimise
@@ -7,22 +7,21 @@ With the unit gradients :math:`\hat g_i = g_i / D_i`, their cosines C, and
 .. math:: \max_{\nu, d} \; \nu \quad \text{s.t.} \quad \langle \hat g_i, d \rangle \ge \nu / D_i,
           \quad |d - \hat g_0| \le c, \qquad d = \hat g_0 + \sum_i q_i \hat g_i, \; q \ge 0.
 
-It asks for the vector d near the weighted gradient that serves the worst-off loss best. Then
+The vector d near the weighted gradient is best for the worst-off loss. Then
 :math:`p \propto q / D`, and :math:`y = (d - \hat g_0) / c` is the direction of :math:`G_p`, or
-the subgradient of the norm where :math:`G_p = 0`.
+a subgradient of the norm if :math:`G_p = 0`.
 
 **Why a certificate.** Any y with :math:`|y| \le 1` bounds the minimum from below, by
 :math:`\min_i D_i (b_i + c \langle \hat g_i, y \rangle)`, because :math:`|G_p|` is at least the
-product of :math:`G_p` and y. So a wrong y makes the gap larger, never false. Every step below may
-therefore guess: it proposes a point with a y, and the first proposal with a tight gap wins.
+product of :math:`G_p` and y. A wrong y makes the gap larger, never false. So every step below may
+guess: it proposes a point with a y, and the first proposal with a tight gap wins.
 
-**Why several proposals.** Three things go wrong in floating point, each where another proposal
-still works. (1) Several p are optimal if gradients are dependent. They share the image
-:math:`G_p`, and the one closest to w is a projection (`_closest`). (2) Close to
-:math:`G_p = 0` the direction of :math:`G_p` is rounding, but the level :math:`\nu` keeps its
-digits, and the optimality conditions give y from it (`_refined`). (3) At :math:`G_p = 0` the norm
-has a kink. There y is free, and the cone of directions in which no loss rises gives it
-(`points_at_zero`).
+**Why several proposals.** Each proposal solves a problem of floating point. (1) If gradients are
+dependent, several p are optimal. They share the image :math:`G_p`, and the one closest to w is a
+projection (`_closest`). (2) Near :math:`G_p = 0` the direction of :math:`G_p` is only rounding,
+but the level :math:`\nu` is accurate, and the optimality conditions give y from it (`_refined`).
+(3) At :math:`G_p = 0` the norm has a kink. There y is free, and the cone of directions in which
+no loss rises gives it (`points_at_zero`).
 """
 
 from __future__ import annotations
@@ -48,30 +47,22 @@ Point = tuple[Array, Array]
 EPS = float(np.finfo(np.float64).eps)
 # Squared sines below this are rounding of the Gram matrix: the gradients count as dependent.
 DEPENDENT = 1e-13
-# Reduced costs below this count as zero; a hundredth of the gap that is promised.
+# Reduced costs below this count as zero; a hundredth of the gap in the documentation.
 TIGHT = 1e-11
-# Squared norms below this, relative to what cancelled in them, have lost too many of 16 digits.
+# Squared norms below this, relative to the terms that cancelled, lack digits in float64.
 FEW_DIGITS = 1e-8
-# Below this |G_p| / sum_i p_i |g_i|, the hull of the gradients may hold zero.
+# Below this |G_p| / sum_i p_i |g_i|, the hull of the gradients may contain zero.
 _NEAR_ZERO = 1e-5
 
 
 class Problem(NamedTuple):
-    """A subproblem without dimensions, in extended precision where few digits are left.
+    """A dimensionless subproblem, in extended precision if float64 has too few digits."""
 
-    Attributes:
-        C: Cosines of the gradients, ``[m, m]``, with a unit diagonal.
-        D: Norms of the gradients relative to the largest, ``[m]``, in [0, 1].
-        b: Cosines of the gradients and g_0, ``[m]``; 0 for the min-norm point.
-        c: Radius, > 0.
-        w: Weights, ``[m]``.
-    """
-
-    C: Array
-    D: Array
-    b: Array
-    c: float
-    w: Array
+    C: Array  # cosines of the gradients, [m, m], with a unit diagonal
+    D: Array  # norms of the gradients relative to the largest, [m], in [0, 1]
+    b: Array  # cosines of the gradients and g_0, [m]; 0 for the min-norm point
+    c: float  # radius, > 0
+    w: Array  # weights, [m]
 
 
 class Solution(NamedTuple):
@@ -84,7 +75,7 @@ class Solution(NamedTuple):
 
 
 class DualSolution(NamedTuple):
-    """q, the level nu, the slack of every loss, and whether p is plainly the only minimiser."""
+    """q, the level nu, the slack of every loss, and whether p is certainly the only minimiser."""
 
     q: Array
     level: float
@@ -105,10 +96,10 @@ def first_certified(problem: Problem, points: Iterable[Point]) -> Solution | Non
 
 
 def certify(problem: Problem, p: Array, y: Array) -> Solution:
-    """Bounds how far Phi(p) is above the minimum: by no more than the gap.
+    """Bounds Phi(p) minus the minimum by the gap.
 
     Any y of norm <= 1 gives a bound, Phi(p) - min_i D_i (b_i + c <g_i, y> / D_i); the direction of
-    G_p gives the Frank-Wolfe gap. Where G_p is zero to rounding its norm may count as zero.
+    G_p gives the Frank-Wolfe gap. If G_p is zero up to rounding, its norm may count as zero.
     """
     C, D, b, c, _ = problem
     weighted = D * p
@@ -128,8 +119,23 @@ def certify(problem: Problem, p: Array, y: Array) -> Solution:
     return Solution(p, float(value), max(float(gap), 0.0), float(squared_norm))
 
 
+def equal_where_tied(p: list[float], rows: list[list[float]], w: list[float]) -> list[float]:
+    """Gives equal gradients of equal weight equal shares, to the bit: their mean.
+
+    That is the point closest to w among those with the same G_p; rounding leaves 1e-15 of it.
+    """
+    if len({row[i] for i, row in enumerate(rows)}) == len(p):
+        return p
+    tied: dict[tuple[float, ...], list[int]] = {}
+    for i, row in enumerate(rows):
+        tied.setdefault((w[i], *row), []).append(i)
+    shares = [math.fsum(p[i] for i in group) / len(group) for group in tied.values()]
+    share = {i: x for group, x in zip(tied.values(), shares, strict=True) for i in group}
+    return [share[i] for i in range(len(p))]
+
+
 def points_on_support(problem: Problem, support: Array) -> Iterator[Point]:
-    """Yields the points that a support, found by another solver, leads to."""
+    """Yields candidate points for a support that another solver found."""
     C, D, b, _, _ = problem
     support = support & (D > 0)
     if not support.any():
@@ -141,12 +147,9 @@ def points_on_support(problem: Problem, support: Array) -> Iterator[Point]:
 
 
 def points_of(problem: Problem, dual: DualSolution) -> Iterator[Point]:
-    """Yields the points that a dual solution leads to, the preferred one first.
-
-    The next one counts if the one before has no certificate.
-    """
+    """Yields candidate points for a dual solution, the preferred one first."""
     C, D, _, c, w = problem
-    # A zero gradient allows no level above zero.
+    # With a zero gradient the level is at most zero.
     if c < _NEAR_ZERO * dual.q.sum() or (dual.level >= 0 and not D.all()):
         yield from points_at_zero(problem)
     p, y = _primal(problem, dual.q)
@@ -167,20 +170,20 @@ def _primal(problem: Problem, q: Array) -> Point:
 
 def _subgradient(problem: Problem, q: Array) -> Array:
     image = problem.C @ q
-    return image / max(problem.c, math.sqrt(max(q @ image, 0.0)))  # |y| <= 1 whatever q is
+    return image / max(problem.c, math.sqrt(max(q @ image, 0.0)))  # |y| <= 1 for any q
 
 
 def indefiniteness(cosines: Array) -> float:
-    """Returns what makes the matrix positive definite when added to its diagonal."""
+    """Returns a number whose addition to the diagonal makes the matrix positive definite."""
     return 4 * len(cosines) * EPS + 2 * max(0.0, -float(np.linalg.eigvalsh(cosines)[0]))
 
 
 def _refined(problem: Problem, q: Array) -> tuple[DualSolution, Array] | None:
-    """Solves the optimality conditions on the support of q anew, without inflation of C.
+    """Solves the optimality conditions on the support of q again, without inflation of C.
 
-    Returns the dual solution and y; None where the solution has negative entries. On the support
-    y is what the conditions say it is: near zero in the hull q is long, and C q would have lost
-    the digits that the level still has.
+    Returns the dual solution and y, or None if the solution has negative entries. On the support, y
+    comes from the conditions: near zero in the hull q is long, and C q would lose the digits that
+    the level still has.
     """
     C, D, b, c, _ = problem
     index = q.nonzero()[0]
@@ -194,14 +197,14 @@ def _refined(problem: Problem, q: Array) -> tuple[DualSolution, Array] | None:
     if discriminant < 0 or eu <= 0:
         return None
     level = (np.sqrt(discriminant) - eq) / eu
-    for _ in range(3):  # Newton, since eu and eq have few digits where u is long
+    for _ in range(3):  # Newton, because eu and eq are inaccurate if u is long
         inside, conditions = start + level * u, level * e - b[index]
         distance = np.sqrt(np.maximum(inside @ conditions, 0))
         if distance > 0:
             level += (c - distance) * distance / (e @ inside)
     inside = start + level * u
     size = np.abs(inside).sum()
-    # An error of N^2 moves the level by 1 / (2 e q) of it, next to nothing where q is long.
+    # An error of N^2 moves the level by 1 / (2 e q) of the error, which is tiny if q is long.
     error = abs(inside @ (rows @ inside) - c * c)
     if inside.min() < -EPS * size or not error <= min(c * c / 2, TIGHT * (e @ inside)):
         return None
@@ -214,7 +217,7 @@ def _refined(problem: Problem, q: Array) -> tuple[DualSolution, Array] | None:
 
 
 def points_at_zero(problem: Problem) -> Iterator[Point]:
-    """Yields the points with G_p = 0, if the optimum is there.
+    """Yields candidate points with G_p = 0, if the optimum is there.
 
     It is optimal if zero is in the hull of the gradients and the cone {d: <g_i, d> >= 0} comes
     within c of g_0; the nearest point of the cone gives the subgradient.
@@ -252,9 +255,9 @@ def points_at_zero(problem: Problem) -> Iterator[Point]:
 
 
 def _closest(w: Array, p: Array, tight: Array, metric: Array, D: Array) -> Array:
-    """Returns the point closest to w among those that share support and image with p.
+    """Returns the point closest to w among the points with the support and the image of p.
 
-    They are p + z with z zero outside `tight`, sum z = 0 and D z in the null space of `metric`:
+    These are p + z with z zero outside `tight`, sum z = 0 and D z in the null space of `metric`:
     a least-distance problem (Lawson and Hanson, Solving Least Squares Problems, chapter 23).
     """
     index = tight.nonzero()[0]
@@ -275,8 +278,8 @@ def _closest(w: Array, p: Array, tight: Array, metric: Array, D: Array) -> Array
     start = p[index]
     nearest = start + basis @ (basis.T @ (w[index] - start))
     if nearest.min() < -EPS:
-        # Nearest point of the polytope {nearest + basis x >= 0} to x = 0, by its dual. Losses that
-        # cannot move stay out: columns of rounding errors lead scipy astray.
+        # Nearest point of the polytope {nearest + basis x >= 0} to x = 0, by its dual. Without
+        # losses that can't move, because columns of rounding errors mislead scipy.
         movable = np.abs(basis).max(axis=1) > math.sqrt(EPS)
         rows = np.vstack([basis[movable].T, -nearest[movable]])
         target = np.append(np.zeros(basis.shape[1]), 1.0)

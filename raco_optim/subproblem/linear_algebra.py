@@ -12,10 +12,7 @@ Array = NDArray[Any]
 
 
 def inverse_of(A: Array) -> Array:
-    """Inverts a positive semi-definite A, with zeros for rows that depend on those before.
-
-    By Gauss-Jordan elimination, in the precision of A.
-    """
+    """Inverts a positive semi-definite A by Gauss-Jordan; zeros for dependent rows."""
     n = len(A)
     table = np.hstack([A, np.eye(n, dtype=A.dtype)])
     dependent = np.zeros(n, dtype=bool)
@@ -35,7 +32,7 @@ def inverse_of(A: Array) -> Array:
 
 
 def solve_refined(A: Array, inverse: Array, right: Array) -> Array:
-    """Solves A x = right with residuals as small as the precision allows."""
+    """Solves A x = right with iterative refinement."""
     solved = inverse @ right
     for _ in range(3):
         solved += inverse @ (right - A @ solved)
@@ -43,8 +40,8 @@ def solve_refined(A: Array, inverse: Array, right: Array) -> Array:
 
 
 def nonnegative_least_squares(A: Array, right: Array) -> tuple[Array, float]:
-    """Minimises |A x - right| over x >= 0; returns x and the norm, which is inf if it failed."""
-    if A.shape[1] == 0:  # which scipy does not survive
+    """Minimises |A x - right| over x >= 0; returns x and the norm, or inf on failure."""
+    if A.shape[1] == 0:  # crashes scipy
         return np.zeros(0), float(np.linalg.norm(right))
     try:
         x, norm = nnls(A, right)

@@ -10,20 +10,20 @@ from torch import Tensor
 
 from raco_optim._checks import as_gram
 from raco_optim.subproblem.active_set import solve_active_set
-from raco_optim.subproblem.certificate import Problem
+from raco_optim.subproblem.certificate import Problem, equal_where_tied
 from raco_optim.subproblem.several_losses import cosines
 from raco_optim.subproblem.slsqp import solve_slsqp
 
 
 @dataclass(frozen=True)
 class MinNormPoint:
-    r"""A point of the convex hull of the gradients and its certificate; float64 tensors.
+    r"""A point of the convex hull of the gradients with a certificate; float64 tensors.
 
     Attributes:
         p: ``[m]``, non-negative, summing to 1.
         norm: :math:`|\sum_i p_i g_i| = \sqrt{p^\top H p}`, a scalar.
-        gap: Frank-Wolfe gap relative to :math:`\max_i |g_i|`, a scalar: the norm exceeds its
-            minimum by no more than that.
+        gap: Frank-Wolfe gap relative to :math:`\max_i |g_i|`, a scalar: an upper bound on the norm
+            minus its minimum.
 
     Example:
         >>> from raco_optim import min_norm_point
@@ -41,8 +41,8 @@ def min_norm_point(gram: Tensor | Sequence[Sequence[float]]) -> MinNormPoint:
 
     .. math:: p^* \in \arg\min_{p \in \Delta} \sqrt{p^\top H p}
 
-    This is the direction of MGDA. Its norm measures how far a point is from Pareto-critical.
-    If there are several minimisers, the result is the one closest to uniform weights.
+    It is the direction of MGDA; its norm is 0 if and only if the point is Pareto-critical. If there
+    are several minimisers, the result is the one closest to uniform weights.
 
     Args:
         gram: H, ``[m, m]``, as in `solve_subproblem`.
@@ -69,5 +69,6 @@ def min_norm_point(gram: Tensor | Sequence[Sequence[float]]) -> MinNormPoint:
         problem = Problem(C, D, np.zeros(m), 1.0, p)
         solution = solve_active_set(problem) or solve_slsqp(problem)
         p, norm, gap = solution.p, solution.value * scale, solution.gap
-    numbers = H.new_tensor([*p, norm, gap])
+    shares = equal_where_tied(list(p), H.tolist(), [1.0] * m)
+    numbers = H.new_tensor([*shares, norm, gap])
     return MinNormPoint(numbers[:m], numbers[m], numbers[m + 1])

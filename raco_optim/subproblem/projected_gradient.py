@@ -1,24 +1,23 @@
 r"""The projected-gradient solver of the subproblem: pure torch, batched, without host sync.
 
-It works on the dual that `certificate` states. With e = 1 / D, that is at a fixed level
-:math:`\nu`
+It solves the dual in `certificate`. With e = 1 / D, the dual at a fixed level :math:`\nu` is
 
 .. math:: \min_{q \ge 0} \; q^\top C q / 2 - (\nu e - b)^\top q,
 
-and the projection on :math:`q \ge 0` is a clamp. So a step is two operations, a product and a
-clamp. On the simplex it would need a sort. **A round** first takes some steps: they find which q
-are positive long before they find their values. On these, q is linear in the level,
-:math:`q = \nu u + v` with :math:`C u = e` and :math:`C v = -b`. Its length must be c, which is a
-quadratic equation for the level. So one linear system gives q and the level, and the next round
-starts there. The support is mostly right after two or three rounds. Where it is not, the rounds
-may cycle, so later ones take more steps: at a fixed level, steps converge.
+and the projection on :math:`q \ge 0` is a clamp. So a step is a product and a clamp; on the
+simplex it would need a sort. **A round** first takes some steps, which find the positive entries
+of q long before their values. On this support q is linear in the level, :math:`q = \nu u + v` with
+:math:`C u = e` and :math:`C v = -b`, and its length must be c, a quadratic equation for the level.
+So one linear system gives q and the level, from which the next round starts. The support is
+usually right after two or three rounds. Otherwise the rounds may cycle, so later rounds take more
+steps, which converge at a fixed level.
 
-**Where** :math:`G_p = 0`, the norm has a kink, and the level is zero. The same rounds at the fixed
-level zero find the subgradient there: they project g_0 on the cone of directions in which no loss
-rises. Both problems are one batch of twice the size.
+**If** :math:`G_p = 0`, the norm has a kink and the level is zero. The same rounds at the fixed
+level zero find the subgradient: they project g_0 on the cone of directions in which no loss rises.
+Both problems form one batch of twice the size.
 
-**The certificate is honest** whatever q is: :math:`y = C q / \max(c, |q|)` has length 1 at most,
-and any such y bounds the minimum (`certificate`). The point with the smallest gap is returned.
+**The certificate holds** for any q: :math:`y = C q / \max(c, |q|)` has at most length 1, and any
+such y bounds the minimum (`certificate`). The point with the smallest gap is returned.
 """
 
 from __future__ import annotations
@@ -32,19 +31,7 @@ _TINY = 1e-300
 
 
 def projected_gradient(H: Tensor, w: Tensor, c: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Minimises the subproblem of CAGrad by projected gradient steps on its dual.
-
-    The number of operations depends on m alone: a stopping test would wait for the device.
-
-    Args:
-        H: Gram matrices, ``[..., m, m]``, float64.
-        w: Weights, ``[m]``, float64.
-        c: Radius, >= 0.
-
-    Returns:
-        p, ``[..., m]``, its value, ``[...]``, in the units of H, and its relative Frank-Wolfe gap,
-        ``[...]``; see `raco_optim.solve_subproblem`.
-    """
+    """Returns p, ``[..., m]``, Phi(p) and the gap, ``[...]``; H is ``[..., m, m]``, w ``[m]``."""
     shape, m = H.shape[:-1], H.shape[-1]
     H = H.reshape(shape[:-1].numel(), m, m)
     norms = H.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
@@ -62,7 +49,7 @@ def projected_gradient(H: Tensor, w: Tensor, c: float) -> tuple[Tensor, Tensor, 
     norm_g0 = torch.where(moving, squared_g0, 1.0).sqrt()
     b = image.squeeze(1) / norm_g0
 
-    # Phi(e_i) = D_i (b_i + c): the lowest vertex is often the solution, and else a start.
+    # Phi(e_i) = D_i (b_i + c): the lowest vertex is often the solution, otherwise the start.
     start, lowest = (D * (b + c)).min(-1, keepdim=True)
     vertex = torch.zeros_like(D).scatter(-1, lowest, 1.0)
     Q, at_zero = _dual_points(C, torch.stack([e, -b], -1), c * vertex, start, c)
@@ -87,7 +74,7 @@ def projected_gradient(H: Tensor, w: Tensor, c: float) -> tuple[Tensor, Tensor, 
     gap, best = (value - bound).clamp(min=0).nan_to_num(torch.inf).min(-1, keepdim=True)
     p = P.gather(1, best[..., None].expand(-1, 1, m)).squeeze(1)
 
-    # What is not a number stays so: a certificate for it would be false.
+    # NaN in, NaN out: a certificate would be false.
     noise = torch.where(squared_g0.isfinite(), 0.0, torch.nan)
     p = torch.where(moving, p, w) + noise
     value = torch.where(moving, value.gather(1, best) * norm_g0 * scale**2, 0.0) + noise
@@ -100,7 +87,7 @@ def _dual_points(
 ) -> tuple[Tensor, Tensor]:
     """Returns q of every round, ``[B, rounds, m]``, and q at the level zero, ``[B, 1, m]``.
 
-    `right` holds e and -b, ``[B, m, 2]``. The rounds start at q and at the level.
+    `right` holds e and -b, ``[B, m, 2]``. The rounds start at `q` and `level`.
     """
     size, m = q.shape
     # The second half of the batch stays at the level zero.
@@ -108,7 +95,7 @@ def _dual_points(
     level = start = torch.cat([level, torch.zeros_like(level)])[..., None]
     falls = (torch.arange(2 * size, device=q.device) < size)[:, None, None]
     eye = torch.eye(m, dtype=C.dtype, device=C.device)
-    # The largest eigenvalue lies below the fourth root of a row sum of C^4, and seldom far.
+    # The fourth root of the largest row sum of C^4 is a tight bound of the largest eigenvalue.
     fourth = torch.bmm(C, C)
     fourth = torch.bmm(fourth, fourth)
     step = 1.5 / fourth.abs().sum(-1).amax(-1).sqrt().sqrt().clamp(min=_TINY)[:, None, None]

@@ -1,9 +1,8 @@
-"""From a Gram matrix to the dimensionless numbers that the solvers on the host are given.
+"""Prepares a Gram matrix for the solvers on the CPU.
 
-They are the cosines C of the gradients, their norms D relative to the largest, and the cosines b
-of the gradients with the weighted gradient. So no tolerance depends on the scale of the gradients,
-and gradients of very different norms lose no digits. Float64 comes first. Extended precision
-follows where float64 has lost too many digits; it costs about ten times as much.
+The cosines C of the gradients, their norms D relative to the largest, and the cosines b with the
+weighted gradient have no scale, so tolerances need none. If float64 loses too many digits, extended
+precision follows, which is about ten times slower.
 """
 
 from __future__ import annotations
@@ -35,11 +34,7 @@ def solve_several(
 def _solve_in(
     dtype: type[np.floating[Any]], values: Array, w: Array, c: float, solver: str
 ) -> tuple[Array, float, float] | None:
-    """Returns p, Phi(p) and the gap, or None if they need more digits than `dtype` has.
-
-    They do if g_0 or G_p is a small difference of long gradients. (Where the platform has no
-    extended precision, the gap tells.)
-    """
+    """Returns p, Phi(p) and the gap; None if g_0 or G_p cancels too much for `dtype`."""
     extended = dtype is np.longdouble
     scale, C, D = cosines(values.astype(dtype, copy=False))
     weighted = D * w
@@ -64,15 +59,12 @@ def _solve_in(
 
 
 def cosines(values: Array) -> tuple[float, Array, Array]:
-    """Returns the largest norm, the cosines with a unit diagonal, and the relative norms.
-
-    Raises `ValueError` if the values are not those of a Gram matrix.
-    """
-    with np.errstate(all="ignore"):  # the check below says what is wrong with the values
+    """Returns the largest norm, the cosines, and the relative norms; or raises `ValueError`."""
+    with np.errstate(all="ignore"):  # checked below
         norms = np.sqrt(values.diagonal())
         scale = norms.max()
         D = norms / scale if scale > 0 else norms
-        # A gradient that is smaller by 100 orders of magnitude is zero beside the others.
+        # A gradient that is 100 orders of magnitude smaller than the largest counts as zero.
         zero = None if D.min() > 1e-100 else ~(D > 1e-100)
         lengths = norms if zero is None else np.where(zero, np.inf, norms)
         raw = values / lengths[:, None] / lengths

@@ -21,11 +21,8 @@ _SUPPORT = 1e-7
 
 
 def solve_slsqp(problem: Problem) -> Solution:
-    """Solves the subproblem of any number of losses.
-
-    SLSQP stops when its steps no longer lower the value, at a gap of about 1e-8. Its support is
-    right before that, so the optimality conditions are then solved on it.
-    """
+    """Solves the subproblem: SLSQP finds the support, the optimality conditions the rest."""
+    # It stops at a gap of about 1e-8, when the value no longer falls; the support is right by then.
     C, D, b = (x.astype(np.float64) for x in problem[:3])
     c, w = problem.c, problem.w
     linear, quadratic = D * b, D[:, None] * C * D

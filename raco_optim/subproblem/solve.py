@@ -1,4 +1,4 @@
-"""The subproblem of CAGrad behind one signature, whichever solver finds p."""
+"""The subproblem of CAGrad, with a choice of solvers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from raco_optim._checks import as_gram, checked_choice, checked_radius, checked_weights
-from raco_optim.subproblem.certificate import Array
+from raco_optim.subproblem.certificate import Array, equal_where_tied
 from raco_optim.subproblem.few_losses import FEW, solve_few_losses
 from raco_optim.subproblem.projected_gradient import projected_gradient
 from raco_optim.subproblem.several_losses import solve_several
@@ -21,18 +21,18 @@ from raco_optim.subproblem.two_losses import solve_two_losses
 Solver = Literal["exact", "pgd", "slsqp"]
 SOLVERS = ("exact", "pgd", "slsqp")
 PROMISED = 1e-9
-"""Gap of ``"exact"``; on a CPU, ``"pgd"`` leaves it what is above."""
+"""Largest gap of ``"exact"``; on a CPU, ``"pgd"`` passes problems with a larger one to it."""
 
 
 @dataclass(frozen=True)
 class SubproblemSolution:
-    r"""A point of the simplex and the certificate that it is the minimiser; float64 tensors.
+    r"""A point of the simplex with a certificate of its accuracy; float64 tensors.
 
     Attributes:
         p: ``[m]`` (``[..., m]`` for a batch), non-negative, summing to 1.
         value: :math:`\Phi(p)`, a scalar (``[...]``), in the units of the Gram matrix.
-        gap: Frank-Wolfe gap relative to :math:`|g_0| \max_i |g_i|`, a scalar (``[...]``): Phi(p)
-            exceeds its minimum by no more than that.
+        gap: Frank-Wolfe gap relative to :math:`|g_0| \max_i |g_i|`, a scalar (``[...]``): an upper
+            bound on Phi(p) minus its minimum.
 
     Example:
         >>> from raco_optim import solve_subproblem
@@ -60,20 +60,21 @@ def solve_subproblem(
         \Phi(p) = p^\top H w + c \sqrt{w^\top H w} \sqrt{p^\top H p}
 
     Scaling H does not change the minimiser. If there are several (dependent gradients),
-    ``"exact"`` returns the one closest to w. If the weighted gradient is zero to rounding, p = w.
+    ``"exact"`` returns the one closest to w. If the weighted gradient is zero up to rounding,
+    p = w.
 
     Args:
         gram: H, ``[m, m]``, real, symmetric, positive semi-definite up to rounding; any device.
             With ``solver="pgd"`` also a batch ``[..., m, m]``.
         weights: w, m numbers >= 0 that sum to 1 within 1e-6 (then normalised).
         c: Radius of the trust region relative to :math:`|g_0|`, >= 0, finite.
-        solver: ``"exact"``: a closed form for m = 2, an active set beyond, in float64 on the
-            host (one copy of H from an accelerator). ``"pgd"``: projected gradient on the dual in
-            torch, on the device of H, batched, without waiting for it; it does not check the
-            values of H. ``"slsqp"``: scipy's sequential quadratic programming, on the host.
-            ``"exact"`` is certified to 1e-9, unless the gradients cancel to the last digits of
-            H. The other two usually are, and the gap tells. On a CPU, where nothing waits,
-            ``"pgd"`` passes a Gram matrix with a larger gap on to ``"exact"``.
+        solver: ``"exact"``: a closed form for m = 2, an active-set method for m > 2, in float64 on
+            the CPU (one copy of H from an accelerator). ``"pgd"``: projected gradient on the dual
+            in torch, batched, on the device of H and without waiting for it; it does not check the
+            values of H. ``"slsqp"``: scipy's sequential quadratic programming, on the CPU. The gap
+            of ``"exact"`` is at most 1e-9, unless the gradients cancel to the last digits of H.
+            The gaps of the others usually are; check them. On a CPU, ``"pgd"`` passes Gram matrices
+            with a larger gap to ``"exact"``.
 
     Returns:
         p, Phi(p) and the relative Frank-Wolfe gap, on the device of `gram`.
@@ -103,7 +104,7 @@ def checked_arguments(
     *,
     batched: bool = False,
 ) -> tuple[Tensor, list[float], float]:
-    """Checks the arguments of `solve_subproblem`; returns H, w and c."""
+    """Returns H, w and c of `solve_subproblem`, or raises."""
     checked_choice("solver", solver, SOLVERS)
     c = checked_radius(c, below_one=False)
     w = checked_weights(weights)
@@ -117,16 +118,16 @@ def checked_arguments(
 
 
 def solve(H: Tensor, w: list[float], c: float, solver: Solver) -> SubproblemSolution:
-    """Solves the subproblem for arguments that were checked; only the values of H were not."""
+    """Solves the subproblem for checked arguments; the values of H are still unchecked."""
     if solver != "pgd":
         p, value, gap = solve_on_host(H.cpu().numpy(), w, c, solver)
         numbers = copied([*p, value, gap], H)
         return SubproblemSolution(numbers[:-2], numbers[-2], numbers[-1])
     solution = SubproblemSolution(*projected_gradient(H, copied(w, H), c))
-    if H.device.type == "cpu":  # where reading the gap waits for nothing
+    if H.device.type == "cpu":  # reading the gap does not wait
         ps, values, gaps = (x.numpy() for x in (solution.p, solution.value, solution.gap))
         for index in map(tuple, np.argwhere(gaps > PROMISED)):
-            # What is no Gram matrix is not refused here, as it is not elsewhere.
+            # "pgd" does not check the values, on any device.
             with contextlib.suppress(ValueError):
                 found = solve_on_host(H[index].numpy(), w, c, "exact")
                 ps[index], values[index], gaps[index] = found
@@ -136,14 +137,15 @@ def solve(H: Tensor, w: list[float], c: float, solver: Solver) -> SubproblemSolu
 def solve_on_host(
     values: Array, w: list[float], c: float, solver: Solver
 ) -> tuple[list[float], float, float]:
-    """Returns p, Phi(p) and the gap that ``"exact"`` or ``"slsqp"`` finds."""
-    found = None
+    """Returns p, Phi(p) and the gap from ``"exact"`` or ``"slsqp"``."""
+    found, rows = None, values.tolist()
     if len(w) <= FEW and solver == "exact" and c > 0:
-        found = (solve_two_losses if len(w) == 2 else solve_few_losses)(values.tolist(), w, c)
-    return found or solve_several(values, w, c, solver)
+        found = (solve_two_losses if len(w) == 2 else solve_few_losses)(rows, w, c)
+    p, value, gap = found or solve_several(values, w, c, solver)
+    return equal_where_tied(p, rows, w), value, gap
 
 
 def copied(numbers: list[Any], like: Tensor) -> Tensor:
-    """Returns the numbers on the device of `like`; `new_tensor` would wait for the device."""
+    """Returns numbers on the device of `like`; `new_tensor` would wait for the device."""
     made = torch.tensor(numbers, dtype=like.dtype, device="cpu")
     return made.to(like.device, non_blocking=True)

@@ -1,13 +1,13 @@
 """The subproblem of two losses, in closed form.
 
-At a vertex the derivatives of Phi decide. Between the vertices, along the line g_2 + t (g_1 - g_2),
+The derivatives of Phi show whether a vertex is optimal. Otherwise, on the line g_2 + t (g_1 - g_2),
 Phi is a linear function plus a hyperbola with its vertex at t0, the point nearest to the origin:
 
     Phi(t) = |g_0| l (kappa t + c sqrt((t - t0)^2 + delta^2 / l^2)) + constant
 
 with l = |g_1 - g_2|, kappa = cos(g_0, g_1 - g_2), and delta the distance of the line from zero.
-The code uses h11 - h12 and h22 - h12 (or the sums, for opposed gradients). They are exact where
-they are small; products of norms would lose the digits that tell nearly equal gradients apart.
+The code uses h11 - h12 and h22 - h12 (or the sums, for opposed gradients), which are exact if they
+are small; products of norms would lose the difference of nearly equal gradients.
 """
 
 from __future__ import annotations
@@ -26,18 +26,15 @@ Real = Any  # float or numpy.longdouble
 def solve_two_losses(
     gram: list[list[float]], weights: list[float], c: float
 ) -> tuple[list[float], float, float]:
-    """Returns p, Phi(p) and the relative gap, for c > 0.
-
-    Extended precision follows where float64 has lost too many digits; it is ten times as slow.
-    """
+    """Returns p, Phi(p) and the gap, for c > 0; in extended precision if necessary."""
     (h11, h12), (h21, h22) = gram
     largest = max(h11, h22)
     plain = 0 <= h11 < math.inf and 0 <= h22 < math.inf and h12 == h21
     if not (plain and h12 * h12 <= h11 * h22):
-        check_gram_values(gram)  # which allows rounding errors
+        check_gram_values(gram)  # allows rounding errors
     if largest == 0:
         return weights, 0.0, 0.0
-    scale = math.ldexp(1, math.frexp(largest)[1] - 1)  # a power of two, so that nothing is rounded
+    scale = math.ldexp(1, math.frexp(largest)[1] - 1)  # a power of two: no rounding
     numbers = (h11 / scale, (h12 / scale + h21 / scale) / 2, h22 / scale, *weights, c)
     p1, value, gap, enough_digits = _solve(*numbers)
     if not enough_digits or gap > TIGHT:
@@ -48,7 +45,7 @@ def solve_two_losses(
 def _solve(
     h11: Real, h12: Real, h22: Real, w1: Real, w2: Real, c: Real
 ) -> tuple[float, float, float, bool]:
-    """Returns the first entry of p, Phi(p), its gap in units of |g_0|, and if digits suffice."""
+    """Returns p_1, Phi(p), its gap in units of |g_0|, and whether there are enough digits."""
     n1, n2 = h11**0.5, h22**0.5
     b1, b2 = w1 * h11 + w2 * h12, w1 * h12 + w2 * h22
     squared_g0, size = w1 * b1 + w2 * b2, w1 * n1 + w2 * n2
@@ -58,7 +55,7 @@ def _solve(
     s, slope = c * norm_g0, b1 - b2
     a1, a2 = h11 - h12, h22 - h12
     if max(abs(a1), abs(a2)) <= ZERO * max(h11, h22):
-        p1 = w1  # one gradient twice: every p is a minimiser, and w is the closest to w
+        p1 = w1  # equal gradients: every p is a minimiser, and w is closest to w
     elif n1 > 0 and slope * n1 + s * a1 <= 0:
         p1 = 1.0
     elif n2 > 0 and s * a2 - slope * n2 <= 0:
@@ -85,15 +82,15 @@ def _solve(
     if squared_norm > ZERO * size_p * size_p:
         ratio = s / squared_norm**0.5
         r1, r2 = b1 + ratio * f1, b2 + ratio * f2
-        # Inside, the derivatives are equal, but the norm has few digits where it is small: within
-        # its rounding errors it is the one that makes them so.
+        # Inside, both derivatives are equal. A small norm has few digits: choose the value within
+        # its rounding error that makes them equal.
         rounding = 64 * np.finfo(type(squared_norm)).eps * size_p * size_p / squared_norm
         if 0 < p1 < 1 and abs(slope + ratio * (f1 - f2)) < rounding * abs(slope):
             r1 = r2 = b1 - slope / (f1 - f2) * f1
     elif b1 >= 0 and b2 >= 0:
-        r1, r2 = b1, b2  # the subgradient of |G_p| at zero that is zero
+        r1, r2 = b1, b2  # the zero subgradient of |G_p| at zero
     else:
-        r1 = r2 = 0.0  # the one that cancels g_0, within reach because c >= 1
+        r1 = r2 = 0.0  # the subgradient that cancels g_0, which exists because c >= 1
     value = p1 * r1 + p2 * r2
     enough = squared_g0 > FEW_DIGITS * size * size and squared_norm > FEW_DIGITS * size_p * size_p
     return float(p1), float(value), max(float((value - min(r1, r2)) / norm_g0), 0.0), bool(enough)

@@ -16,11 +16,7 @@ _Group = dict[str, Any]
 
 
 class BareOptimizer(Optimizer):
-    """An optimizer with hooks, but without parameter groups, state or defaults.
-
-    It does not call `Optimizer.__init__`, whose parameter groups would differ from those of the
-    inner optimizers after a checkpoint is loaded.
-    """
+    """An optimizer with hooks, without groups, state and defaults, which could diverge."""
 
     _saved: Callable[[], dict[str, Any]]
     _load: Callable[[Any], None]
@@ -137,7 +133,7 @@ class JointOptimizer(BareOptimizer):
         self._groups[:] = groups
         self._owned = [(group, owners[id(group)]) for group in groups]
 
-    def _checked_position(self, position: Any) -> int:  # noqa: ANN401  # that is what it checks
+    def _checked_position(self, position: Any) -> int:  # noqa: ANN401  # checked here
         if type(position) is not int or position not in range(len(self.optimizers)):
             self._groups[:] = [group for group, _ in self._owned]  # without the new group
             raise ValueError(

@@ -28,13 +28,9 @@ def _delegated(name: str, doc: str) -> Any:  # noqa: ANN401  # a property, which
 
 
 class OptimizerWrapper(BareOptimizer):
-    """Delegates parameter groups, state and defaults to `optimizer`.
+    """Delegates groups, state, defaults and unknown attributes to the inner optimizers.
 
-    Attributes and methods that the wrapper lacks are those of the inner optimizers.
-
-    Note:
-        Hooks registered on the wrapper receive the wrapper. Global optimizer hooks run twice, for
-        the wrapper and for the inner optimizer.
+    Its hooks receive the wrapper. Global optimizer hooks run twice, for it and the inner optimizer.
     """
 
     # `GradScaler` would set the scale for an optimizer that unscales itself (fused AdamW) on the

@@ -195,14 +195,15 @@ def train(
 ) -> list[Tensor]:
     """Trains in one of the processes of a group, or in none; returns parameters and first loss.
 
-    With FSDP2 if `sharded`; else in one process, whose batches are those of all.
+    With FSDP2 if `sharded`; else in one process, whose batches are those of all. The model is in
+    the folder.
     """
     from datasets import Dataset
     from peft import LoraConfig
     from torch.distributed.tensor import DTensor
 
     from raco_optim.integrations.trl import MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer
-    from tests.tiny_language_models import tiny_model, tiny_pairs, tiny_tokenizer
+    from tests.tiny_language_models import tiny_pairs, tiny_tokenizer
 
     settings = dict(CASES[case])
     lora = LoraConfig(r=2, target_modules="all-linear") if settings.pop("lora", False) else None
@@ -231,7 +232,7 @@ def train(
         )
         torch.manual_seed(0)
         trainer = MultiObjectiveDPOTrainer(
-            tiny_model(),
+            f"{folder}/model",
             args=config,
             train_dataset=Dataset.from_list(tiny_pairs(6 * number, seed=3)),
             processing_class=tiny_tokenizer(),
@@ -272,8 +273,11 @@ def _trainer(device: str, case: str) -> None:
     needs(device, "transformers", "trl", "peft")
     if device == "cpu":
         raise LeftOut("Accelerate shards on accelerators; test_gpu.py shards on the CPU")
+    from tests.tiny_language_models import tiny_model
+
     number = torch.cuda.device_count()
     with tempfile.TemporaryDirectory() as folder:
+        tiny_model().save_pretrained(f"{folder}/model")
         for sharded, ranks in ((True, number), (False, 1)):
             arguments = (number, device, case, sharded, folder)
             torch.multiprocessing.spawn(_process, arguments, ranks)

@@ -160,6 +160,8 @@ class _Made(TorchFunctionMode):
                 return function(args[0], parts if isinstance(args[1], tuple) else parts[0])
             if function is torch.Tensor.tolist:
                 return args[0].cpu().tolist()
+            if function is torch.Tensor.numpy and kwargs.get("force"):
+                return args[0].detach().cpu().numpy()
             if function in (torch.Tensor.numpy, torch.Tensor.__array__):
                 raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy.")
         return function(*args, **kwargs)

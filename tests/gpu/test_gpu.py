@@ -18,6 +18,7 @@ from benchmarks.harness import Died
 from benchmarks.step_cost_cases import Case, make
 from tests.gpu import checks, language_models
 from tests.test_trl_sharded import fsdp_on_cpus
+from tests.tiny_language_models import tiny_model
 
 ROOT = Path(__file__).parents[2]
 SIMULATED = """
@@ -50,6 +51,7 @@ with simulated.device() as name:
                 lambda: bool(a.any()),
                 lambda: a.equal(a),
                 lambda: a.tolist(),
+                lambda: a.numpy(force=True),
                 lambda: a[a > 0],
                 lambda: a[[0, 2]],
                 lambda: a.cpu(),
@@ -116,6 +118,7 @@ def train_sharded(rank, *arguments):
 @pytest.mark.parametrize("case", language_models.CASES)
 def test_a_trainer_with_fsdp2_on_the_cpu(case, two_ranks, tmp_path, monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")
+    tiny_model().save_pretrained(tmp_path / "model")
     results = two_ranks.run(train_sharded, case, True, str(tmp_path))
     alone = language_models.train(None, 2, "cpu", case, False, str(tmp_path))
     language_models.assert_trained_alike(results, alone, case)
@@ -227,9 +230,9 @@ def test_a_study_stops_in_time_and_goes_on(tmp_path, monkeypatch):
     found = gpu.study("cpu", True, records, time.time() + 0.1)
     assert found["status"] == "not over" and "0 runs" in found["shown"]
     found = gpu.study("cpu", True, records, time.time() + 600)
-    assert found == {"failed": [], "shown": "3 runs in study.jsonl"}
-    methods = [json.loads(line)["method"] for line in records.read_text().splitlines()]
-    assert sorted(methods) == ["mgda", "raco", "raco"]
+    assert not found["failed"] and found["shown"] == "3 runs in study.jsonl"
+    assert sorted(run["method"] for run in found["runs"]) == ["mgda", "raco", "raco"]
+    assert all(run["evaluation"].keys() == set(gpu.OBJECTIVES) for run in found["runs"])
 
 
 def test_pairs_of_the_study_are_real_sentences(tmp_path, monkeypatch):

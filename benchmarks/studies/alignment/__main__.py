@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Parser, make_folder, refusals_of, write_results
+from benchmarks.harness import RESULTS, Parser, make_folder, refusals_of, write_json
 from benchmarks.studies.alignment import study, summary
 
 PICTURE = Path(__file__).parents[3] / "docs" / "images" / "alignment-small-2.png"
@@ -37,10 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if options.seeds:
                 plan = dataclasses.replace(plan, seeds=tuple(options.seeds))
             found = summary.Results(study.run(size, m, plan, options.output)).as_dict()
-            write_results(f"alignment_{size}_{m}", found)
-            if (size, m) == ("small", 2):
-                summary.draw(PICTURE, found)
             print(summary.table(found))
+            # A part of the study takes no whole one's place.
+            path = (options.output if options.seeds else RESULTS) / f"alignment_{size}_{m}.json"
+            write_json(path, found)
+            if (size, m) == ("small", 2) and not options.seeds:
+                summary.draw(PICTURE, found)
+            print(path)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ badly. Nats per token are known as one number a run, and have a t interval over 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks import style
 from benchmarks.harness import markdown_table
 from benchmarks.studies.alignment.pairs import Pair, held_out_pairs
 from benchmarks.studies.alignment.study import C
@@ -51,12 +51,8 @@ TITLES = {
     "cagrad": "CAGrad",
     "raco": "CAGrad-Clip (RACO)",
 }
-# Okabe and Ito's colours, which differ for any colour vision.
-STYLES: dict[str, dict[str, Any]] = {
-    "linear": {"color": "#0072B2", "marker": "o", "markersize": 6},
-    "cagrad": {"color": "#E69F00", "marker": "s", "markersize": 9, "markerfacecolor": "white"},
-    "raco": {"color": "#009E73", "marker": "D", "markersize": 4.5},
-    "mgda": {"color": "#CC79A7", "marker": "^", "markersize": 7},
+STYLES = {
+    **style.METHODS,
     "amopo": {"color": "#D55E00", "marker": "v", "markersize": 5},
     "modpo": {"color": "#56B4E9", "marker": "X", "markersize": 5},
     "soup": {"color": GREY, "marker": "o", "markersize": 4, "linestyle": ":"},
@@ -361,17 +357,11 @@ def draw(path: Path, summary: Mapping[str, Any]) -> None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.4, 5.0), layout="constrained")
         axes = figure.subplots()
-        for method, style in STYLES.items():
+        for method, look in STYLES.items():
             found = [p["accuracy"] for p in summary["points"] if p["method"] == method]
-            axes.plot([p[x] for p in found], [p[y] for p in found], label=TITLES[method], **style)
+            axes.plot([p[x] for p in found], [p[y] for p in found], label=TITLES[method], **look)
         axes.plot(0.5, 0.5, "P", color=INK, markersize=7, label="untrained")
         axes.set(xlabel=f"held-out accuracy, {x}", ylabel=f"held-out accuracy, {y}")
         axes.set_title(f"mean of {len(summary['seeds'])} seeds, one point per weights", color=INK)
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
         figure.savefig(path, dpi=160)
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A summary that was written before."""
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from aclsum.aclsum import Document
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.demo.data import load_papers
 from benchmarks.studies.alignment import log_probs, pairs, study, summary, training, trials
 from benchmarks.studies.alignment.__main__ import main
+from tests.tiny_language_models import tiny_model
 
 # peft 0.21 asks transformers 5.23 by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -26,26 +26,14 @@ EQUAL = {"a": 0.5, "b": 0.5}
 
 
 def tiny():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_model(layers=4).eval()
 
 
 def texts(count=5):
     generator = torch.Generator().manual_seed(1)
     found = []
     for n in range(count):
-        ids = torch.randint(1, 61, (6 + 3 * n % 7,), generator=generator)
+        ids = torch.randint(1, 20, (6 + 3 * n % 7,), generator=generator)
         found.append(log_probs.Text(ids, start=1 + n % 4))
     return found
 
@@ -176,7 +164,7 @@ def encoded(model, count, seed):
     found = []
     for _ in range(2 * count):
         length = int(torch.randint(4, 9, (), generator=generator))
-        ids = torch.randint(1, 61, (length,), generator=generator)
+        ids = torch.randint(1, 20, (length,), generator=generator)
         found.append(log_probs.Text(ids, start=2))
     drawn = [
         pairs.Pair(f"paper {n % 12}", "", "", "", dict(zip(OBJECTIVES, row.tolist(), strict=True)))

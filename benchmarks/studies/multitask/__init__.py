@@ -1,7 +1,7 @@
 r"""Multi-task learning on real data, without language models: who ends where, at the same effort.
 
     data.py -> methods.py, training.py -> study.py -> summary.py
-    3 sets     a method, one run          the grid    measures, table, picture
+    3 sets     a method, one run          the grid    measures, table
 
 ``python -m benchmarks.studies.multitask`` does all of it and goes on where it was stopped. The
 definitions below were written before the first run; the limit of the steps was raised once, after a

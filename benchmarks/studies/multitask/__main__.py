@@ -1,4 +1,4 @@
-"""Runs the study, or what is left of it; then summaries, tables and the picture."""
+"""Runs the study, or what is left of it; then summaries and tables."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from benchmarks.harness import (
     environment,
     make_folder,
     refusals_of,
-    write_results,
+    write_json,
 )
 from benchmarks.studies.multitask import summary
 from benchmarks.studies.multitask.data import SETS
 from benchmarks.studies.multitask.methods import METHODS
 from benchmarks.studies.multitask.study import FOLDER, Plan, Study
-
-PICTURE = Path(__file__).parents[3] / "docs" / "images" / "multitask-digits.png"
 
 
 @refusals_of("multitask")
@@ -41,12 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.sets:
         found = summary.summarise(Study(name, plan, options.output).run())
         print(f"## {name}\n\n{summary.table(found)}\n")
-        (RESULTS / "multitask").mkdir(parents=True, exist_ok=True)
         packages = ("torchjd", "scikit-learn", "statsmodels", "aclsum")
         found["environment"] = environment(packages=packages)
-        write_results(f"multitask/{name}_summary", found)
-        if name == "digits":
-            summary.draw(PICTURE, found)
+        # A part of the study takes no whole one's place.
+        folder = RESULTS / "multitask" if plan == Plan() else options.output
+        path = folder / f"{name}_summary.json"
+        write_json(path, found)
+        print(path)
 
 
 if __name__ == "__main__":

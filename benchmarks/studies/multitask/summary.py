@@ -1,15 +1,11 @@
-"""Records of a set -> the measures of the package's docstring with intervals, table and picture."""
+"""Records of a set -> the measures of the package's docstring with intervals, and a table."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
 from scipy.stats import rankdata
 
 from benchmarks.harness import UsageError, markdown_table
@@ -24,7 +20,6 @@ from benchmarks.studies.estimates import (
     text,
 )
 from benchmarks.studies.multitask.methods import METHODS
-from benchmarks.style import GREY, INK, STYLE
 from raco_optim.pareto import hypervolume
 
 AGAINST = ("raco", "linear")
@@ -37,19 +32,6 @@ MEASURES = {
     "distance, error": False,
     "gap": False,
     "least weight": False,
-}
-# Okabe and Ito's colours for the methods that the text is about; the others are grey.
-STYLES: dict[str, dict[str, Any]] = {
-    "linear": {"color": "#0072B2", "marker": "o", "markersize": 7},
-    "cagrad": {"color": "#E69F00", "marker": "s", "markersize": 9, "markerfacecolor": "white"},
-    "raco": {"color": "#009E73", "marker": "D", "markersize": 5},
-    "mgda": {"color": "#CC79A7", "marker": "^", "markersize": 7},
-    "upgrad": {"color": "#D55E00", "marker": "v", "markersize": 6},
-    "pcgrad": {"color": "#56B4E9", "marker": "X", "markersize": 6},
-    **{
-        name: {"color": GREY, "marker": marker, "markersize": 6, "alpha": 0.8}
-        for name, marker in zip(["nashmtl", "imtlg", "alignedmtl", "fairgrad"], "P*<>", strict=True)
-    },
 }
 
 
@@ -231,23 +213,3 @@ def table(summary: Mapping[str, Any]) -> str:
         )
     head = ["method", *shown, *(f"{x} minus CAGrad-Clip's" for x in shown[:2]), "in conflict"]
     return markdown_table(head, rows)
-
-
-def draw(path: Path, summary: Mapping[str, Any]) -> None:
-    """Relative test losses of two tasks, a point per weights, mean of the seeds."""
-    with matplotlib.rc_context({**STYLE, "lines.linewidth": 1.2}):
-        figure = Figure(figsize=(6.6, 5.6), layout="constrained")
-        axes = figure.subplots()
-        for method, row in summary["methods"].items():
-            points = np.array(row["points"]["loss"])
-            axes.plot(points[:, 0], points[:, 1], label=row["title"], **STYLES[method])
-        x, y = summary["tasks"]
-        axes.set(xlabel=f"relative test loss, {x}", ylabel=f"relative test loss, {y}")
-        axes.set(xscale="log", yscale="log")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(FixedLocator([0.1, 0.12, 0.15, 0.2, 0.3, 0.4, 0.5]))
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_locator(NullLocator())
-        axes.set_title("two overlaid digits: a point per weights, lower left is better", color=INK)
-        axes.legend(frameon=False)
-        figure.savefig(path, dpi=160)

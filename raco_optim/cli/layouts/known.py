@@ -21,8 +21,8 @@ class Layout:
 
     Attributes:
         fields: Names of the fields of each record.
-        read: Yields pairs from records, and counts what it leaves out. The user names an objective
-            that is called ``""``.
+        read: Yields pairs from records, and counts the others. The user names an objective that is
+            called ``""``.
         scaled: Whether strengths are known, not only signs.
         recognises: A further condition on a record.
     """

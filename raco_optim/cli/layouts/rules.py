@@ -62,7 +62,7 @@ class Rules:
 
     Attributes:
         responses: Paths of the answers. A single path without ``[]`` means one answer per record,
-            which is paired with those of other records with the same prompt.
+            which is paired with the answers of other records to the same prompt.
         prompt: Path of the prompt; None if the answers begin with it.
         scores: By objective.
         preferences: By objective, for records with two answers.

@@ -1,18 +1,18 @@
 r"""Mode "per_example": one backward pass for any number of losses of one scalar per example.
 
-Where loss i is a function of the scalars :math:`z_1, \ldots, z_N` of N examples that do not interact
-(the log-probability of a completion, say), with :math:`u_{in} = \partial L_i / \partial z_n`,
+If loss i is a function of the scalars :math:`z_1, \ldots, z_N` of N examples that do not interact,
+such as log-probabilities of completions, then with :math:`u_{in} = \partial L_i / \partial z_n`
 
 .. math:: g_i = \sum_n u_{in} \nabla_\theta z_n.
 
 One backward pass of :math:`\sum_n z_n` meets every layer's input and the gradient of its output.
 For a linear layer with inputs :math:`x_{nt}` and output gradients :math:`\delta_{nt}` they give
 :math:`D_n = \sum_t \delta_{nt} x_{nt}^\top`, the gradient of :math:`z_n`, and
-:math:`\sum_n u_{in} D_n` is the part of loss i: the losses differ in that last sum alone.
+:math:`\sum_n u_{in} D_n` is the part of loss i: only this last sum depends on the loss.
 
-- `layers`: what a layer adds, from its input and output gradient, and which layers are known;
-- `watch`: marks in the graph where a layer's output is;
-- `one_pass`: the pass, and the checks that it is what autograd would have computed.
+- `layers`: the contribution of a layer, from its input and output gradient; the known layers;
+- `watch`: marks the outputs of layers in the graph;
+- `one_pass`: the pass, and the checks that it equals autograd's result.
 """
 
 from __future__ import annotations
@@ -25,24 +25,14 @@ from torch import Tensor, nn
 from raco_optim.gradients import Gather, PerLossGradients
 from raco_optim.gradients.accumulation import add_pending
 from raco_optim.gradients.dense import DenseGradients, DenseMode, Memory
-from raco_optim.gradients.per_example.layers import Sensitivities, Vectors, blocks, norm
 from raco_optim.gradients.per_example.one_pass import LayerGradients
-from raco_optim.gradients.per_example.watch import HIDDEN
 from raco_optim.objectives import Batch, Found, Pending
 
-__all__ = [
-    "HIDDEN",
-    "LayerGradients",
-    "PerExampleMode",
-    "Sensitivities",
-    "Vectors",
-    "blocks",
-    "norm",
-]
+__all__ = ["LayerGradients", "PerExampleMode"]
 
 
 class PerExampleMode(DenseMode):
-    """Runs one backward pass for all losses where that is exact, else one for each."""
+    """Runs one backward pass for all losses if that is exact, else one per loss."""
 
     name = "per_example"
 
@@ -60,13 +50,13 @@ class PerExampleMode(DenseMode):
         if not isinstance(z, Tensor) or z.dim() != 1 or not z.requires_grad:
             got = f"shape {list(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
             raise TypeError(
-                f"`scalars` must be the tensor, of shape [N] and with a graph, that all losses are "
-                f'computed from, which gradients="per_example" needs; got {got}'
+                f"`scalars` must be the tensor of shape [N], with a graph, from which all losses "
+                f'are computed, because gradients="per_example"; got {got}'
                 f"{' without a graph' if isinstance(z, Tensor) and not z.requires_grad else ''}."
             )
 
     def collect(self, batch: Batch) -> PerLossGradients:
-        """Gathers the gradients of this call and of earlier micro-batches."""
+        """Returns the gradients of this call, added to those of earlier micro-batches."""
         if self._gather is not None:
             return self._gather(batch, self._summed(batch))
         found = self._one_pass(batch)
@@ -86,12 +76,12 @@ class PerExampleMode(DenseMode):
         return Pending(batch.names, named, batch.parameters, values, rows)
 
     def _summed(self, batch: Batch) -> Iterator[Found]:
-        """Yields what `collect` gathers; an error comes with the first, as processes expect it."""
+        """Yields what `collect` averages; as `Gather` expects, an error comes with the first."""
         found = self._one_pass(batch)
         yield from add_pending(self.rows(batch), batch.pending) if found is None else found
 
     def _one_pass(self, batch: Batch) -> list[Found] | None:
-        """Values and gradients by one pass; None where it can't be had, which `ran` explains."""
+        """Returns values and gradients from one pass; None if impossible, and `ran` says why."""
         losses, scalars = batch.tensors, batch.through
         rows, why = None, "callables" if losses is None else "all losses are absent"
         losses = losses or []

@@ -1,12 +1,12 @@
-r"""What a layer adds to the gradients, from its input x and the gradient delta of its output.
+r"""The contribution of a layer to the gradients, from its input x and its output gradient delta.
 
 With :math:`D_n` the gradient of :math:`z_n`, the part of loss i is :math:`\sum_n u_{in} D_n`. The
-sensitivities u come in last, so that one product gives D for any number of losses.
+sensitivities u come last, so one product gives D for any number of losses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-# Numbers of D at a time: they stay in the cache of a CPU, and fill an accelerator.
+# Numbers of D at a time, to stay in the cache of a CPU, or to fill an accelerator.
 _BLOCK, _BLOCK_OF_ACCELERATOR = 2**20, 2**26
 
 
@@ -26,12 +26,12 @@ class Sensitivities:
 
     @cached_property
     def paired(self) -> bool:
-        """Whether the examples of the second half have -u of those of the first, as in pairs."""
+        """Whether the second half of the examples has the negative u of the first, as in pairs."""
         chosen, rejected = self.u.tensor_split(2, 1)
         return chosen.shape == rejected.shape and torch.equal(chosen, -rejected)
 
     def add_weighted(self, total: Tensor, d: Tensor, *, fresh: bool, folded: bool = False) -> None:
-        """Adds ``u @ d`` to `total`, ``[m, k]``, or puts it there; d: ``[N, k]``, or N / 2."""
+        """Adds ``u @ d`` to `total`, ``[m, k]``, or writes it; d: ``[N, k]`` or ``[N / 2, k]``."""
         u = self.u[:, : len(d)] if folded else self.u
         u = u.to(torch.promote_types(d.dtype, torch.float32))
         if total.dtype == d.dtype == u.dtype:
@@ -44,10 +44,10 @@ class Part(Protocol):
     """A part of the gradients of one parameter."""
 
     def add_to(self, total: Tensor, s: Sensitivities, *, fresh: bool) -> None:
-        """Adds it to `total`, ``[m, *shape]``, or puts it there."""
+        """Adds the part to `total`, ``[m, *shape]``, or writes it."""
 
     def size(self) -> tuple[Tensor, torch.dtype]:
-        """Returns the norm of the terms of the sums, which rounds by it, and their precision."""
+        """Returns the norm of the summands, which scales their rounding error, and their dtype."""
 
 
 Kind = Callable[[str, nn.Module, Tensor, Tensor], Part]
@@ -74,7 +74,7 @@ class _Outer:
 
     def _by_example(self, total: Tensor, s: Sensitivities, fresh: bool) -> None:
         left, right = self.left, self.right
-        if s.paired:  # both texts of a pair in one product
+        if s.paired:  # one product for both completions of a pair
             left, right = (torch.cat(x.tensor_split(2), 1) for x in (left, right))
             left[:, left.shape[1] // 2 :].neg_()
         (n, _, b), a = left.shape, right.shape[2]
@@ -82,13 +82,13 @@ class _Outer:
         for start, end in blocks(b, n * a, left.device):
             d = (left[:, start:end] @ right).view(n, -1)
             s.add_weighted(flat[:, start * a : end * a], d, fresh=fresh, folded=s.paired)
-            del d  # the next block takes its place, in the cache too
+            del d  # the next block reuses its memory, which is in the cache
 
     def _by_loss(self, total: Tensor, s: Sensitivities, fresh: bool) -> None:
         right, dtype = self.right.flatten(0, 1), self.left.dtype
         u = s.u.to(torch.promote_types(dtype, torch.float32))
         scales = torch.ones_like(u[:, 0])
-        if dtype != u.dtype:  # at most 1, so that float16 holds them whatever the losses' scale
+        if dtype != u.dtype:  # at most 1, to fit into float16 for any scale of the losses
             exponents = torch.frexp(u.abs().amax(1)).exponent.clamp(-126, 126)
             scales = torch.ldexp(scales, exponents)
         for of_loss, row, scale in zip(total, (u / scales[:, None]).to(dtype), scales, strict=True):
@@ -117,7 +117,7 @@ class Vectors:
 
 @dataclass(frozen=True)
 class _Lookup(Vectors):
-    """A table, of which few rows have a gradient."""
+    """A table with gradients for few rows."""
 
     ids: Tensor  # [N, T]
 
@@ -133,14 +133,14 @@ class _Lookup(Vectors):
 
 
 def norm(x: Tensor, dim: int | None = None) -> Tensor:
-    """The norm, in float32 at least."""
+    """Returns the norm, in float32 or better."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     found: Tensor = torch.linalg.vector_norm(x, dim=dim, dtype=dtype)
     return found
 
 
 def add(total: Tensor, part: Tensor, *, fresh: bool) -> None:
-    """Adds a part to a total of any dtype, or puts it there."""
+    """Adds a part to a total of any dtype, or writes it."""
     if fresh:
         total.copy_(part)
     else:
@@ -148,35 +148,37 @@ def add(total: Tensor, part: Tensor, *, fresh: bool) -> None:
 
 
 def blocks(rows: int, width: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """Yields ranges of rows, of `width` numbers each, that are worked on at a time."""
+    """Yields ranges of rows, of `width` numbers each, to process at a time."""
     size = _BLOCK if device.type == "cpu" else _BLOCK_OF_ACCELERATOR
     step = max(1, size // width, 16)
     yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def kind_of(layer: nn.Module) -> Kind | None:
-    """Returns how a layer's gradients follow from x and delta; None where that is not known."""
+    """Returns how a layer's gradients follow from x and delta; None if unknown."""
     own: dict[str, Any] = dict(layer.named_parameters(recurse=False))
     weight = own.get("weight")
     if type(weight) is not nn.Parameter or own.keys() - {"weight", "bias"}:
         return None
-    # A forward pass of its own, as other libraries give a layer, may do anything.
+    # Other libraries may have replaced the forward pass of a layer.
     if "forward" in vars(layer) or any(True for _ in layer.children()):
         return None
     forward = type(layer).forward
     if isinstance(layer, nn.Linear):
-        # Some libraries patch the class.
+        # Some libraries patch the class too.
         is_torchs = forward is nn.Linear.forward and forward.__module__ == nn.Linear.__module__
         return _linear if is_torchs else None
     if forward.__module__ == "transformers.pytorch_utils" and type(layer).__name__ == "Conv1D":
         return _transposed
+    if _is_dora(layer):
+        return _magnitude
     try:
         if isinstance(layer, nn.Embedding):
             return _embedding if _is_table(layer) else None
-        # A layer with running statistics would change them.
+        # Trying a layer with running statistics would change them.
         tried = weight.dim() == 1 and not any(True for _ in layer.buffers())
         return _norm_of(layer) if tried else None
-    except Exception:  # a layer that is tried may raise anything
+    except Exception:  # a layer may raise anything
         return None
 
 
@@ -191,6 +193,10 @@ def _transposed(name: str, layer: nn.Module, x: Tensor, delta: Tensor) -> Part:
     return _Outer(part.right, part.left) if isinstance(part, _Outer) else part
 
 
+def _magnitude(_: str, __: nn.Module, x: Tensor, delta: Tensor) -> Part:
+    return _sums(x.to(torch.promote_types(x.dtype, torch.float32)) * delta)
+
+
 def _sums(delta: Tensor) -> Vectors:
     return Vectors(delta.reshape(len(delta), -1, delta.shape[-1]))
 
@@ -203,15 +209,37 @@ def _embedding(_: str, layer: Any, ids: Tensor, delta: Tensor) -> Part:  # noqa:
 
 
 def _norm(at: float, name: str, layer: nn.Module, x: Tensor, delta: Tensor) -> Part:
-    """Of x-hat w, or of x-hat (1 + w): the layer gives x-hat for w = 1, or 0 (`at`)."""
+    """Returns the part for output x-hat w or x-hat (1 + w); the layer gives x-hat for w = `at`."""
     if name == "weight":
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         delta = delta * _scaled(layer, x, x.new_full(x.shape[-1:], at))
     return _sums(delta)
 
 
+def _is_dora(layer: nn.Module) -> bool:
+    """Whether it is peft's, which gives (m / |V| - 1) W x + m / |V| B A x for a magnitude m."""
+    is_pefts = type(layer).forward.__module__ == "peft.tuners.lora.dora"
+    return is_pefts and type(layer).__name__ == "DoraLinearLayer"
+
+
+@torch.no_grad()
+def input_of(layer: Any, args: Sequence[Any], others: Mapping[str, Any], output: Any) -> Any:  # noqa: ANN401
+    """Returns a layer's only input, or, for DoRA's m, V x / |V|; None if neither is known."""
+    given = (*args, *others.values())
+    if len(given) == 1 or not _is_dora(layer):
+        return given[0] if len(given) == 1 else None
+    base, wx = others.get("base_layer"), others.get("base_result")
+    if layer.fan_in_fan_out or type(base) is not nn.Linear:
+        return None
+    if wx is None:
+        wx = nn.functional.linear(args[0], base.weight.to(args[0].dtype))
+    elif base.bias is not None:
+        wx = wx - base.bias
+    return (wx + output) / layer.weight
+
+
 def _is_table(layer: Any) -> bool:  # noqa: ANN401
-    """Whether the output is the row of each index, times what the weight does not change."""
+    """Returns whether the output is the row of each index, times a factor free of the weight."""
     if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
         return False
     ids = torch.arange(min(8, len(layer.weight)), device=layer.weight.device)

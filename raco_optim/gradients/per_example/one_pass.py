@@ -1,4 +1,4 @@
-"""One backward pass for all losses where the layers allow it, and the checks that they do."""
+"""One backward pass for all losses if the layers allow it, and the checks that they do."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from raco_optim.gradients.per_example.watch import ANCHOR, HIDDEN, Uses, find_us
 from raco_optim.objectives import Gradient
 
 _NOT_REACHED = "no parameter is reached"
-_UNKNOWN = "a parameter is in no layer that is known and was watched"
+_UNKNOWN = "a parameter is in no known layer"
 _OTHER_SHAPE = "a layer's output is not [N, ..., features]"
 _USED_OTHERWISE = "a parameter is used outside its layer, or has a hook"
 _INTERACT = "examples interact, or a hook changes gradients"
-_NEW_GRAPH = "the graph is a new one, as in many calls before, and is checked when it comes again"
+_NEW_GRAPH = "the graph is new, as in many calls before, and will be checked if it comes again"
 _SCALARS = (
-    "`scalars`; it does not. Pass the tensor itself that all losses are computed from, or None for "
-    "a loss that is absent from this batch."
+    "`scalars`; it does not. Pass the tensor from which all losses are computed, or None for a "
+    "loss that is absent from this batch."
 )
-# A gradient from the layers and one from autograd differ by rounding, by less than this. In every
-# step this share of the weights, or one of them from time to time, is compared.
+# Gradients from the layers and from autograd differ by less than this, by rounding. Each step
+# compares this share of the weights on average.
 _TOLERANCE, _SHARE = 0.01, 0.02
-# So many graphs are checked when they come first, and others when they come again; so many of the
-# latest ones are remembered.
+# So many graphs are checked when they first occur, and others when they occur again; so many of
+# the latest ones are remembered.
 _CHECKED_AT_ONCE, _REMEMBERED = 8, 1000
 
 
 @dataclass
 class Plan:
-    """What the graph of the scalars says."""
+    """The use of parameters in the graph of the scalars."""
 
     scalars: Tensor
     name: str  # of the losses, for errors
@@ -49,35 +49,24 @@ class Plan:
     """The id of a leaf of the graph -> the position of its parameter."""
     covered: list[Tensor] = field(default_factory=list)
     others: list[tuple[Tensor, str]] = field(default_factory=list)
-    """Trained leaves that the layers do not cover, and why."""
+    """Trained leaves that the layers do not cover, with the reason."""
 
 
 class LayerGradients:
-    """Gradients of several losses from the inputs and output gradients of a model's layers.
-
-    Args:
-        model: The model; its first dimension is that of the examples. It gets forward hooks, which
-            stay while this object lives.
-        parameters: The parameters, in the order of the gradients.
-
-    Example:
-        >>> import torch
-        >>> from raco_optim.gradients.per_example import LayerGradients
-        >>> layer = torch.nn.Linear(2, 1, bias=False)
-        >>> layers = LayerGradients(layer, [layer.weight])
-        >>> z = layer(torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]])).sum((1, 2))
-        >>> layers.gradients(z, [z[0], z.mean()], ["a", "b"])[0]
-        [[tensor([[1., 0.]])], [tensor([[0.5000, 1.0000]])]]
-    """
+    """Gradients of several losses from inputs and output gradients of a model's layers."""
 
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
         self._model, self._parameters = model, list(parameters)
+        both = [
+            (p, p if leaf is None else leaf)
+            for p, leaf in zip(parameters, self._leaves(), strict=True)
+        ]
         named = {id(p): name for name, p in model.named_parameters()}
-        self._names = [named.get(id(p), "one of another model") for p in parameters]
-        # Graph and layers -> whether the numeric check held; None for one that it did not try.
+        self._names = [named.get(id(p), named.get(id(q), "one of another model")) for p, q in both]
+        # Graph and layers -> whether the numeric check passed; None if it has not run.
         self._known: dict[int, bool | None] = {}
         self._turn, self._credit = 0, 0.0
-        watch(self, model, parameters)
+        watch(self, model, [p for pair in both for p in pair])
 
     def gradients(
         self,
@@ -89,24 +78,14 @@ class LayerGradients:
     ) -> tuple[list[Gradient] | None, str]:
         r"""Returns one gradient per loss, by one backward pass.
 
-        A parameter is covered if known layers are all that uses it: the graph says so in every
-        call. Others have one backward pass for each loss. At first, and whenever the graph or the
-        layers change, two more passes compare :math:`\nabla \sum_n v_n z_n` with autograd's, which
-        tells whether examples interact. In other calls the sum of one parameter is compared.
+        A parameter is covered if only known layers use it, which the graph shows in every call.
+        Other parameters get one backward pass per loss. At first, and whenever the graph or the
+        layers change, two more passes compare :math:`\nabla \sum_n v_n z_n` with autograd's, to
+        detect interacting examples. Other calls compare the sum for one parameter.
 
-        Args:
-            scalars: z, ``[N]``, with the graph of the forward pass.
-            losses: m losses with the graph of `scalars` behind them; None for an absent one.
-            names: Names of the losses.
-            keep_graph: Whether the graph is needed after the call.
-
-        Returns:
-            m lists, which nothing else holds, and, in words, which parameters are not covered; or
-            None and the reason, with the graph intact.
-
-        Raises:
-            ValueError: A loss does not depend on `scalars`.
-            RuntimeError: What a layer does has changed between steps.
+        Returns m lists, which nothing else holds, and a text about parameters that are not covered;
+        or None and the reason, with the graph intact. Raises ValueError if a loss does not depend
+        on the scalars z, ``[N]``, and RuntimeError if a layer computes something else than before.
         """
         plan = self._plan(scalars, " + ".join(names))
         there, why = self._agreed(plan, losses)
@@ -136,14 +115,14 @@ class LayerGradients:
                 row[j] = self._gradient(g, self._parameters[j])
         return rows, self._described(plan) if others else ""
 
-    # What differs where each process holds a part of the model.
+    # These differ if each process holds a part of the model.
 
     def _leaves(self) -> Sequence[Tensor | None]:
-        """Returns the tensor in the graph that each parameter is."""
+        """Returns the tensor that represents each parameter in the graph."""
         return self._parameters
 
     def _agreed(self, plan: Plan, losses: Sequence[Tensor | None]) -> tuple[list[bool], str]:
-        """Returns which losses are there, and why there is to be one pass for each loss, or ""."""
+        """Returns which losses are present, and the reason for one pass per loss, or ""."""
         present = [loss is not None for loss in losses]
         return present, self._refusal(plan, [x for x in losses if x is not None])
 
@@ -156,16 +135,11 @@ class LayerGradients:
     def _autograds(self, plan: Plan, v: Tensor) -> Sequence[Tensor | None]:
         return _grad(plan, plan.covered, v)
 
-    def _anywhere(self, *, failed: bool) -> bool:
-        return failed
-
-    # And what does not.
+    def _anywhere(self, *flags: bool) -> Sequence[bool]:
+        return flags
 
     def _plan(self, scalars: Tensor, name: str) -> Plan:
-        """Looks which parameters the layers cover.
-
-        The structural check: as many operations of the graph use a parameter as there are marks.
-        """
+        """Finds covered parameters: the graph uses each as often as there are marks."""
         uses = find_uses(scalars.grad_fn)
         fitting = [mark for mark in uses.marks if fits(mark, scalars)]
         plan = Plan(scalars, name, uses)
@@ -187,13 +161,14 @@ class LayerGradients:
         return plan
 
     def _refusal(self, plan: Plan, losses: Sequence[Tensor]) -> str:
-        """Says why there is to be one pass for each loss; "" if there is not."""
+        """Returns the reason for one pass per loss; "" if one pass for all is possible."""
         if "CheckpointFunctionBackward" in plan.uses.nodes:
             return "a reentrant checkpoint hides parameters"
         if any(_depends_on_more(loss, plan.scalars) for loss in losses):
             return "a loss depends on more than the scalars"
-        # One pass for each loss costs the input gradients and those of covered weights m times; one
-        # for all, and m for the others, costs the first m + 1 times. Both are about as dear.
+        # One pass per loss computes the gradients of inputs and of covered weights m times. One
+        # pass for all, and m for the others, computes those of inputs m + 1 times. Both cost about
+        # the same.
         saved = (len(losses) - 1) * sum(p.numel() for p in plan.covered)
         if plan.others and saved <= sum(p.numel() for p in self._model.parameters()):
             return self._described(plan)
@@ -206,42 +181,39 @@ class LayerGradients:
         return f"{why} ({number} of {of} parameters: {name}{', ...' if number > 1 else ''})"
 
     def _check(self, plan: Plan) -> str:
-        """Runs the numeric check once for a graph and a set of layers; says why if it fails."""
+        """Runs the numeric check once per graph and set of layers; returns why it failed, or ""."""
         known, key = self._known, self._key(plan)
         is_new = key not in known and len(known) >= _CHECKED_AT_ONCE
         held = known.pop(key, None)
-        if held is None and not is_new:
+        new, due, failed = self._anywhere(is_new, held is None and not is_new, held is False)
+        if due and not (new or failed):
             held = self._agrees(plan)
         known[key] = held
         if len(known) > _REMEMBERED:
-            del known[next(iter(known))]  # the one that was not seen for the longest time
-        return _NEW_GRAPH if is_new else "" if held else _INTERACT
+            del known[next(iter(known))]  # the least recently used one
+        return _NEW_GRAPH if new else _INTERACT if failed or not held else ""
 
     def _key(self, plan: Plan) -> int:
         layers = [(id(x), x.training, _number_of_hooks(x)) for x in self._model.modules()]
         return hash((*layers, frozenset(plan.uses.nodes.items()), *map(id, plan.covered)))
 
     def _agrees(self, plan: Plan) -> bool | None:
-        """The numeric check of all parameters; None if it says nothing, because of NaN or Inf."""
+        """Runs the numeric check of all parameters; None if NaN or Inf make it void."""
         z = plan.scalars
-        # Uneven, so that neither examples that change places nor a clamped gradient go unseen.
+        # Uneven, to notice exchanged examples and clamped gradients.
         v = torch.arange(1.0, len(z) + 1, device=z.device).cos().to(z.dtype)
         found = self._totals(v[None], plan, compared=True)
         _run(plan, [found])
         errors, norms, rounding = found.compare(self._autograds(plan, v))
         if not norms.isfinite().all():
             return None
-        # Two passes, parts of which (norms, softmax) may be of float32 whatever the layers are.
+        # Parts of both passes (norms, softmax) may be in float32, whatever the layers are in.
         tolerance = max(2 * found.eps**0.5, 2**-11.5)
         fine = (errors <= tolerance * norms + rounding).all()
         return bool(fine & (errors.norm() <= tolerance * norms.norm()))
 
     def _checked_pass(self, plan: Plan, main: Totals, *, keep_graph: bool) -> None:
-        """Runs the pass, and compares autograd's gradient of sum z with ours, if one is due.
-
-        Autograd computes it in the same pass. One parameter is compared after the other, each as
-        soon as the shares of the steps since the last one allow it.
-        """
+        """Runs the pass; if a check is due, compares autograd's gradient of sum z."""
         hidden = count(mark for mark in plan.marks if mark._forward_cls in HIDDEN)
         seen = [p for p in plan.covered if id(p) not in hidden]
         p = seen[self._turn % len(seen)] if seen else None
@@ -254,17 +226,19 @@ class LayerGradients:
         check = Totals(Sensitivities(ones[None]), [p], compared=True)
         true = _run(plan, [main, check], [p], keep_graph=keep_graph)
         errors, norms, rounding = check.compare(true)
-        if self._anywhere(failed=bool((errors > _TOLERANCE * norms + 4 * rounding).any())):
+        differs = bool((errors > _TOLERANCE * norms + 4 * rounding).any())
+        if any(self._anywhere(differs)):
             self._known.clear()
+            name = self._names[plan.places[id(p)]]
             raise RuntimeError(
-                f"the layers of {self._names[plan.places[id(p)]]!r} must do in every step what they did in "
-                f"the first; its gradient is no longer that of autograd. Compute the losses anew "
-                f"and call `backward` again, which checks all layers."
+                f"the layers of {name!r} must compute the same in every step; the gradient of "
+                f"{name!r} no longer equals autograd's. Compute the losses again and call "
+                f"`backward`, which then checks all layers."
             )
 
 
 class Totals:
-    """Gradients of parameters, ``[m, *shape]``, added up layer by layer."""
+    """Gradients of parameters, ``[m, *shape]``, summed layer by layer."""
 
     def __init__(
         self, s: Sensitivities, parameters: Sequence[Tensor], *, compared: bool = False
@@ -292,7 +266,7 @@ class Totals:
         return grad_dtype(p)
 
     def compare(self, true: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns norms of errors and of true gradients, and bounds of rounding by cancellation."""
+        """Returns norms of errors and of true gradients, and bounds of their rounding errors."""
         errors, norms = [], []
         for key, g in zip(self.parameters, true, strict=True):
             found = self.of[key][0]
@@ -310,7 +284,7 @@ def _run(
     *,
     keep_graph: bool = True,
 ) -> tuple[Tensor | None, ...]:
-    """Goes back from the sum of z to all marks, and returns the gradients of `inputs` alone."""
+    """Runs the backward pass from the sum of z to all marks; returns the gradients of `inputs`."""
     calls = 0
 
     def add(p: Tensor, part: Callable[[], Part]) -> None:
@@ -328,8 +302,8 @@ def _run(
             mark.run = add
             if mark._forward_cls in HIDDEN:
                 mark._forward_cls = HIDDEN[mark._forward_cls]  # that of this one node
-        # Under autocast the products here would be rounded once more. Elsewhere it is not entered:
-        # Ctrl-C just after that would leave autocast's count of contexts, and its cache, wrong.
+        # Autocast would round the products here once more. Entered only if needed, because Ctrl-C
+        # right after that would corrupt autocast's count of contexts and its cache.
         device = z.device.type
         rounds = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if rounds else nullcontext():
@@ -339,14 +313,14 @@ def _run(
         for mark in plan.marks:
             mark.run = None
             vars(mark).pop("_forward_cls", None)
-    assert calls == sum(len(mark.parameters) for mark in plan.marks), "a mark was left out"
+    assert calls == sum(len(mark.parameters) for mark in plan.marks), "a mark was not run"
     return found
 
 
 def _grad(
     plan: Plan, inputs: Sequence[Tensor], v: Tensor, *, keep_graph: bool = True
 ) -> tuple[Tensor | None, ...]:
-    """The gradient of the sum of v z."""
+    """Returns the gradients of the sum of v z."""
     try:
         return torch.autograd.grad(
             plan.scalars, inputs, v, retain_graph=keep_graph, allow_unused=True
@@ -362,12 +336,14 @@ def count(marks: Iterable[Any]) -> Counter[int]:
 
 
 def _number_of_hooks(layer: nn.Module) -> int:
-    before, after = layer._forward_pre_hooks, layer._forward_hooks
-    return len(before) + len(after) + len(layer._backward_pre_hooks) + len(layer._backward_hooks)
+    kinds = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks
+    hooks = [hook for kind in (*kinds, layer._backward_hooks) for hook in kind.values()]
+    # TRL adds one more of these in every step with checkpoints, after running the reference model.
+    return sum(getattr(x, "__name__", "") != "make_inputs_require_grads" for x in hooks)
 
 
 def _depends_on_more(loss: Tensor, scalars: Tensor) -> bool:
-    """Whether the loss reaches a leaf by a way that does not lead through the scalars."""
+    """Returns whether the loss reaches a leaf on a path around the scalars."""
     if loss is scalars:
         return False
     end = (scalars.grad_fn, scalars.output_nr)

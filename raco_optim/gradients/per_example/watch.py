@@ -1,4 +1,4 @@
-"""Marks the outputs of layers in the graph, and finds the marks there."""
+"""Marks the outputs of layers in the graph, and finds these marks."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from raco_optim.gradients.graph import walk_graph
-from raco_optim.gradients.per_example.layers import Kind, kind_of
+from raco_optim.gradients.per_example.layers import Kind, input_of, kind_of
 
-# The marks lead to it, so that autograd runs all of them, and computes nothing else, when it is
-# asked for the gradient of this one number.
+# All marks lead to this number: computing its gradient runs all marks and nothing else.
 ANCHOR = torch.zeros((), device="cpu", requires_grad=True)
 # Nodes that pass a weight on to the one that uses it.
 _PASSES_ON = {"TBackward0", "ToCopyBackward0", "ViewBackward0", "TransposeBackward0"}
 
 
 def watch(owner: object, model: nn.Module, parameters: Sequence[Tensor]) -> None:
-    """Marks the outputs of a model's layers while `owner` lives, by forward hooks.
+    """Marks the outputs of a model's layers with forward hooks, while `owner` lives.
 
-    They stay between steps: with non-reentrant checkpointing the layers run again in the backward
-    pass, and save their inputs there.
+    The hooks remain between steps, because non-reentrant checkpointing runs the layers again in the
+    backward pass.
     """
     trained = {id(p) for p in parameters}
     handles = []
@@ -34,7 +33,7 @@ def watch(owner: object, model: nn.Module, parameters: Sequence[Tensor]) -> None
         own: dict[str, Tensor] = dict(layer.named_parameters(recurse=False))
         if not any(id(p) in trained for p in own.values()):
             continue
-        # FSDP2's parameters are whole, and so can be tried, in a forward pass alone.
+        # With FSDP2, parameters are whole only in a forward pass, when layers can be tried.
         whole = all(type(p) is nn.Parameter for p in own.values())
         kind = kind_of(layer) if whole else None
         if kind is not None or not whole:
@@ -50,7 +49,7 @@ def _remove(handles: list[Any]) -> None:
 
 
 class _Hook:
-    """Marks the output of a layer; copies of the model get an inert one."""
+    """Marks the output of a layer; a copied model gets a hook without effect."""
 
     def __init__(self, names: Sequence[str] = (), kind: Kind | None = None) -> None:
         self._names, self._kind = names, kind
@@ -62,18 +61,17 @@ class _Hook:
         kwargs: dict[str, Any],
         output: Any,  # noqa: ANN401
     ) -> Tensor | None:
-        given = (*args, *kwargs.values())
-        if not self._names or len(given) != 1 or torch.compiler.is_compiling():
+        if not self._names or torch.compiler.is_compiling():
             return None
         own: dict[str, Any] = {name: layer._parameters.get(name) for name in self._names}
         if not all(type(p) is nn.Parameter for p in own.values()):
             return None  # functional_call
-        [x] = given
-        if not all(type(y) in (Tensor, nn.Parameter) for y in (x, output)):
+        if type(output) is not Tensor or not output.requires_grad:
             return None
-        if not output.requires_grad or not any(p.requires_grad for p in own.values()):
+        x = input_of(layer, args, kwargs, output)
+        if type(x) not in (Tensor, nn.Parameter) or not any(p.requires_grad for p in own.values()):
             return None
-        # Hooks of others come before this one, or that of another optimizer has marked it.
+        # Another hook may come first, or another optimizer may have marked the output.
         first = next(iter(layer._forward_hooks.values()), None)
         if not isinstance(first, _Hook) or getattr(output.grad_fn, "layer", None) is layer:
             return None
@@ -90,10 +88,9 @@ class _Hook:
 
 
 class Mark(torch.autograd.Function):
-    """The identity; its backward pass hands x and delta to the pass that runs, if one does.
+    """The identity; its backward pass gives x and delta to the running pass, if any.
 
-    The input is saved by autograd, as the layer's own is, so that checkpointing drops and restores
-    it.
+    Autograd saves the input like the layer's own, so checkpointing drops and restores it.
     """
 
     @staticmethod
@@ -105,19 +102,19 @@ class Mark(torch.autograd.Function):
         layer: nn.Module,
         rule: tuple[Kind, dict[str, Tensor]],
     ) -> Tensor:
-        """Returns the output itself."""
+        """Returns the output unchanged."""
         ctx.save_for_backward(x)
         ctx.layer, (ctx.kind, ctx.parameters) = layer, rule
         ctx.shape = output.shape
         if output._is_view():
-            # Marking a view costs copies of it. Layers with such outputs don't save them.
+            # Marking a view would copy it. Layers with such outputs don't save them.
             return output.data
-        ctx.mark_dirty(output)  # the same tensor, which the model may change in place
+        ctx.mark_dirty(output)  # returns the same tensor, which the model may change in place
         return output
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None, None, None]:  # noqa: ANN401
-        """Returns delta itself."""
+        """Returns delta unchanged."""
         run = getattr(ctx, "run", None)  # None in an ordinary backward pass
         if run is not None:
             (x,) = ctx.saved_tensors
@@ -127,18 +124,18 @@ class Mark(torch.autograd.Function):
 
 
 class Hidden(Protocol):
-    """Stands in, during a pass, for a function that computes its weights' gradients itself."""
+    """Replaces, during a pass, a function that computes its weights' gradients itself."""
 
     positions: ClassVar[dict[str, int]]
     """Name of a parameter -> its position among the inputs."""
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor, *_: object) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        """As the function's, but hands parts to ``ctx.run``; ``ctx.owners`` says whose a row is."""
+        """As the function's, but passes parts to ``ctx.run``; ``ctx.owners``: a row's example."""
 
 
 HIDDEN: dict[type, type[Hidden]] = {}
-"""Functions of other libraries that hide a layer -> what stands in for them."""
+"""Functions of other libraries that hide a layer -> their replacement."""
 
 
 @dataclass
@@ -147,13 +144,13 @@ class Uses:
 
     marks: list[Any] = field(default_factory=list)
     of: Counter[int] = field(default_factory=Counter)
-    """How many operations use a parameter."""
+    """Number of operations that use a parameter."""
     nodes: Counter[str] = field(default_factory=Counter)
-    """How many nodes of each kind there are."""
+    """Number of nodes of each kind."""
 
 
 def find_uses(root: Any) -> Uses:  # noqa: ANN401  # a node of autograd
-    """Walks the graph once, in about 2 us a node."""
+    """Walks the graph once, in about 2 us per node."""
     uses = Uses()
     for node in walk_graph(root, set()):
         name = node.name()
@@ -174,7 +171,7 @@ def find_uses(root: Any) -> Uses:  # noqa: ANN401  # a node of autograd
 
 
 def leaf_of(node: Any) -> Tensor | None:  # noqa: ANN401
-    """Returns the leaf that a node is, or passes on."""
+    """Returns the leaf of a node, or the leaf that it passes on."""
     while node is not None and node.name() in _PASSES_ON:
         [(node, _)] = node.next_functions
     leaf: Tensor | None = getattr(node, "variable", None)
@@ -182,13 +179,13 @@ def leaf_of(node: Any) -> Tensor | None:  # noqa: ANN401
 
 
 def fits(mark: Any, scalars: Tensor) -> bool:  # noqa: ANN401
-    """Whether the layer's rows are those of one example each."""
+    """Returns whether each row of the layer belongs to one example."""
     number = len(scalars)
     if mark._forward_cls is Mark:
         return len(mark.shape) > 1 and mark.shape[0] == number
     if mark.next_functions[0][0] is None:  # nothing before it is trained, and no anchor
         return False
-    # Whose a row is: the gradient of sum_n n z_n, over that of sum_n z_n.
+    # The example of a row: the gradient of sum_n n z_n divided by the gradient of sum_n z_n.
     v = torch.arange(1, number + 1, device=scalars.device, dtype=scalars.dtype)
     of_sum, of_numbers = (
         torch.autograd.grad(scalars, [GradientEdge(mark, 0)], x, retain_graph=True)[0]

@@ -1,0 +1,170 @@
+"""The figures that the docs quote are those of the JSON files that they name."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EVIDENCE, ALGORITHM, COST = (
+    " ".join((ROOT / "docs" / f"{name}.md").read_text().split())
+    for name in ("evidence", "algorithm", "cost")
+)
+STUDIES = ("small_2", "small_3", "smollm2_2", "smollm2_3")
+
+
+def load(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def interval(found, digits):
+    """A difference with its interval, as the pages write it: bold where it leaves out 0."""
+    text = f"{found['value']:+.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+    return f"**{text}**" if found["low"] > 0 or found["high"] < 0 else text
+
+
+@pytest.mark.parametrize(
+    ("row", "measure"),
+    [
+        ("accuracy, smallest weight", "least accuracy"),
+        ("weighted accuracy", "weighted accuracy"),
+        ("hypervolume of the accuracies", "hypervolume accuracy"),
+    ],
+)
+def test_differences_to_weighted_dpo(row, measure):
+    found = [load(f"alignment_{s}")["methods"]["raco"]["minus"]["linear"] for s in STUDIES]
+    assert f"| {row} | {' | '.join(interval(x[measure], 3) for x in found)} |" in EVIDENCE
+
+
+def test_steps_that_raise_a_loss():
+    cells = []
+    for study in STUDIES:
+        points = load(f"alignment_{study}")["points"]
+        raco, linear = (
+            statistics.mean(x["hurting_steps"] for x in points if x["method"] == name)
+            for name in ("raco", "linear")
+        )
+        cells.append(f"{100 * raco:.0f} %, not {100 * linear:.0f} %")
+    assert f"| steps that raise some loss | {' | '.join(cells)} |" in EVIDENCE
+
+
+def test_tax():
+    two, three = (load(f"alignment_{s}")["methods"] for s in STUDIES[:2])
+    for found, name, other in [
+        (two, "linear", "single"),
+        (two, "raco", "linear"),
+        (three, "raco", "linear"),
+    ]:
+        assert interval(found[name]["minus"][other]["nats per token"], 2) in EVIDENCE
+
+
+def test_clipping_at_a_large_radius_keeps_the_weights():
+    for study, objectives in (("small_2", "two objectives"), ("small_3", "three")):
+        [found] = [x for x in load(f"alignment_{study}")["radii"] if x["c"] == 0.9]
+        shown = interval(found["raco minus cagrad"]["weighted accuracy"], 3)
+        assert f"{shown} with {objectives}" in EVIDENCE
+
+
+def test_clipping_cannot_turn_a_vertex():
+    shares = [
+        point["vertex_share"]
+        for study in ("small_2", "smollm2_2")
+        for point in load(f"alignment_{study}")["points"]
+        if point["method"] == "raco" and point["weights"][0] != 0.5
+    ]
+    assert f"in {100 * min(shares):.0f} to {100 * max(shares):.0f} % of the steps" in EVIDENCE
+
+
+def test_smaller_radii():
+    for c in (0.1, 0.2):
+        saved = []
+        for rows in load("beyond")["over c"].values():
+            if isinstance(rows[0], list):
+                lost = {row[1]: row[2] for row in rows if row[0] == "CAGrad-Clip"}
+                saved.append(100 * (1 - lost[c] / lost[0.4]))
+        assert f"takes away {min(saved):.0f} to {max(saved):.0f} %" in EVIDENCE
+
+
+def test_differences_to_the_weighted_sum_on_multitask_sets():
+    found = [load(f"multitask/{name}_summary") for name in ("digits", "health", "papers")]
+    against = [x["methods"]["raco"]["against"]["linear"] for x in found]
+    rank = " | ".join(interval(x["mean rank"], 2) for x in against)
+    assert f"| mean rank of ten methods | {rank} |" in EVIDENCE
+    gap = " | ".join(interval(x["gap"], 3) for x in against)
+    assert f"| weighted loss above the best method's | {gap} |" in EVIDENCE
+    least = " | ".join(interval(x["least weight"], 3) for x in against)
+    assert f"| loss of the task with the smallest weight | {least} |" in EVIDENCE
+    winners = [x for one in found for x in one["winners"].values()]
+    assert all(x["best"] != "raco" for x in winners)
+    tied = sum("raco" in x["not told apart"] for x in winners)
+    assert f"in {tied} of {len(winners)} cases" in EVIDENCE
+
+
+def over_floor(case, name, losses):
+    rows = {r["m"]: r["candidates"] for r in load("step_cost")["rows"] if r["case"] == case}
+    return [rows[m][name]["over_floor"]["median"] for m in losses]
+
+
+def listed(values):
+    *first, last = (f"{x:.2f}" for x in values)
+    return f"{', '.join(first)} and {last}"
+
+
+def test_cost_of_a_step():
+    dense = listed(over_floor("mlp-10M", "dense", (2, 4, 8, 40)))
+    assert f"takes {dense} times as long as the backward passes" in EVIDENCE
+    assert f"takes {listed(over_floor('mlp-10M', 'ghost', (2, 4, 8, 40)))} times" in EVIDENCE
+    large = over_floor("mlp-10M-batch-512", "dense", (2, 4, 8))
+    assert f"and {min(large):.2f} to {max(large):.2f} times at batch 512" in EVIDENCE
+    small = over_floor("mlp-64", "dense", (2, 4, 8, 40)) + over_floor("mlp-256", "dense", (2, 4, 8))
+    assert f"it takes {min(small):.1f} to {max(small):.1f} times as long" in EVIDENCE
+
+
+def test_cost_of_a_step_of_the_trainer():
+    results = load("alignment_cost")["results"]
+    lora = [x["raco"]["over_trl"]["median"] for model in results.values() for x in model.values()]
+    assert f"takes {min(lora):.2f} to {max(lora):.2f} times as long as a step of TRL" in EVIDENCE
+    cases = load("one_pass")["cases"]
+    two, four = (x["one / TRL"]["median"] for x in cases if "one / TRL" in x)
+    shown = f"takes {two:.2f} times as long with two objectives and {four:.2f} with four"
+    assert shown in EVIDENCE
+    passes = [x["one / passes"]["median"] for x in cases if x["model"] == "wide layers"]
+    assert f"takes {listed(passes)} times as long as m passes" in COST
+
+
+@pytest.mark.parametrize("m", [2, 3, 10, 40])
+def test_speed_of_the_solver(m):
+    results = load("solver_speed")
+    found = {x["family"]: x["candidates"] for x in results["rows"] if x["m"] == m}
+    exact = [found[name]["exact"] for name in ("random", "all_conflicting")]
+    mixing = [found[name]["coefficients"] for name in ("random", "all_conflicting")]
+    time = exact[0]["microseconds"]
+
+    def times(rows, key="times_faster_than_torchjd"):
+        return " / ".join(f"{x[key]:.0f}" for x in rows)
+
+    targets = results["targets_times_faster"]
+    quartiles = f"({time['lower_quartile']:.0f} to {time['upper_quartile']:.0f})"
+    row = [
+        f"{m}",
+        f"{time['median']:.0f} {quartiles}",
+        times(exact),
+        f"{targets['in_a_loop'][str(m)]}",
+        times(exact, "times_faster_than_torchjd_cold"),
+        f"{targets['one_call'][str(m)]}",
+        times(mixing),
+        f"{found['random']['torchjd']['largest_error']:.0e}",
+    ]
+    assert f"| {' | '.join(row)} |" in ALGORITHM
+    assert f"{time['median']:.0f}" in EVIDENCE
+
+
+def test_solvers_that_were_tried_on_many_matrices():
+    solvers = load("fuzz_subproblem")["solvers"]
+    assert all(found["failures"] == 0 for found in solvers.values())
+    assert f"checks {solvers['exact']['grams']:,} Gram matrices" in ALGORITHM
+    assert f"In {solvers['exact']['unproved']} (" in ALGORITHM
+    few = [solvers[name] for name in ("pgd", "slsqp")]
+    assert f"on {few[0]['grams']:,} each" in ALGORITHM
+    assert f"{few[0]['unproved']} and {few[1]['unproved']} of their gaps" in ALGORITHM
