@@ -124,8 +124,6 @@ def equal_where_tied(p: list[float], rows: list[list[float]], w: list[float]) ->
 
     That is the point closest to w among those with the same G_p; rounding leaves 1e-15 of it.
     """
-    if len({row[i] for i, row in enumerate(rows)}) == len(p):
-        return p
     tied: dict[tuple[float, ...], list[int]] = {}
     for i, row in enumerate(rows):
         tied.setdefault((w[i], *row), []).append(i)
