@@ -129,14 +129,19 @@ def test_unknown_choice(argument, value):
 
 @pytest.mark.parametrize(
     "given",
-    [None, network().parameters(), network(), torch.optim.SGD, CAGradClip(inner(), [1.0])],
-    ids=["None", "parameters", "model", "class", "a wrapper"],
+    [None, network().parameters(), network(), torch.optim.SGD],
+    ids=["None", "parameters", "model", "class"],
 )
 @pytest.mark.parametrize("method", TAKES_WEIGHTS)
 def test_inner_is_not_an_optimizer(method, given):
     with pytest.raises(TypeError) as caught:
         TAKES_WEIGHTS[method](given, [1.0])
     assert missing(["`inner`", type(given).__name__, "AdamW(model.parameters())"], caught) == []
+
+
+def test_inner_is_a_wrapper():
+    with pytest.raises(TypeError, match="got CAGradClip, which .* Pass its `optimizer`"):
+        CAGradClip(CAGradClip(inner(), [1.0]), [1.0])
 
 
 def test_rule_is_not_callable():
@@ -213,7 +218,7 @@ def test_what_is_chosen_at_construction_can_not_be_set_later(argument):
 def test_a_group_chooses_between_several_inner_optimizers_only():
     opt = CAGradClip(inner(), [0.5, 0.5])
     group = {"params": [nn.Parameter(torch.ones(1))], "optimizer": 0}
-    with pytest.raises(ValueError, match=r'the key "optimizer".*Leave it out'):
+    with pytest.raises(ValueError, match=r'the key "optimizer".*must be left out'):
         opt.add_param_group(group)
     assert len(opt.param_groups) == 1
 

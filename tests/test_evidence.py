@@ -168,3 +168,38 @@ def test_solvers_that_were_tried_on_many_matrices():
     few = [solvers[name] for name in ("pgd", "slsqp")]
     assert f"on {few[0]['grams']:,} each" in ALGORITHM
     assert f"{few[0]['unproved']} and {few[1]['unproved']} of their gaps" in ALGORITHM
+
+
+QM9_ROWS = {
+    "equal gradient lengths": "unit",
+    "CAGrad-Clip, c = 0.1": "clip-0.1",
+    "CAGrad-Clip, c = 0.4": "clip-0.4",
+    "CAGrad-Clip, c = 0.9": "clip-0.9",
+    "MGDA": "mgda",
+    "IMTL-G": "imtlg",
+    "FairGrad": "fairgrad",
+}
+
+
+def delta_m(row):
+    d = row["delta_m"]
+    assert d["n"] == 5
+    return f"{d['mean']:.1f} [{d['low']:.1f}, {d['high']:.1f}]"
+
+
+def test_qm9_table():
+    rows = load("qm9")["mlp"]
+    names = {"weighted sum, one pass": ("equal", "log")}
+    names |= {title: (name, f"{name}-log") for title, name in QM9_ROWS.items()}
+    for title, (plain, logs) in names.items():
+        assert f"| {title} | {delta_m(rows[plain])} | {delta_m(rows[logs])} |" in EVIDENCE
+    others = [x["delta_m"]["mean"] for name, x in rows.items() if name != "log"]
+    assert rows["log"]["delta_m"]["mean"] < min(others)
+
+
+def test_qm9_absent_losses():
+    source, random = (load("qm9")["sparse"][kind] for kind in ("source", "random"))
+    for name in ("clip-0.4", "mgda", "imtlg"):
+        assert f"{source[name]['gain']['mean']:.0f}" in EVIDENCE
+    assert f"{random['log']['left_out']['mean']:,.0f}" in EVIDENCE
+    assert f"{random['equal']['left_out']['mean']:.0f}" in EVIDENCE

@@ -139,6 +139,13 @@ def test_lbfgs_without_closure_says_so():
         opt.step()
 
 
+def test_line_search_is_refused():
+    """Its closure returns the weighted sum, along which the combined gradient need not descend."""
+    inner = LBFGS(network().parameters(), line_search_fn="strong_wolfe")
+    with pytest.raises(ValueError, match=r"`inner` must not search.*'strong_wolfe'.*=None"):
+        CAGradClip(inner, [0.5, 0.5])
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad(inner, set_to_none):
     model = network()

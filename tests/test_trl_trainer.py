@@ -620,8 +620,8 @@ class TestBadInput:
             ({"weights": {"helpful": 0.7, "harmless": 0.7}}, "`weights` must sum to 1"),
             ({"weights": "helpful=0.7;harmless"}, "`weights` must be of the form"),
             ({"weights": "helpful=0.7,helpful=0.3"}, "each name once"),
-            ({"weights": None}, "`weights` must be a mapping"),
-            ({"weights": {}}, "`weights` must be a mapping"),
+            ({"weights": None}, "`weights` must map objectives to weights"),
+            ({"weights": {}}, "`weights` must map objectives to weights"),
             ({"method": "pcgrad"}, "`method` must be one of"),
             ({"c": 1.0}, r"`c` must be in \[0, 1\)"),
             ({"method": "cagrad", "c": -1.0}, "`c` must be finite and non-negative"),
@@ -670,6 +670,16 @@ class TestBadInput:
                 train_dataset=Dataset.from_list(tiny_pairs(4)),
                 processing_class=tiny_tokenizer(),
                 compute_metrics=lambda _: {},
+            )
+
+    def test_no_reference_for_a_model_built_in_memory(self, settings: Settings) -> None:
+        with pytest.raises(ValueError, match="`ref_model` must be a copy of a model .* got None"):
+            MultiObjectiveDPOTrainer(
+                tiny_model(),
+                None,
+                MultiObjectiveDPOConfig(**settings, weights=WEIGHTS),
+                train_dataset=Dataset.from_list(tiny_pairs(4)),
+                processing_class=tiny_tokenizer(),
             )
 
     def test_config_of_trl(self, settings: Settings) -> None:

@@ -45,7 +45,12 @@ class OptimizerWrapper(BareOptimizer):
     def __init__(self, inner: Optimizer | Sequence[Optimizer]) -> None:
         found: list[Any] = list(inner) if isinstance(inner, list | tuple) and inner else [inner]
         for given in found:
-            if not isinstance(given, Optimizer) or isinstance(given, OptimizerWrapper):
+            if isinstance(given, OptimizerWrapper):
+                raise TypeError(
+                    f"`inner` must be an optimizer of torch.optim; got {type(given).__name__}, "
+                    f"which already wraps one. Pass its `optimizer` instead."
+                )
+            if not isinstance(given, Optimizer):
                 raise TypeError(
                     f"`inner` must be an optimizer of torch.optim, or a list of them; got "
                     f"{given if given == [] else type(given).__name__}. Build it first: "
@@ -56,6 +61,12 @@ class OptimizerWrapper(BareOptimizer):
                     raise ValueError(
                         f"`inner` must {must}; got {type(given).__name__}. Choose another one."
                     )
+            if search := getattr(given, "defaults", {}).get("line_search_fn"):
+                raise ValueError(
+                    f"`inner` must not search along lines, since the combined gradient is not the "
+                    f"gradient of the loss that its closure returns; got line_search_fn="
+                    f"{search!r}. Build it with line_search_fn=None."
+                )
         self._add_hooks()
         self.optimizer = found[0] if len(found) == 1 else JointOptimizer(found)
 
