@@ -176,8 +176,8 @@ QM9_ROWS = {
     "CAGrad-Clip, c = 0.4": "clip-0.4",
     "CAGrad-Clip, c = 0.9": "clip-0.9",
     "MGDA": "mgda",
-    "IMTL-G": "imtlg",
-    "FairGrad": "fairgrad",
+    "PCGrad": "pcgrad",
+    "UPGrad": "upgrad",
 }
 
 

@@ -204,5 +204,5 @@ def draw(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
         axes.plot([], [], "o", color="#D55E00", label="on their logarithms")
         axes.set_yticks(range(len(rules)), [rows[name]["title"] for name in rules])
         axes.set_xlabel("Delta m over single-task models, % (lower is better)", color=INK)
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(frameon=False, loc="upper center")
         figure.savefig(path, dpi=160)
