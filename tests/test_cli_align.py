@@ -618,8 +618,8 @@ def test_a_sweep_keeps_models_or_the_commands_that_train_them(
     ("changed", "extra", "fragments"),
     [
         ({"eval_data": None}, [], ["`--eval_data` must be given"]),
-        ({}, ["--method", "raco"], ["use `--methods`"]),
-        ({}, ["--output-dir=x"], ["use `--output`"]),
+        ({}, ["--method", "raco"], ["Use `--methods`"]),
+        ({}, ["--output-dir=x"], ["Use `--output`"]),
         ({}, ["--seeds", "one"], ["--seeds", "'one'"]),
         ({}, ["--methods", "magic"], ["`--methods` must be of raco", "'magic'"]),
         ({}, ["--weights", "helpful=1", "harmless=1"], ["same objectives", "helpful"]),
