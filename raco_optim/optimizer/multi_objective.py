@@ -372,13 +372,10 @@ class MultiObjectiveOptimizer(BetweenSteps):
     @staticmethod
     def _losses(values: Sequence[Tensor | None], gram: Tensor) -> Tensor:
         """Returns the values of the losses, 0 for an absent one, float64 where `gram` is."""
-        if all(v is None or v.is_cpu for v in values):
-            numbers = [0.0 if v is None else v.item() for v in values]
-            made = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-            return made.to(gram.device, non_blocking=True)
         # Stacked first, because each copy to the CPU waits for the accelerator.
-        there = torch.stack([v.reshape(()).double() for v in values if v is not None])
-        found, zero = iter(there.to(gram.device)), gram.new_zeros(())
+        there = [v.reshape(()).double() for v in values if v is not None]
+        found = iter(torch.stack(there).to(gram.device) if there else ())
+        zero = gram.new_zeros(())
         return torch.stack([zero if v is None else next(found) for v in values])
 
     def _mix(self, batch: Batch, gram: Tensor, present: Sequence[int]) -> MixingCoefficients:
