@@ -82,16 +82,14 @@ class Case:
     resume: bool = False
     fsdp: Settings = field(default_factory=dict)
     experts: bool = False
-    within: float = 1e-5
     ran: str = "per_example"  # how the gradients were computed; "" where they are not combined
 
 
 def run(rank: int | None, case: Case, settings: Settings, folder: Path) -> Trained:
     """Trains, in one process or as a rank under FSDP2, and evaluates."""
-    settings = settings | EIGHT | {"max_steps": 4} | case.changed
-    settings |= {"weights": base.WEIGHTS, "c": 0.6, "max_grad_norm": 0.5}
     # AdamW would make a step of the rounding of a gradient that is nearly zero, as Gemma's are.
-    settings["adam_epsilon"] = 1e-3
+    settings = settings | EIGHT | {"max_steps": 4, "adam_epsilon": 1e-3} | case.changed
+    settings |= {"weights": base.WEIGHTS, "c": 0.6, "max_grad_norm": 0.5}
     settings["output_dir"] += "-one" if rank is None else "-two"
     if rank is None and case.experts:
         settings["gradient_accumulation_steps"] *= 2
@@ -179,8 +177,8 @@ CASES: dict[str, Case] = {
     "few labels": Case("qwen3", MICRO, missing=0.8),
     "few labels, linear": Case("gemma3", MICRO | {"method": "linear"}, missing=0.8, ran=""),
     "a pass for each": Case("gemma3", MICRO | {"gradients": "dense"}, missing=0.8, ran="dense"),
-    # In one process, one pass and a pass for each already end 2.0e-5 from each other here.
-    "precomputed": Case("gemma3", MICRO | {"precompute_ref_log_probs": True}, within=5e-5),
+    # With 1e-3, the rounding of float32 moves the end of this run by 1.6e-5, in one process too.
+    "precomputed": Case("gemma3", MICRO | {"precompute_ref_log_probs": True, "adam_epsilon": 1e-2}),
     "resumed": Case("gemma3", resume=True),
     "resumed from shards": Case("llama", MICRO, resume=True, fsdp=SHARDS),
     "resumed adapters": Case("llama", lora=True, resume=True),
@@ -207,7 +205,7 @@ def test_equals_one_process(two_ranks: Ranks, settings: Settings, folder: Path, 
     expected, expected_logs = run(None, case, settings, folder)
     mine, theirs = two_ranks.run(run, case, settings, folder)
     assert_same(mine, theirs)
-    assert distance(mine[0], expected) < case.within
+    assert distance(mine[0], expected) < 1e-5
     if case.experts:  # their auxiliary loss is a mean over batches, one of which is filled up
         mine[1].pop(), expected_logs.pop()
     assert_logged_alike(mine[1], expected_logs, 1e-4)
