@@ -9,9 +9,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
+from scipy.stats import rankdata
 
 from benchmarks.harness import environment, markdown_table
+from benchmarks.studies.estimates import Estimate, plain
 from benchmarks.studies.qm9.data import TARGETS
 from benchmarks.studies.qm9.methods import METHODS
 from benchmarks.studies.qm9.protocol import SPARSE, SPARSE_LOGARITHMS, Protocol, Runs
@@ -30,14 +31,10 @@ PUBLISHED = {
 }
 
 
-def interval(values: Sequence[float]) -> dict[str, float]:
-    """Returns the mean and a 95 % t-interval."""
-    x = np.asarray(values, dtype=float)
-    half = 0.0
-    if len(x) > 1:
-        half = float(stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
-    mean = float(x.mean())
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(x)}
+def interval(values: Sequence[float]) -> dict[str, Any]:
+    """Returns the mean over seeds with its 95 % interval, None for fewer than three seeds."""
+    estimate = Estimate.over_seeds(np.asarray(values, dtype=float))
+    return {**plain(estimate), "n": len(values)}
 
 
 class Summary:
@@ -75,7 +72,7 @@ class Summary:
         """One row per method, the best Delta m first."""
         names = [name for name in METHODS if self._of(model, name)]
         means = {n: np.mean(list(self._of(model, n).values()), axis=0) for n in names}
-        ranks = stats.rankdata(np.array([means[n] for n in names]), axis=0).mean(1)
+        ranks = rankdata(np.array([means[n] for n in names]), axis=0).mean(1)
         rows = {}
         for name, rank in zip(names, ranks, strict=True):
             found = self.records[model, name, "all", "none"]
@@ -92,7 +89,7 @@ class Summary:
                     for key in (gradients[0] if gradients else {})
                 },
             }
-        return dict(sorted(rows.items(), key=lambda row: row[1]["delta_m"]["mean"]))
+        return dict(sorted(rows.items(), key=lambda row: row[1]["delta_m"]["value"]))
 
     def gains(self) -> dict[str, dict[str, Any]]:
         """For each rule: its gain over equal weights, scale's share of it, and its gain on logs."""
@@ -167,8 +164,10 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [
         [
             row["title"],
-            f"{row['delta_m']['mean']:.1f}",
-            f"{row['delta_m']['low']:.1f} to {row['delta_m']['high']:.1f}",
+            f"{row['delta_m']['value']:.1f}",
+            "-"
+            if row["delta_m"]["low"] is None
+            else f"{row['delta_m']['low']:.1f} to {row['delta_m']['high']:.1f}",
             f"{row['mean_rank']:.1f}",
         ]
         for row in rows.values()
@@ -179,7 +178,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 def draw(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Draws Delta m by rule, on the losses and on their logarithms."""
     rules = [n for n, m in METHODS.items() if m.make and not m.logarithm and n in rows]
-    rules.sort(key=lambda name: -rows[name]["delta_m"]["mean"])
+    rules.sort(key=lambda name: -rows[name]["delta_m"]["value"])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 0.32 * len(rules) + 1.6), layout="constrained")
         axes = figure.subplots()
@@ -187,14 +186,15 @@ def draw(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
             for key, colour, face in ((name, "#0072B2", "white"), (f"{name}-log", "#D55E00", None)):
                 if key in rows:
                     found = rows[key]["delta_m"]
-                    axes.plot([found["low"], found["high"]], [y, y], color=colour, lw=1.2)
-                    axes.plot(found["mean"], y, "o", color=colour, markerfacecolor=face or colour)
+                    if found["low"] is not None:
+                        axes.plot([found["low"], found["high"]], [y, y], color=colour, lw=1.2)
+                    axes.plot(found["value"], y, "o", color=colour, markerfacecolor=face or colour)
         for key, label in (("equal", "equal weights"), ("log", "sum of logarithms")):
             if key in rows:
-                axes.axvline(rows[key]["delta_m"]["mean"], color=GREY, lw=0.9, ls="--")
+                axes.axvline(rows[key]["delta_m"]["value"], color=GREY, lw=0.9, ls="--")
                 axes.annotate(
                     label,
-                    (rows[key]["delta_m"]["mean"], 1),
+                    (rows[key]["delta_m"]["value"], 1),
                     xycoords=("data", "axes fraction"),
                     xytext=(3, 2),
                     textcoords="offset points",
