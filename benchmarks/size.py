@@ -14,7 +14,7 @@ compute in bfloat16. Adapters are float32 on a bfloat16 model, which every proce
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from transformers.initialization import no_init_weights
 
-from benchmarks.harness import filled, markdown_table, write_whole
+from benchmarks.harness import Parser, filled, markdown_table, refusals_of, write_whole
 
 # The config.json of meta-llama/Meta-Llama-3-8B and of Qwen/Qwen3-4B.
 HEADS: Any = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
@@ -341,8 +341,10 @@ def blocks_of_the_page() -> Iterator[tuple[str, str]]:
     yield "machines", markdown_table(["model", "trained", *columns], machines(), text=2)
 
 
-def main() -> None:
+@refusals_of("size")
+def main(arguments: Sequence[str] | None = None) -> None:
     """Fills the tables of the page."""
+    Parser(prog="python -m benchmarks.size", description=__doc__).parse_args(arguments)
     write_whole(PAGE, filled(PAGE.read_text(), blocks_of_the_page()))
 
 

@@ -32,10 +32,8 @@ def combine_rows(
 ) -> Gradient:
     """Combines shared parameters by alpha, others by weights; `blanks` replace large tensors."""
     scales = {True: as_scales(alpha), False: as_scales(weights)}
-    sizes = [0] * len(shared)
-    for row in rows:
-        for j, n in [(j, g.numel()) for j, g in enumerate(row) if g is not None]:
-            sizes[j] = n
+    # In comprehensions, because a variable of a loop would keep a consumed gradient alive.
+    sizes = [next((g.numel() for g in c if g is not None), 0) for c in zip(*rows, strict=True)]
     alike = _are_plain(
         [g for row in rows for g in row if g is not None], scales[True] + scales[False]
     )

@@ -182,9 +182,10 @@ class MultiObjectiveDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not 
                 f"method {args.method}, which need no reference; got {type(ref_model).__name__}."
             )
         options, precompute = args.model_init_kwargs, args.precompute_ref_log_probs
-        copied = ref_model is None and self._runs_reference and others.get("peft_config") is None
+        loads_reference = ref_model is None and self._runs_reference and not precompute
+        has_adapters = others.get("peft_config") is not None or hasattr(model, "peft_config")
         origin = getattr(getattr(model, "config", None), "_name_or_path", None)
-        if copied and not precompute and origin == "" and not hasattr(model, "peft_config"):
+        if loads_reference and not has_adapters and origin == "":
             raise ValueError(
                 "`ref_model` must be a copy of a model that was built in memory, because there is "
                 "no folder to load it from again; got None. Pass `copy.deepcopy(model)`, or save "
