@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NEWEST := .venv-newest
+# A file of tests stays in one process, which makes its fixtures once.
+ON_ALL_CORES := -n logical --maxprocesses 4 --dist loadfile
 
 # Nothing but the installation asks the network; a model hub that is asked all the same says so.
 export HF_HUB_OFFLINE := 1
@@ -15,7 +17,7 @@ demo: $(READY)
 	$(BIN)/python -m benchmarks.demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ON_ALL_CORES)
 
 # The code of benchmarks/studies, in minutes; no study is run.
 test-studies: $(READY)
@@ -23,7 +25,7 @@ test-studies: $(READY)
 
 # With the newest release of everything that pip finds, in an environment of its own.
 test-newest: $(NEWEST)/.ready
-	$(NEWEST)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(ON_ALL_CORES)
 
 lint: $(READY)
 	$(BIN)/ruff check .

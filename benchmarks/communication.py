@@ -1,6 +1,6 @@
 """How much does a step with m losses send, beside the averaging of one gradient by DDP itself?
 
-    python -m benchmarks.communication
+    python -m benchmarks.communication [--quick]
 
 Processes on this machine talk through gloo. What they send is counted on the loopback interface,
 all of them together, so that nothing else may use it meanwhile. It is given in numbers per process
@@ -17,14 +17,14 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -32,7 +32,6 @@ from tqdm import tqdm
 
 from benchmarks.harness import (
     Parser,
-    UsageError,
     environment,
     markdown_table,
     refusals_of,
@@ -42,11 +41,7 @@ from benchmarks.harness import (
 from raco_optim import CAGradClip
 
 WIDTH, DEPTH, BATCH = 512, 8, 16
-RANKS = (2, 4)
-LOSSES = (2, 4, 8)
-STEPS = 4
-LOOPBACK = Path("/proc/net/dev")
-Fill = Callable[[list[Tensor], Tensor], None]
+RANKS, LOSSES, STEPS = (2, 4), (2, 4, 8), 4
 
 
 def formulas(m: int, number: int) -> dict[str, float]:
@@ -148,20 +143,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Renders the results as a markdown table."""
     lines = []
     for row in rows:
-        ddp = next(
-            other["numbers_per_parameter"]["mean"]
-            for other in rows
-            if (other["ranks"], other["m"]) == (row["ranks"], row["m"])
-            and other["way"].startswith("DDP")
-        )
-        mean = row["numbers_per_parameter"]["mean"]
-        numbers = (mean, row["formula"], mean / ddp)
+        numbers = (row["numbers_per_parameter"]["mean"], row["formula"])
         lines.append([row["way"], f"{row['ranks']}", f"{row['m']}", *(f"{x:.2f}" for x in numbers)])
-    return markdown_table(["way", "processes", "m", "sent", "formula", "of DDP's"], lines)
+    return markdown_table(["way", "processes", "m", "sent", "formula"], lines)
 
 
 def _bytes_sent() -> int:
-    line = next(x for x in LOOPBACK.read_text().splitlines() if x.strip().startswith("lo:"))
+    lines = Path("/proc/net/dev").read_text().splitlines()  # Linux
+    line = next(x for x in lines if x.strip().startswith("lo:"))
     return int(line.split(":")[1].split()[8])
 
 
@@ -169,29 +158,19 @@ def _bytes_sent() -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures all ways, writes the JSON and prints the table."""
     parser = Parser(prog="python -m benchmarks.communication")
-    parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
-    parser.add_argument("--losses", nargs="+", type=int, default=list(LOSSES))
+    parser.add_argument("--quick", action="store_true", help="two processes, two losses; no JSON")
     options = parser.parse_args(arguments)
-    for option, values, least in (("--ranks", options.ranks, 2), ("--losses", options.losses, 1)):
-        if min(values) < least:
-            raise UsageError(f"`{option}` must be {least} or more; got {min(values)}.")
-    if not LOOPBACK.exists():
-        raise UsageError(f"It counts in {LOOPBACK}, which this system lacks.")
-    todo = [
-        (m, number, way)
-        for number in options.ranks
-        for m in options.losses
-        for way in formulas(m, number)
-    ]
+    ranks, losses = ((2,), (2,)) if options.quick else (RANKS, LOSSES)
+    todo = [(m, number, way) for number in ranks for m in losses for way in formulas(m, number)]
     rows = [measure(*settings) for settings in tqdm(todo, leave=False)]
     results = {
         "question": __doc__.splitlines()[0],
-        "environment": environment(seed=0, packages=()),
+        "environment": environment(seed=0),
         "unit": "numbers of 4 bytes per process and parameter, a step",
         "rows": rows,
     }
     print(table(rows))
-    if (tuple(options.ranks), tuple(options.losses)) == (RANKS, LOSSES):
+    if not options.quick:
         print(f"Written to {write_results('communication', results)}.")
 
 

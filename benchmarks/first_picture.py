@@ -9,6 +9,7 @@ is measured by the weights for which the end point would be the best one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,21 +17,19 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.optim import Optimizer
 
 from benchmarks.harness import Parser, make_folder, refusals_of
 from benchmarks.problems import Problem, convex_quadratics
-from benchmarks.style import GREY, STYLE
-from raco_optim import CAGrad, CAGradClip, LinearScalarization
+from benchmarks.style import GREY, METHODS, STYLE
+from raco_optim import CAGrad, CAGradClip, LinearScalarization, MultiObjectiveOptimizer
 
 IMAGE = "overview.png"
 DIMENSION, STEPS, NOISE, C = 20, 400, 0.3, 0.8
-Wrap = Callable[[Optimizer, list[float]], LinearScalarization | CAGradClip]
-# Okabe and Ito's colours, which differ for any colour vision.
-METHODS: dict[str, tuple[Wrap, str, str, str]] = {
-    "weighted sum": (LinearScalarization, "#0072B2", "o", "-"),
-    "CAGrad": (lambda inner, weights: CAGrad(inner, weights, C), "#E69F00", "s", "-"),
-    "CAGrad-Clip": (lambda inner, weights: CAGradClip(inner, weights, C), "#009E73", "D", "--"),
+Wrap = Callable[..., MultiObjectiveOptimizer]
+COMPARED: dict[str, tuple[str, Wrap, str]] = {
+    "linear": ("weighted sum", LinearScalarization, "-"),
+    "cagrad": ("CAGrad", partial(CAGrad, c=C), "-"),
+    "raco": ("CAGrad-Clip", partial(CAGradClip, c=C), "--"),
 }
 
 
@@ -79,7 +78,8 @@ def draw(path: Path, steps: int = STEPS) -> None:
     with matplotlib.rc_context({**STYLE, "font.size": 11, "lines.linewidth": 2}):
         figure = Figure(figsize=(9.6, 3.9), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-        for name, (wrap, color, marker, line) in METHODS.items():
+        for method, (name, wrap, line) in COMPARED.items():
+            color, marker = METHODS[method]["color"], METHODS[method]["marker"]
             runs = [train(problem, wrap, first, steps) for first in asked]
             ends = [reached(problem, run) for run in runs]
             left.plot(asked, ends, line, color=color, marker=marker, ms=8, label=name)

@@ -30,13 +30,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.harness import Parser, UsageError, environment, refusals_of, write_results
+from benchmarks.harness import (
+    Parser,
+    UsageError,
+    environment,
+    markdown_table,
+    refusals_of,
+    write_results,
+)
 from raco_optim import solve_subproblem
 from tests.oracles import EPS, certificate, distance_to_closest, exact_minimum, excess_gap
 from tests.samplers import SAMPLERS, Problem, problem
 
 Solver = Literal["exact", "pgd", "slsqp"]
 
+COUNT, SEED = 108_000, 0
+DEEP_EVERY, OTHERS_EVERY = 10, 100  # shares of the symmetry checks, and of the other solvers
 GAP = 1e-9
 SAME = 1e-6  # two p that should be equal, where p is well determined
 WELL_CONDITIONED = {"random", "conflicting", "aligned", "vertex", "interior"}
@@ -64,15 +73,7 @@ def solve(
 def check(
     kind: str, m: int, seed: int, *, deep: bool = False, solver: Solver = "exact"
 ) -> tuple[list[str], dict[str, float]]:
-    """Returns which checks fail, and the gaps.
-
-    Args:
-        kind: Name of the sampler.
-        m: Number of losses.
-        seed: Seed of the problem.
-        deep: Whether to check the symmetries and the exact solution too.
-        solver: Which solver to check.
-    """
+    """Returns which checks fail, and the gaps; `deep` checks symmetries and exact solution too."""
     case = problem(kind, m, seed)
     try:
         p, own = solve(case.gram, case.weights, case.c, solver)
@@ -132,8 +133,7 @@ class Tally:
     """Counts the failures and the largest gaps by kind."""
 
     def __init__(self) -> None:
-        self.failures = 0
-        self.rows = {
+        self.rows: dict[str, dict[str, Any]] = {
             kind: {"grams": 0, "failures": 0, "within_resolution": 0, "unproved": 0}
             | {"largest_strict_gap": 0.0, "largest_own_gap": 0.0, "failed_checks": {}, "failed": []}
             for kind in KINDS
@@ -141,44 +141,36 @@ class Tally:
 
     def add(self, name: tuple[str, int, int], failures: list[str], figures: dict) -> None:
         """Counts one problem, and keeps the names of the first that fail."""
-        row: dict[str, Any] = self.rows[name[0]]
+        row = self.rows[name[0]]
         row["grams"] += 1
+        row["failures"] += bool(failures)
         for count in ("within_resolution", "unproved"):
             row[count] += int(figures.get(count, 0))
         for gap in ("strict_gap", "own_gap"):
             row[f"largest_{gap}"] = max(row[f"largest_{gap}"], figures.get(gap, 0.0))
-        if failures:
-            self.failures += 1
-            row["failures"] += 1
-            for failure in failures:
-                row["failed_checks"][failure] = row["failed_checks"].get(failure, 0) + 1
-            if len(row["failed"]) < 20:
-                row["failed"].append(":".join(map(str, name)))
+        for failure in failures:
+            row["failed_checks"][failure] = row["failed_checks"].get(failure, 0) + 1
+        if failures and len(row["failed"]) < 20:
+            row["failed"].append(":".join(map(str, name)))
 
     def summary(self) -> dict[str, Any]:
         """Returns the totals and the counts by kind."""
-        grams = sum(row["grams"] for row in self.rows.values())
-        unproved = sum(row["unproved"] for row in self.rows.values())
-        return {
-            "grams": grams,
-            "failures": self.failures,
-            "unproved": unproved,
-            "kinds": self.rows,
+        totals = {
+            name: sum(row[name] for row in self.rows.values())
+            for name in ("grams", "failures", "unproved")
         }
+        return {**totals, "kinds": self.rows}
 
-    def table(self) -> str:
-        """Renders the counts as a markdown table."""
-        lines = [
-            "| kind | Grams | failures | unproved | within resolution | largest gap | own |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {kind} | {row['grams']} | {row['failures']} {row['failed_checks'] or ''} "
-            f"| {row['unproved']} | {row['within_resolution']} | {row['largest_strict_gap']:.0e} "
-            f"| {row['largest_own_gap']:.0e} |"
-            for kind, row in self.rows.items()
-        ]
-        return "\n".join(lines)
+
+def table(kinds: dict[str, dict[str, Any]]) -> str:
+    """Renders the counts of a solver as a markdown table."""
+    counts = ("grams", "failures", "unproved", "within_resolution")
+    gaps = ("largest_strict_gap", "largest_own_gap")
+    lines = [
+        [kind, *(f"{row[x]}" for x in counts), *(f"{row[x]:.0e}" for x in gaps)]
+        for kind, row in kinds.items()
+    ]
+    return markdown_table(["kind", *counts, *gaps], lines)
 
 
 def named(text: str) -> tuple[str, int, int]:
@@ -194,21 +186,11 @@ def named(text: str) -> tuple[str, int, int]:
 @refusals_of("fuzz_subproblem")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Checks all problems, writes the JSON and prints what failed."""
-    parser = Parser(
-        prog="python -m benchmarks.fuzz_subproblem", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--count", type=int, default=108_000, help="number of Gram matrices")
-    parser.add_argument("--quick", action="store_true", help="216 of them, not written")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--deep-every", type=int, default=10, help="share of symmetry checks")
-    parser.add_argument("--others-every", type=int, default=100, help="share of pgd and slsqp")
-    parser.add_argument(
-        "--only", metavar="KIND:M:SEED", help="one problem, from a list of failures"
-    )
+    parser = Parser(prog="python -m benchmarks.fuzz_subproblem")
+    parser.add_argument("--quick", action="store_true", help="216 Gram matrices, not written")
+    parser.add_argument("--only", metavar="KIND:M:SEED", help="one problem, of a list of failures")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    if options.quick:
-        options.count = 216
     if options.only:
         name = named(options.only)
         print(problem(*name))
@@ -218,35 +200,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     tallies = {solver: Tally() for solver in get_args(Solver)}
     sizes: collections.Counter[int] = collections.Counter()
-    started = time.perf_counter()
-    deep_checks = 0
-    progress = tqdm(cases(options.count, options.seed), total=options.count, smoothing=0)
-    for i, name in enumerate(progress):
+    started, deep_checks = time.perf_counter(), 0
+    count = 216 if options.quick else COUNT
+    for i, name in enumerate(tqdm(cases(count, SEED), total=count, smoothing=0)):
         round_ = i // len(KINDS)  # every kind in turn gets the rarer checks
-        deep = round_ % options.deep_every == 0
+        deep = round_ % DEEP_EVERY == 0
         deep_checks += deep
         sizes[name[1]] += 1
         tallies["exact"].add(name, *check(*name, deep=deep))
-        if round_ % options.others_every == 0:
+        if round_ % OTHERS_EVERY == 0:
             for solver in ("pgd", "slsqp"):
                 tallies[solver].add(name, *check(*name, solver=solver))
-        progress.set_postfix({s: tally.failures for s, tally in tallies.items()}, refresh=False)
     results = {
         "question": __doc__.splitlines()[0],
-        "environment": environment(seed=options.seed, packages=("mpmath",)),
+        "environment": environment(seed=SEED, packages=("mpmath",)),
         "seconds": round(time.perf_counter() - started, 1),
         "required_gap": GAP,
         "deep_checks": deep_checks,
         "grams_by_losses": dict(sorted(sizes.items())),
         "solvers": {solver: tally.summary() for solver, tally in tallies.items()},
     }
-    for solver, tally in tallies.items():
-        totals = tally.summary()
-        print(
-            f"{solver}: {totals['grams']:,} Grams, {tally.failures} failures, "
-            f"{totals['unproved']} with a gap of their own above {GAP:g}"
-        )
-        print(tally.table())
+    for solver, found in results["solvers"].items():
+        failed = {k: row["failed_checks"] for k, row in found["kinds"].items() if row["failures"]}
+        print(f"{solver}: {found['failures']} failures {failed or ''}\n{table(found['kinds'])}")
     if not options.quick:
         print(f"Written to {write_results('fuzz_subproblem', results)}.")
 

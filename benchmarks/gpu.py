@@ -18,7 +18,6 @@ import gc
 import hashlib
 import importlib.util
 import json
-import os
 import random
 import subprocess
 import sys
@@ -29,10 +28,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
-# Read when CUDA starts; cuBLAS needs it for deterministic algorithms.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 try:
     import torch
@@ -48,6 +43,7 @@ try:
         refusals_of,
         write_json,
     )
+    from benchmarks.one_pass import CASES, steps, timed
     from benchmarks.step_cost_cases import DENSE, FLOOR, GHOST, TORCHJD, WEIGHTED_SUM, Case
     from benchmarks.step_cost_measure import measure
     from raco_optim.cli.grid import read_records
@@ -87,21 +83,12 @@ class Part(NamedTuple):
     name: str
     work: Callable[..., dict[str, Any]]
     arguments: tuple[Any, ...]
-    seconds: float
-    """After which it is killed."""
-    needs: tuple[str, ...] = ()
-    """Some of `OPTIONAL`."""
+    seconds: float  # after which it is killed
+    needs: tuple[str, ...] = ()  # some of `OPTIONAL`
 
 
 def parts(device: str, *, quick: bool, records: Path, end: float) -> list[Part]:
-    """Returns all parts, the most important ones first.
-
-    Args:
-        device: The device's name.
-        quick: Whether all sizes are tiny.
-        records: The study's JSONL file.
-        end: When the study has to stop, in seconds of `time.time`.
-    """
+    """Returns all parts, the most important ones first; the study stops at `end`, a `time.time`."""
     # Every trainer starts processes of its own, which import all that it needs.
     found = [
         Part(f"checks: {g}", run_checks, (g, device), 300.0 if g == "trainer" else 150.0)
@@ -149,8 +136,6 @@ def costs(case: Case, dtype: str, device: str, seconds: float) -> dict[str, Any]
 
 def one_pass(device: str, quick: bool) -> dict[str, Any]:
     """Measures one pass for all weights against m passes and the weighted loss's one pass."""
-    from benchmarks.one_pass import CASES, timed
-
     cases = [("wide layers", 2, 4, 1, False, 1)] if quick else CASES
     found = {"failed": [], "ratios": [timed(case, device) for case in cases]}
     if not quick:
@@ -160,8 +145,6 @@ def one_pass(device: str, quick: bool) -> dict[str, Any]:
 
 def trainer_step(device: str, quick: bool, lora: bool) -> dict[str, Any]:
     """Measures whole steps of the trainer against TRL's own weighted DPO."""
-    from benchmarks.one_pass import steps
-
     warnings.simplefilter("ignore")
     model, pairs, rounds = ("small Llama", 1, 1) if quick else ("SmolLM2-135M", 8, 3)
     objectives = (2,) if quick or lora else (2, 4)
@@ -234,17 +217,15 @@ def _study_files(folder: Path, quick: bool) -> Path:
             "train": pairs.sample_pairs(papers, OBJECTIVES, 1000, random.Random(0)),
             "test": pairs.held_out_pairs(OBJECTIVES, 400),
         }
-        rows = {
-            name: [
-                {"prompt": pair.prompt, "chosen": f" {pair.chosen}"}
-                | {"rejected": f" {pair.rejected}"}
-                | {f"pref_{objective}": pair.sign(objective) for objective in OBJECTIVES}
-                for pair in found
-            ]
-            for name, found in drawn.items()
-        }
+
+        def row(pair: pairs.Pair) -> dict[str, Any]:
+            signs = {f"pref_{name}": pair.sign(name) for name in OBJECTIVES}
+            texts = {"chosen": f" {pair.chosen}", "rejected": f" {pair.rejected}"}
+            return {"prompt": pair.prompt, **texts, **signs}
+
+        rows = {name: [row(pair) for pair in found] for name, found in drawn.items()}
     for name, found in rows.items():
-        text = "".join(json.dumps(row) + "\n" for row in found)
+        text = "".join(json.dumps(line) + "\n" for line in found)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     return model
 
@@ -271,22 +252,25 @@ def machine(device: str) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """Renders what there is as markdown tables."""
+
+    def numbers(*values: float | None) -> list[str]:
+        return ["" if x is None else f"{x:.2f}" for x in values]
+
     states, cost, ratios = [], [], []
     for name, part in results["parts"].items():
         shown = "; ".join(part.get("failed", [])) or part.get("shown", part.get("why", ""))[-200:]
         states.append([name, part["status"], f"{part['seconds']:.0f}", " ".join(shown.split())])
         for row in part.get("rows", []):
+            title = [name.removeprefix("cost: "), f"{row['m']}"]
             for candidate, x in row["candidates"].items():
                 over = x.get("over_floor", {}).get("median")
-                numbers = (1000 * x["seconds"]["median"], over, x["peak_gradients"])
-                shown_numbers = ["" if n is None else f"{n:.2f}" for n in numbers]
-                cost.append([name.removeprefix("cost: "), f"{row['m']}", candidate, *shown_numbers])
-            for candidate, why in row["left_out"].items():
-                cost.append([name.removeprefix("cost: "), f"{row['m']}", candidate, why, "", ""])
+                found = numbers(1000 * x["seconds"]["median"], over, x["peak_gradients"])
+                cost.append([*title, candidate, *found])
+            cost += [[*title, candidate, why, "", ""] for candidate, why in row["left_out"].items()]
         for row in part.get("ratios", []):
-            medians = [row[f"one / {x}"]["median"] if f"one / {x}" in row else None for x in OTHERS]
-            shown_numbers = ["" if x is None else f"{x:.2f}" for x in medians]
-            ratios.append([row["model"], f"{row['m']}", f"{row['pairs']}", *shown_numbers])
+            medians = (row.get(f"one / {x}", {}).get("median") for x in OTHERS)
+            title = [row["model"], f"{row['m']}", f"{row['pairs']}"]
+            ratios.append([*title, *numbers(*medians)])
     head = ["parameters", "m", "candidate", "ms", "over floor", "peak, gradients"]
     of_models = ["one pass", "m", "pairs", *(f"over {x}" for x in OTHERS)]
     tables = [(["part", "state", "s", ""], states), (head, cost), (of_models, ratios)]

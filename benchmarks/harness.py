@@ -1,4 +1,4 @@
-"""What every measurement shares: where it ran, interleaved timing, processes, results as JSON.
+"""What the benchmarks share: command lines, timing, processes, tables, results as JSON.
 
 Candidates are timed in turn, in an order that changes from round to round: a noisy machine then
 disturbs all of them alike, and their ratio outlives what a second run would change. What counts
@@ -20,6 +20,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -54,12 +55,7 @@ def refusals_of(program: str) -> Iterator[None]:
 
 
 def environment(*, seed: int | None = None, packages: Sequence[str] = ()) -> dict[str, Any]:
-    """Describes what a result depends on beside the code: versions, commit, machine, seed.
-
-    Args:
-        seed: The seed of the run, if there is one.
-        packages: Distributions beside torch, numpy and scipy whose version counts.
-    """
+    """Describes what a result depends on beside the code: versions, commit, machine, seed."""
     names = ("torch", "numpy", "scipy", *packages)
     return {
         "commit": commit(),
@@ -99,14 +95,9 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Times the candidates in turn; returns `repeats` values of seconds per call for each.
 
-    Args:
-        candidates: What to call, by name. Each is called once beforehand.
-        repeats: Number of rounds.
-        burst: Seconds for which a candidate is called again and again when its turn comes, as in
-            a loop that does nothing else; the value is the mean. With 0 it is called once, and
-            finds the caches as the others left them, which tells more about a call that has its
-            turn once in a training step.
-        clock: What the time is; on an accelerator it must wait for the device.
+    With a `burst`, a candidate is called again and again for so many seconds when its turn comes,
+    as in a loop that does nothing else; the value is the mean. With 0 it is called once, and finds
+    the caches as the others left them, as a call does that has its turn once in a training step.
     """
     names = list(candidates)
     calls = {}
@@ -128,6 +119,18 @@ def interleaved(
     return seconds
 
 
+def clock_of(device: str) -> Callable[[], float]:
+    """Returns a clock: CPU time of this process, or the time once the accelerator has finished."""
+    if device == "cpu":
+        return time.process_time
+
+    def clock() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return clock
+
+
 def _time(call: Callable[[], object], calls: int, clock: Callable[[], float]) -> float:
     start = clock()
     for _ in range(calls):
@@ -142,10 +145,7 @@ class Died(RuntimeError):
 def apart(work: Callable[..., Any], *args: Any, seconds: float) -> Any:  # noqa: ANN401
     """Returns ``work(*args)``, called in a new process, which ends with all that it started.
 
-    It is killed after so many seconds.
-
-    Raises:
-        Died: It was killed (for memory, say), took too long, or raised.
+    `Died` is raised if it is killed (for memory, say), takes longer than `seconds`, or raises.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
@@ -187,6 +187,7 @@ def make_folder(folder: Path, option: str) -> None:
     """Makes a folder and those above it; `UsageError` names the option if that cannot be done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UsageError(
             f"`{option}` must be a folder to write to; got {folder} ({error.strerror})."
@@ -207,7 +208,6 @@ def write_json(path: Path, results: Mapping[str, Any]) -> None:
 
 def write_results(name: str, results: Mapping[str, Any]) -> Path:
     """Writes `benchmarks/results/<name>.json` and returns its path."""
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     write_json(path, results)
     return path

@@ -4,35 +4,30 @@
 
 The stage is measured against the weighted loss's one pass, and one pass for each objective; the
 trainer's step, with clipping and AdamW, against that of TRL's `DPOTrainer` with one preference,
-which is what weighted DPO costs there. All are run in turn in one process; the time is the CPU's,
-of one thread, or that between two CUDA events. Random weights: the models have the shapes of
-SmolLM2-135M and of a small Llama, all weights trained; and a net of wide layers. Peaks are those of
-processes of their own.
+which is what weighted DPO costs there. All are run in turn in one process on one thread. Random
+weights: the models have the shapes of SmolLM2-135M and of a small Llama, all weights trained; and a
+net of wide layers. Peaks are those of processes of their own.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import random
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import apart, environment, write_results
+from benchmarks.harness import Parser, apart, clock_of, environment, refusals_of, write_results
 from raco_optim import per_loss_gradients
 from raco_optim.gradients.per_example import LayerGradients
 
 SEED = 0
-# Vocabulary, width, width of the MLP, layers, heads, heads of keys.
 LLAMAS = {
     "small Llama": (8192, 384, 1024, 8, 6, 2),
     "SmolLM2-135M": (49152, 576, 1536, 30, 9, 3),
@@ -53,24 +48,6 @@ CASES = [
     ("SmolLM2-135M", 4, 2, 128, False, 1),
 ]
 WAYS = ("weighted", "passes", "one")
-STEPS = 3  # of a trainer in its turn; the first is not counted
-
-
-def now(device: str) -> Any:  # noqa: ANN401  # a number or an event
-    """CPU time of this process, or an event after the accelerator's work so far."""
-    if device == "cpu":
-        return time.process_time()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def seconds(start: Any, end: Any) -> float:  # noqa: ANN401
-    """Seconds between two moments of `now`."""
-    if isinstance(end, float):
-        return end - start
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
 
 
 def llama(name: str) -> Any:  # noqa: ANN401  # transformers is not type-checked
@@ -124,8 +101,7 @@ def stage(model: nn.Module, m: int) -> Callable[[str, Tensor], object]:
     def run(way: str, z: Tensor) -> object:
         losses = losses_of(z, m)
         if way == "weighted":
-            total = torch.stack(losses).mean()
-            return torch.autograd.grad(total, parameters)
+            return torch.autograd.grad(torch.stack(losses).mean(), parameters)
         if way == "passes":
             return per_loss_gradients(losses, parameters)
         rows, why = layers.gradients(z, losses, names, keep_graph=False)
@@ -139,33 +115,36 @@ def timed(case: Sequence[Any], device: str) -> dict[str, Any]:
     """Seconds of the three ways, in turn, and ratios of each repetition."""
     name, m, pairs, tokens, checkpointing, repetitions = case
     model, scores = build(name, pairs, tokens, checkpointing, device)
-    run = stage(model, m)
+    run, clock = stage(model, m), clock_of(device)
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     for repetition in range(repetitions + 1):  # the first is not counted: it checks all layers
         for way in WAYS if repetition else ("one",):
             z = scores()
-            start = now(device)
+            start = clock()
             found = run(way, z)
             if repetition:
-                times[way].append(seconds(start, now(device)))
+                times[way].append(clock() - start)
             del found, z
             gc.collect()
     result = dict(zip(("model", "m", "pairs", "tokens", "checkpointing"), case, strict=False))
-    result["seconds"] = {way: spread(x) for way, x in times.items()}
-    for other in ("weighted", "passes"):
+    return result | _ratios(times, ("weighted", "passes"))
+
+
+def _ratios(times: dict[str, list[float]], others: Sequence[str]) -> dict[str, Any]:
+    """Seconds of each way, and how many times as long as the others one pass takes."""
+
+    def spread(x: list[float]) -> dict[str, float]:
+        return {"median": statistics.median(x), "low": min(x), "high": max(x)}
+
+    found: dict[str, Any] = {"seconds": {way: spread(x) for way, x in times.items()}}
+    for other in others:
         ratios = [a / b for a, b in zip(times["one"], times[other], strict=True)]
-        result[f"one / {other}"] = spread(ratios)
-    return result
+        found[f"one / {other}"] = spread(ratios)
+    return found
 
 
-def spread(x: list[float]) -> dict[str, float]:
-    """Median and range."""
-    return {"median": statistics.median(x), "low": min(x), "high": max(x)}
-
-
-def preferences(m: int, pairs: int) -> tuple[Any, Any]:
-    """A data set of random words, 128 in a text, with m preferences; and its tokenizer."""
-    from datasets import Dataset
+def preferences(m: int, pairs: int) -> tuple[list[dict[str, Any]], Any]:
+    """Rows of random words, 128 in a text, with m preferences; and their tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -180,132 +159,92 @@ def preferences(m: int, pairs: int) -> tuple[Any, Any]:
     rows: list[dict[str, Any]] = [
         {name: " " + " ".join(draw.choices(words[2:], k=n)) for name, n in lengths.items()}
         | {f"pref_{i}": draw.choice((-1, 1)) for i in range(m)}
-        for _ in range(pairs * STEPS)
+        for _ in range(pairs)
     ]
-    return Dataset.from_list(rows), tokenizer
-
-
-def trainer(
-    name: str, m: int, pairs: int, lora: bool, device: str, folder: str
-) -> tuple[Any, list[float]]:
-    """A trainer of all weights or adapters, TRL's own for m = 0, and the seconds of its steps."""
-    from peft import LoraConfig
-    from transformers import PrinterCallback, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
-
-    from raco_optim.integrations.trl import MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer
-
-    found: list[float] = []
-
-    class Clock(TrainerCallback):  # type: ignore[misc]  # transformers is not type-checked
-        def on_step_begin(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
-            self.start = now(device)
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
-            found.append(seconds(self.start, now(device)))
-
-    options: dict[str, Any] = {
-        "output_dir": folder,
-        "per_device_train_batch_size": pairs,
-        "max_steps": STEPS,
-        "precompute_ref_log_probs": True,
-        "bf16": device != "cpu",
-        "use_cpu": device == "cpu",
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
-    }
-    if m:
-        weights = {str(i): 1 / m for i in range(m)}
-        options |= {"weights": weights, "method": "raco"}
-    kind, config = (
-        (MultiObjectiveDPOTrainer, MultiObjectiveDPOConfig) if m else (DPOTrainer, DPOConfig)
-    )
-    rows, tokenizer = preferences(m, pairs)
-    made = kind(
-        llama(name),
-        args=config(**options),
-        train_dataset=rows,
-        processing_class=tokenizer,
-        peft_config=LoraConfig(target_modules="all-linear") if lora else None,
-        callbacks=[Clock()],
-    )
-    made.remove_callback(PrinterCallback)
-    return made, found
+    return rows, tokenizer
 
 
 def steps(
     m: int, pairs: int, rounds: int, device: str, name: str = "small Llama", lora: bool = False
 ) -> dict[str, Any]:
     """Seconds of whole steps, and ratios, of our trainer and TRL's, which take turns."""
-    times: dict[str, list[float]] = {"TRL": [], "one": []}
+    from trl import DPOTrainer
+
+    from benchmarks.trainers import STEPS, make_trainer, seconds_of_steps  # needs peft
+    from raco_optim.integrations.trl import MultiObjectiveDPOTrainer
+
+    ours = {"weights": {str(i): 1 / m for i in range(m)}, "method": "raco"}
     with tempfile.TemporaryDirectory() as folder:
-        made = {
-            who: trainer(name, number, pairs, lora, device, f"{folder}/{who}")
-            for who, number in (("TRL", 0), ("one", m))
-        }
-        for _ in range(rounds):
-            for who, (candidate, found) in made.items():
-                found.clear()
-                candidate.train()
-                times[who] += found[1:]
-    ratios = [a / b for a, b in zip(times["one"], times["TRL"], strict=True)]
+        trainers = {}
+        for who, kind, settings, number in (
+            ("TRL", DPOTrainer, {}, 0),
+            ("one", MultiObjectiveDPOTrainer, ours, m),
+        ):
+            rows, tokenizer = preferences(number, pairs * STEPS)
+            trainers[who] = make_trainer(
+                kind,
+                (llama(name), tokenizer),
+                rows,
+                device,
+                lora=lora,
+                output_dir=f"{folder}/{who}",
+                per_device_train_batch_size=pairs,
+                precompute_ref_log_probs=True,
+                **settings,
+            )
+        times = seconds_of_steps(trainers, rounds)
     what = f"{name}, whole step{' with LoRA' if lora else ''}"
-    result: dict[str, Any] = {"model": what, "m": m, "pairs": pairs}
-    result["seconds"] = {who: spread(x) for who, x in times.items()}
-    return result | {"one / TRL": spread(ratios)}
+    return {"model": what, "m": m, "pairs": pairs} | _ratios(times, ("TRL",))
 
 
 def peak(way: str, m: int, device: str) -> float:
     """Peak of a second gradient stage over the model's memory, in MB, in a process of its own."""
+    from benchmarks.trainers import resident_bytes
+
     torch.set_num_threads(1)
     model, scores = build("small Llama", 4, 128, checkpointing=False, device=device)
     run = stage(model, m)
-
-    def megabytes(field: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(x.split()[1]) / 1024 for x in lines if x.startswith(field))
-
     on_cpu = device == "cpu"
-    model_alone = megabytes("VmRSS") if on_cpu else torch.cuda.memory_allocated() / 2**20
+    model_alone = resident_bytes("VmRSS") if on_cpu else torch.cuda.memory_allocated()
     for _ in range(2):
         run(way, scores())
-    most = megabytes("VmHWM") if on_cpu else torch.cuda.max_memory_allocated() / 2**20
-    return most - model_alone
+    most = resident_bytes("VmHWM") if on_cpu else torch.cuda.max_memory_allocated()
+    return (most - model_alone) / 2**20
 
 
-def main() -> None:
+@refusals_of("one_pass")
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the cases; a full run writes `benchmarks/results/one_pass.json`."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(prog="python -m benchmarks.one_pass")
     parser.add_argument("--quick", action="store_true", help="three cases, and no memory")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    cases = [(*CASES[0][:-1], 1), CASES[4]] if given.quick else CASES
     results = []
-    for case in cases:
-        results.append(timed(case, given.device))
-        print(json.dumps(results[-1]), flush=True)
-    # Pairs of a batch, turns: a quick one counts from the second step on, without a warm turn.
-    pairs, rounds = (1, 1) if given.quick else (4, 3)
-    for m in (2,) if given.quick else (2, 4):
-        results.append(steps(m, pairs, rounds, given.device))
-        print(json.dumps(results[-1]), flush=True)
-    memory = {}
-    for m in () if given.quick else (2, 4):
-        for way in WAYS:
-            memory[f"{way}, m = {m}"] = round(apart(peak, way, m, given.device, seconds=300))
+
+    def add(result: dict[str, Any]) -> None:
+        results.append(result)
+        print(json.dumps(result), flush=True)
+
+    for case in [(*CASES[0][:-1], 1), CASES[4]] if given.quick else CASES:
+        add(timed(case, given.device))
+    if given.quick:
+        add(steps(2, 1, 1, given.device))
+        return
+    for m in (2, 4):
+        add(steps(m, 4, 3, given.device))
+    memory = {
+        f"{way}, m = {m}": round(apart(peak, way, m, given.device, seconds=300))
+        for m in (2, 4)
+        for way in WAYS
+    }
     print(json.dumps(memory))
     about = environment(seed=SEED, packages=("transformers", "trl"))
     if given.device != "cpu":
         about["accelerator"] = torch.cuda.get_device_name()
-    if not given.quick:
-        name = "one_pass" if given.device == "cpu" else f"one_pass_{given.device}"
-        everything = {"about": about, "cases": results, "peak over the model, MB": memory}
-        write_results(name, everything)
+    everything = {"about": about, "cases": results, "peak over the model, MB": memory}
+    write_results("one_pass" if given.device == "cpu" else "one_pass_cuda", everything)
 
 
 if __name__ == "__main__":

@@ -26,29 +26,17 @@ from raco_optim.pareto import distance_to_front
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """m losses of one parameter vector theta, and what is known of their Pareto front.
-
-    Everything is float64 on the CPU.
-
-    Attributes:
-        name: Name in tables and test ids.
-        m: Number of losses.
-        dimension: Length of theta.
-        starts: Initial values of theta, ``[count, dimension]``.
-        losses: theta ``[..., dimension]`` -> m losses, each ``[...]``: scalars for a single theta.
-        front: count -> that many points of the Pareto front, ``[count, m]``.
-        distance: Losses ``[n, m]`` -> their Euclidean distance to the front, ``[n]``.
-        weighted_solution: Weights ``[..., m]`` -> the theta ``[..., dimension]`` that minimises
-            L_w and is on the Pareto front; None where it is not unique or does not exist.
-    """
+    """m losses of a vector theta, and their Pareto front. All is float64 on the CPU."""
 
     name: str
     m: int
     dimension: int
-    starts: Tensor
-    losses: Callable[[Tensor], list[Tensor]]
-    front: Callable[[int], Tensor]
-    distance: Callable[[Tensor], Tensor]
+    starts: Tensor  # initial values of theta, [count, dimension]
+    losses: Callable[[Tensor], list[Tensor]]  # theta [..., dimension] -> m losses, each [...]
+    front: Callable[[int], Tensor]  # count -> that many points of the front, [count, m]
+    distance: Callable[[Tensor], Tensor]  # losses [n, m] -> Euclidean distance to the front, [n]
+    # Weights [..., m] -> the theta [..., dimension] that minimises L_w and is on the Pareto front;
+    # None where it is not unique or does not exist.
     weighted_solution: Callable[[Tensor], Tensor] | None = None
 
 

@@ -334,7 +334,7 @@ def machines() -> Iterator[list[str]]:
 
 
 def blocks_of_the_page() -> Iterator[tuple[str, str]]:
-    """Yields the name of each table of the page, and the table."""
+    """Yields name and text of the tables of the page."""
     for name in MODELS:
         yield name, markdown_table(HEAD, rows(name), text=3)
     columns = (f"{n} × {card} GB" for n, card in MACHINES)

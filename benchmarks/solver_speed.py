@@ -4,8 +4,8 @@
 
 All candidates see the same Gram matrices in one process on one thread, in turn. Every call is the
 public one, from a Gram tensor to a tensor, with its checks. It is timed twice: in bursts of 5 ms,
-as a loop over nothing else would see it, and "cold", as one
-call between those of the others, which is nearer to one call per training step.
+as a loop over nothing else would see it, and "cold", as one call between those of the others, which
+is nearer to one call per training step.
 
 TorchJD returns the coefficients of the gradients and not p, so `coefficients` (ours, from the same
 Gram to the same coefficients) is its like-for-like counterpart; `exact`, `pgd` and `slsqp` stop at
@@ -15,11 +15,10 @@ p. TorchJD has uniform weights only, so those are used. An error is
 
 from __future__ import annotations
 
-import argparse
 import collections
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,12 +31,20 @@ import torch
 from torchjd.aggregation import CAGradWeighting
 from tqdm import tqdm
 
-from benchmarks.harness import environment, interleaved, spread, write_results
+from benchmarks.harness import (
+    Parser,
+    environment,
+    interleaved,
+    markdown_table,
+    refusals_of,
+    spread,
+    write_results,
+)
 from raco_optim import SubproblemSolution, mixing_coefficients, solve_subproblem
 from tests import samplers
 from tests.oracles import phi
 
-C = 0.4
+C, SEED = 0.4, 0
 SIZES = (2, 3, 10, 40)
 BURST = 0.005  # seconds
 # At least so many times faster than TorchJD, in a loop and as one call among others.
@@ -57,12 +64,7 @@ def random(rng: np.random.Generator, m: int) -> np.ndarray:
             return gram
 
 
-def all_conflicting(rng: np.random.Generator, m: int) -> np.ndarray:
-    """Every pair conflicts."""
-    return samplers.conflicting(rng, m).gram
-
-
-FAMILIES = {"random": random, "all_conflicting": all_conflicting}
+FAMILIES = {"random": random, "all_conflicting": lambda rng, m: samplers.conflicting(rng, m).gram}
 
 
 def candidates(gram: torch.Tensor) -> dict[str, Callable[[], object]]:
@@ -88,9 +90,9 @@ def solution(result: SubproblemSolution | torch.Tensor, m: int) -> np.ndarray:
     return p / p.sum() if p.sum() > 0 else np.full(m, 1 / m)
 
 
-def measure(family: str, m: int, problems: int, rounds: int, seed: int) -> dict[str, Any]:
+def measure(family: str, m: int, problems: int, rounds: int) -> dict[str, Any]:
     """Times and checks every candidate on the same Gram matrices."""
-    rng = np.random.default_rng([seed, m])
+    rng = np.random.default_rng([SEED, m])
     warm: dict[str, list[float]] = collections.defaultdict(list)
     cold: dict[str, list[float]] = collections.defaultdict(list)
     errors: dict[str, list[float]] = collections.defaultdict(list)
@@ -136,51 +138,48 @@ def measure(family: str, m: int, problems: int, rounds: int, seed: int) -> dict[
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Renders the results as a markdown table."""
-    lines = [
-        "| family | m | candidate | median us | quartiles us | x faster | target | cold us "
-        "| x faster, cold | largest error |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for row in rows:
-        for name, figures in row["candidates"].items():
-            us, cold = figures["microseconds"], figures["microseconds_cold"]
-            target = ""
-            if name == "exact":
-                target = " / ".join(str(sizes[row["m"]]) for sizes in TARGETS.values())
+        target = " / ".join(str(sizes[row["m"]]) for sizes in TARGETS.values())
+        for name, found in row["candidates"].items():
+            us, cold = found["microseconds"], found["microseconds_cold"]
             lines.append(
-                f"| {row['family']} | {row['m']} | {name} | {us['median']:,.0f} "
-                f"| {us['lower_quartile']:,.0f} to {us['upper_quartile']:,.0f} "
-                f"| {figures['times_faster_than_torchjd']:.1f} | {target} "
-                f"| {cold['median']:,.0f} | {figures['times_faster_than_torchjd_cold']:.1f} "
-                f"| {figures['largest_error']:.0e} |"
+                [
+                    f"{row['family']}, m = {row['m']}, {name}",
+                    f"{us['median']:,.0f}",
+                    f"{us['lower_quartile']:,.0f} to {us['upper_quartile']:,.0f}",
+                    f"{found['times_faster_than_torchjd']:.1f}",
+                    f"{cold['median']:,.0f}",
+                    f"{found['times_faster_than_torchjd_cold']:.1f}",
+                    target if name == "exact" else "",
+                    f"{found['largest_error']:.0e}",
+                ]
             )
-    return "\n".join(lines)
+    head = ["", "us", "quartiles", "x faster", "us, cold", "x faster, cold", "targets", "error"]
+    return markdown_table(head, lines)
 
 
-def main() -> None:
+@refusals_of("solver_speed")
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measures all families and sizes, writes the JSON and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.solver_speed")
     parser.add_argument("--quick", action="store_true", help="few matrices, to try the program")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     gc.freeze()  # what was imported makes every collection between timings take 0.2 s
-    rows = [
-        measure(family, m, *((1, 2) if arguments.quick else (10, 3)), arguments.seed)
-        for family in FAMILIES
-        for m in SIZES
-    ]
+    size = (1, 2) if options.quick else (10, 3)
+    rows = [measure(family, m, *size) for family in FAMILIES for m in SIZES]
     packages = ("torchjd", "cvxpy", "clarabel")
     results = {
         "question": __doc__.splitlines()[0],
-        "environment": environment(seed=arguments.seed, packages=packages),
+        "environment": environment(seed=SEED, packages=packages),
         "c": C,
         "weights": "uniform",
         "targets_times_faster": TARGETS,
         "rows": rows,
     }
     print(table(rows))
-    if not arguments.quick:
+    if not options.quick:
         print(f"Written to {write_results('solver_speed', results)}.")
 
 

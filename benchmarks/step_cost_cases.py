@@ -34,27 +34,16 @@ Batch = tuple[Tensor, list[Tensor]]
 
 @dataclass(frozen=True)
 class Case:
-    """A trunk with m linear heads, and its batch.
+    """A trunk with m linear heads, and its batch."""
 
-    Attributes:
-        kind: ``"MLP"``, ``"ResNet"`` or ``"transformer"``; a picture calls it so.
-        width: Of the hidden layers, or of the last convolutions.
-        depth: Number of layers, of residual blocks at the smallest size, of transformer blocks.
-        batch: Number of examples.
-        losses: The values of m.
-        tokens: Of an example.
-        without: Candidates that are left out to save time.
-        errors: Whether to compare the approximations with the exact step.
-    """
-
-    kind: str
-    width: int
-    depth: int
+    kind: str  # "MLP", "ResNet" or "transformer"
+    width: int  # of the hidden layers, or of the last convolutions
+    depth: int  # layers, residual blocks at the smallest size, or transformer blocks
     batch: int
-    losses: tuple[int, ...] = (2, 4, 8)
-    tokens: int = 1
-    without: tuple[str, ...] = ()
-    errors: bool = False
+    losses: tuple[int, ...] = (2, 4, 8)  # the values of m
+    tokens: int = 1  # of an example
+    without: tuple[str, ...] = ()  # candidates that are left out to save time
+    errors: bool = False  # whether to compare the approximations with the exact step
 
 
 class Residual(nn.Module):
@@ -62,16 +51,11 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        convolutions = [
-            layer
-            for _ in range(2)
-            for layer in (
-                nn.GroupNorm(8, channels),
-                nn.ReLU(),
-                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            )
-        ]
-        self.inside = nn.Sequential(*convolutions)
+        layers: list[nn.Module] = []
+        for _ in range(2):
+            convolution = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+            layers += [nn.GroupNorm(8, channels), nn.ReLU(), convolution]
+        self.inside = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return x + self.inside(x)
@@ -148,19 +132,12 @@ def _trunk(case: Case) -> list[nn.Module]:
 
 @dataclass
 class Candidate:
-    """A way to fill ``.grad`` from a batch.
-
-    Attributes:
-        fill: Fills it.
-        adamw: Steps.
-        cycle: Number of steps after which its cost repeats.
-        optimizer: Ours, if it is.
-    """
+    """A way to fill ``.grad`` from a batch, and AdamW's step."""
 
     fill: Callable[[Batch], object]
     adamw: torch.optim.AdamW
-    cycle: int = 1
-    optimizer: CAGradClip | None = None
+    cycle: int = 1  # number of steps after which the cost repeats
+    optimizer: CAGradClip | None = None  # ours, if it is
     parameters: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -210,15 +187,6 @@ def _floor(model: MultiTask, parameters: list[Tensor]) -> Callable[[Batch], obje
     """m backward passes, and a ``.grad`` for each parameter that any loss reaches."""
     last: list[list[int]] = []  # per loss, the parameters that it is the last to reach
 
-    def passes(batch: Batch) -> None:
-        losses, _ = model(*batch)
-        for i, loss in enumerate(losses):
-            keep = i < len(losses) - 1
-            found = torch.autograd.grad(loss, parameters, retain_graph=keep, allow_unused=True)
-            for j in last[i]:
-                parameters[j].grad = found[j]
-            del found
-
     def fill(batch: Batch) -> None:
         if not last:  # the first step, which is not timed
             reached = []
@@ -227,7 +195,14 @@ def _floor(model: MultiTask, parameters: list[Tensor]) -> Callable[[Batch], obje
                 reached.append({j for j, g in enumerate(found) if g is not None})
             for i, mine in enumerate(reached):
                 last.append(sorted(mine.difference(*reached[i + 1 :])))
-        passes(batch)
+            del found
+        losses, _ = model(*batch)
+        for i, loss in enumerate(losses):
+            keep = i < len(losses) - 1
+            found = torch.autograd.grad(loss, parameters, retain_graph=keep, allow_unused=True)
+            for j in last[i]:
+                parameters[j].grad = found[j]
+            del found
 
     return fill
 

@@ -1,11 +1,7 @@
-"""Results -> a picture: time of a step over the floor against the number of losses, case by case.
-
-python -m benchmarks.step_cost_figure benchmarks/results/step_cost.json picture.png
-"""
+"""The picture of `step_cost`: time of a step over the floor against the number of losses."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from benchmarks.harness import Parser, UsageError, make_folder, refusals_of
 from benchmarks.style import GREY, INK, STYLE
 
 IMAGE = Path(__file__).parent.parent / "docs" / "images" / "step-cost.png"
@@ -36,17 +31,8 @@ STYLES: dict[str, tuple[str, str, str, str]] = {
 }
 
 
-def draw_figure(path: Path, results: Mapping[str, Any]) -> None:
+def draw_figure(path: Path, results: Mapping[str, Any]) -> Figure:
     """Draws the picture of what there is in the results, as PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture(results).savefig(path, dpi=200)
-
-
-def picture(results: Mapping[str, Any]) -> Figure:
-    """Returns the picture; `UsageError` if it would leave a candidate out."""
-    unknown = sorted({n for row in results["rows"] for n in row["candidates"]} - STYLES.keys())
-    if unknown:
-        raise UsageError(f"`source` must hold candidates of {', '.join(STYLES)}; got {unknown}.")
     cases = {name: [r for r in results["rows"] if r["case"] == name] for name in PANELS}
     cases = {name: rows for name, rows in cases.items() if rows}
     with matplotlib.rc_context({**STYLE, "lines.markersize": 5}):
@@ -60,23 +46,10 @@ def picture(results: Mapping[str, Any]) -> Figure:
         ticks = [t for t in TICKS if low <= t <= high]
         grid[0].yaxis.set_minor_locator(NullLocator())
         grid[0].set_yticks(ticks, [f"{t:g}" for t in ticks])
-        lines = {
-            str(line.get_label()): line
-            for axes in reversed(grid)
-            for line in axes.lines
-            if len(line.get_xdata())
-        }
-        labels = [label for label, *_ in STYLES.values() if label in lines]
-        if labels:
-            figure.legend(
-                [lines[label] for label in labels],
-                labels,
-                loc="outside lower center",
-                ncols=5,
-                frameon=False,
-                handlelength=3,
-                fontsize=8.5,
-            )
+        lines = {str(line.get_label()): line for axes in grid for line in axes.lines}
+        look = {"ncols": 5, "frameon": False, "handlelength": 3, "fontsize": 8.5}
+        figure.legend(lines.values(), lines.keys(), loc="outside lower center", **look)
+        figure.savefig(path, dpi=200)
     return figure
 
 
@@ -85,15 +58,13 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     for name, (label, color, marker, line) in STYLES.items():
         found = {row["m"]: row["candidates"].get(name, {}).get("over_floor") for row in rows}
         points = [(at[m], ratio) for m, ratio in found.items() if ratio is not None]
-        x, medians = [k for k, _ in points], [r["median"] for _, r in points]
-        axes.plot(x, medians, line, color=color, marker=marker, label=label)
-        axes.vlines(
-            x,
-            [r["lower_quartile"] for _, r in points],
-            [r["upper_quartile"] for _, r in points],
-            color=color,
-            lw=1,
+        x = [k for k, _ in points]
+        low, median, high = (
+            [ratio[name] for _, ratio in points]
+            for name in ("lower_quartile", "median", "upper_quartile")
         )
+        axes.plot(x, median, line, color=color, marker=marker, label=label)
+        axes.vlines(x, low, high, color=color, lw=1)
     axes.set_xticks(range(len(rows)), [f"{m}" for m in at])
     axes.set_xlim(-0.3, max(len(rows), 2) - 0.7)
     axes.set_xlabel("losses m")
@@ -103,24 +74,3 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     size = f"{n / 1e6:.1f} M" if n >= 1e6 else f"{n / 1e3:.0f} k"
     title = f"{rows[0]['kind']}, n = {size}, batch {rows[0]['batch']}"
     axes.set_title(title, loc="left", color=INK, fontsize=9.5)
-
-
-@refusals_of("step_cost_figure")
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Draws the picture anew."""
-    parser = Parser(prog="python -m benchmarks.step_cost_figure")
-    parser.add_argument("source", type=Path, help="the JSON of benchmarks.step_cost")
-    parser.add_argument("target", type=Path, help="the picture")
-    options = parser.parse_args(arguments)
-    try:
-        results = json.loads(options.source.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"`source` must be a JSON file; got {options.source} ({error})."
-        ) from error
-    make_folder(options.target.parent, "the folder of target")
-    draw_figure(options.target, results)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import interleaved, spread
+from benchmarks.harness import clock_of, interleaved, spread
 from benchmarks.step_cost_cases import (
     APPROXIMATIONS,
     DENSE,
@@ -51,7 +50,7 @@ def measure(
     and TorchJD where it fails.
     """
     torch.set_num_threads(1)
-    clock = _clock(device)
+    clock = clock_of(device)
     model, batch = make(case, m, seed, device, dtype)
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-5)
     activations = measure_memory(lambda: model(*batch), lambda: None, device=device).peak
@@ -115,17 +114,6 @@ def _free(model: MultiTask) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _clock(device: str) -> Callable[[], float]:
-    if device == "cpu":
-        return time.process_time
-
-    def clock() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return clock
 
 
 def means(values: Sequence[float], window: int) -> list[float]:

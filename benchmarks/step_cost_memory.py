@@ -16,15 +16,10 @@ _MARK = "step_cost: the step begins"
 
 
 class Memory(NamedTuple):
-    """Bytes of a step.
+    """Bytes of a step."""
 
-    Attributes:
-        held: What the first step left behind for the following ones.
-        peak: The most that was there at once in a following step, above `held`.
-    """
-
-    held: int
-    peak: int
+    held: int  # what the first step left behind for the following ones
+    peak: int  # the most that was there at once in a following step, above `held`
 
 
 def measure_memory(
@@ -34,14 +29,10 @@ def measure_memory(
     cycle: int = 1,
     device: str = "cpu",
 ) -> Memory:
-    """Measures a step after one that is not measured.
+    """Measures `cycle` steps after one that is not measured.
 
-    Args:
-        step: What to measure.
-        clear: Frees what a step leaves behind only for its caller to see (``.grad``).
-        cycle: Number of steps over which the peak is taken.
-        device: Whose memory is meant, ``"cpu"`` or ``"cuda"``. Where it is not the CPU's, what the
-            step held before the call is not seen.
+    `clear` frees what a step leaves behind only for its caller to see (``.grad``). On a GPU, what
+    the step held before the call is not seen.
     """
     if device != "cpu":
         return _of_cuda(step, clear, cycle)

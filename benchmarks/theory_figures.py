@@ -5,8 +5,10 @@ python -m benchmarks.theory_figures docs/images
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,7 +17,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from torch import Tensor
-from torch.optim import Optimizer
 
 from benchmarks.harness import Parser, make_folder, refusals_of
 from benchmarks.problems import convex_quadratics
@@ -89,10 +90,10 @@ def paths(path: Path, steps: int = 300) -> None:
     """Draws how gradient descent reaches the weighted optimum, by three rules."""
     problem = convex_quadratics([[0.0, 0.0], [1.0, 1.0]], [[1.0, 10.0], [10.0, 1.0]])
     weights, c = [0.8, 0.2], 0.6
-    rules: dict[str, tuple[Callable[[Optimizer], LinearScalarization | CAGradClip], str, str]] = {
-        "weighted sum": (lambda inner: LinearScalarization(inner, weights), SUM, "-"),
-        "CAGrad, c = 0.6": (lambda inner: CAGrad(inner, weights, c), CAGRAD, "-"),
-        "CAGrad-Clip, c = 0.6": (lambda inner: CAGradClip(inner, weights, c), CLIP, "--"),
+    rules: dict[str, tuple[Any, str, str]] = {
+        "weighted sum": (LinearScalarization, SUM, "-"),
+        "CAGrad, c = 0.6": (partial(CAGrad, c=c), CAGRAD, "-"),
+        "CAGrad-Clip, c = 0.6": (partial(CAGradClip, c=c), CLIP, "--"),
     }
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(5.6, 4.2), layout="constrained")
@@ -101,7 +102,7 @@ def paths(path: Path, steps: int = 300) -> None:
         axes.plot(front[:, 0], front[:, 1], color=GREY, lw=1, label="Pareto front")
         for label, (wrap, color, line) in rules.items():
             theta = torch.nn.Parameter(torch.tensor([1.0, 0.0], dtype=torch.float64))
-            optimizer = wrap(torch.optim.SGD([theta], lr=0.03))
+            optimizer = wrap(torch.optim.SGD([theta], lr=0.03), weights)
             losses = []
             for _ in range(steps):
                 optimizer.zero_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,6 +13,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 Choice = TypeVar("Choice", bound=str)
+
+# Some optimizer or rule has these to set between steps.
+_SETTINGS = ("c", "clip", "nonfinite", "rule", "solver", "weights")
 
 # A squared norm p.Hp below ZERO (sum_i p_i |g_i|)^2 is the rounding error of a float64 Gram matrix.
 ZERO = 64 * 2.0**-52
@@ -27,6 +31,35 @@ def add_note(error: BaseException, note: str) -> None:
         error.add_note(note)
     else:
         vars(error)["__notes__"] = [*vars(error).get("__notes__", []), note]
+
+
+def check_attribute(obj: object, name: str, base: type, fixed: Sequence[str] = ()) -> None:
+    """Raises `AttributeError` if somebody would expect an effect of the attribute, and it has none.
+
+    Those are misspelt settings, settings of other rules and keys of parameter groups. Other names
+    are notes of the user or of a framework, which torch allows too. A class of the user, derived
+    from `base`, may have any attributes.
+    """
+    if name.startswith("_") or name in vars(obj) or hasattr(type(obj), name):
+        return
+    # Lightning and Fabric imitate a class by an empty one.
+    classes = [x for x in type(obj).__mro__ if issubclass(x, base)]
+    own = next(x for x in classes if any(map(callable, vars(x).values())))
+    if not own.__module__.startswith("raco_optim."):
+        return
+    known = [x for x in dir(own) if getattr(getattr(own, x), "fset", None)]
+    if any(name in group for group in getattr(obj, "param_groups", ())):
+        remedy = f"Set it in `param_groups`, as in group[{name!r}] = ..."
+    elif close := get_close_matches(name.lower(), [*known, *fixed], 1, 0.7):
+        remedy = f"Did you mean {close[0]!r}?"
+    elif name in _SETTINGS:
+        remedy = f"It has {', '.join(known) or 'no settings'}."
+    else:
+        return
+    raise AttributeError(
+        f"{own.__name__!r} object has no attribute {name!r}, so setting it would have no effect. "
+        f"{remedy}"
+    )
 
 
 def checked_weights(weights: Any) -> list[float]:  # noqa: ANN401  # checked here
@@ -149,7 +182,7 @@ def check_gram_values(rows: list[list[float]]) -> None:
 def checked_parameters(
     argument: str,
     parameters: Any,  # noqa: ANN401  # checked here
-    known: list[Tensor],
+    known: list[Tensor] | None = None,
     *,
     frozen: bool = False,
 ) -> list[Tensor]:
@@ -157,17 +190,17 @@ def checked_parameters(
     advice = "Pass for example model.trunk.parameters()."
     single = isinstance(parameters, Tensor) or not isinstance(parameters, Iterable)
     chosen = [parameters] if single else list(parameters)
-    identities = {id(p) for p in known}
+    identities = {id(p) for p in known or ()}
     for p in chosen:
         if not isinstance(p, Tensor):
             raise TypeError(f"`{argument}` must be tensors; got {type(p).__name__}. {advice}")
         joins_later = frozen and isinstance(p, Parameter) and not p.requires_grad
-        if id(p) not in identities and not joins_later:
+        if known is not None and id(p) not in identities and not joins_later:
             raise ValueError(
                 f"`{argument}` must be parameters of `inner`; got another tensor, of shape "
                 f"{list(p.shape)}. {advice}"
             )
-    if not chosen:
+    if known is not None and not chosen:
         raise ValueError(
             f"`{argument}` must hold at least one parameter of `inner`; got none. {advice}"
         )

@@ -187,7 +187,7 @@ def as_list(losses: Any) -> list[Any]:  # noqa: ANN401  # checked here
             f"`losses` must be a sequence or a mapping of losses; got a single "
             f"{type(losses).__name__}. Pass [loss]."
         )
-    return list(losses)
+    return list(losses.values() if is_mapping(losses) else losses)
 
 
 def check_any_present(losses: Sequence[object]) -> None:

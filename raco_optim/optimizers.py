@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -27,26 +27,21 @@ class AllOptions(Options, total=False):
     gradients: Mode | Iterable[Tensor]
 
 
+def _of_rule(name: str, doc: str) -> Any:  # noqa: ANN401  # a property
+    return property(
+        lambda self: getattr(self._core.rule, name),
+        lambda self, value: setattr(self._core.rule, name, value),
+        doc=doc,
+    )
+
+
 class _WithRadius(MultiObjectiveOptimizer):
     """An optimizer whose rule has a radius c and a solver."""
 
-    @property
-    def c(self) -> float:
-        """Radius of the correction relative to the weighted gradient; may be set between steps."""
-        return self._core.rule.c  # type: ignore[attr-defined, no-any-return]
-
-    @c.setter
-    def c(self, c: float) -> None:
-        self._core.rule.c = c  # type: ignore[attr-defined]
-
-    @property
-    def solver(self) -> Solver:
-        """The solver of the subproblem; may be set between steps."""
-        return self._core.rule.solver  # type: ignore[attr-defined, no-any-return]
-
-    @solver.setter
-    def solver(self, solver: Solver) -> None:
-        self._core.rule.solver = solver  # type: ignore[attr-defined]
+    c = _of_rule(
+        "c", "Radius of the correction relative to the weighted gradient; may be set between steps."
+    )
+    solver = _of_rule("solver", "The solver of the subproblem; may be set between steps.")
 
 
 class CAGradClip(_WithRadius):
@@ -106,14 +101,7 @@ class CAGradClip(_WithRadius):
         rule = CAGradRule(c, clip, solver)
         super().__init__(inner, rule, weights=_given(weights), **options)
 
-    @property
-    def clip(self) -> Clip:
-        """How p is clipped; may be set between steps."""
-        return self._core.rule.clip  # type: ignore[attr-defined, no-any-return]
-
-    @clip.setter
-    def clip(self, clip: Clip) -> None:
-        self._core.rule.clip = clip  # type: ignore[attr-defined]
+    clip = _of_rule("clip", "How p is clipped; may be set between steps.")
 
 
 class CAGrad(_WithRadius):

@@ -6,7 +6,7 @@ With G_p = sum_i p_i g_i, g0 = G_w and H the Gram matrix of the g_i, everything 
 
 `grid_minimum` looks at it point by point, and `exact_minimum` solves it in 60 digits for a handful
 of losses. At any number of losses, `certificate` bounds the suboptimality of a given p, and
-`excess_gap` what of it the rounding of H cannot explain; `distance_to_closest` says how far a
+`excess_gap` the part that the rounding of H cannot explain; `distance_to_closest` says how far a
 minimiser is from the one closest to w.
 """
 
@@ -134,8 +134,8 @@ def distance_to_closest(gram: np.ndarray, weights: np.ndarray, c: float, p: np.n
 
     The minimisers are {q >= 0: sum(q) = 1, H q = H p} (for c = 0 with the row H w instead of H;
     for c >= 1 there may be more). p is the projection of w onto that if and only if p - w is a
-    combination of its rows plus some nu >= 0 that vanishes where p does not; what is left of p - w
-    otherwise bounds the distance. H must be exact and not all but rank-deficient.
+    combination of its rows plus some nu >= 0 that vanishes where p does not; otherwise the
+    residual of p - w bounds the distance. H must be exact and not all but rank-deficient.
     """
     H, w, q = (np.asarray(x, float) for x in (gram, weights, p))
     norms = np.sqrt(np.where(H.diagonal() > 0, H.diagonal(), 1))
@@ -248,8 +248,8 @@ def certificate(
     * y = G_p / |G_p|, the gradient of the norm: this is the Frank-Wolfe gap;
     * where G_p = 0, every y in the ball is a subgradient, and p is optimal if and only if one of
       them has g_i.(g0 + s y) >= 0 for all i. The shortest is G_u / s with u >= 0 that minimises
-      |g0 + G_u|: what is left of a projection onto the cone of the g_i has no negative product
-      with any of them;
+      |g0 + G_u|: the residual of a projection onto the cone of the g_i has no negative
+      product with any of them;
     * near G_p = 0, where the rounding of p alone turns G_p: the y that the stationary point of the
       face of p has.
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -33,3 +36,16 @@ def changed(log_probs: PairLogProbs, **fields: Tensor | None) -> PairLogProbs:
 def gradients(loss: Tensor, log_probs: PairLogProbs) -> tuple[Tensor, ...]:
     """By the policy's log-probabilities; the graph stays."""
     return torch.autograd.grad(loss, (log_probs.chosen, log_probs.rejected), retain_graph=True)
+
+
+def refused(
+    fragments: Sequence[str],
+    call: Callable[..., object],
+    *args: object,
+    exception: type[Exception] = ValueError,
+    **kwargs: object,
+) -> None:
+    """Checks that a call raises, and that the message holds "got" and the fragments."""
+    with pytest.raises(exception) as caught:
+        call(*args, **kwargs)
+    assert [f for f in [*fragments, "got"] if f not in str(caught.value)] == []

@@ -11,7 +11,7 @@ import os
 import pickle
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 SECONDS = 60.0  # that a rank may take for a piece of work, and wait for the others
 
@@ -133,6 +134,49 @@ def _serve(rank: int, number: int, store: str, seconds: float, pipe: Connection)
         pipe.send_bytes(found)
 
 
-def slices(batch: Sequence[torch.Tensor], rank: int, number: int) -> list[torch.Tensor]:
+# --- What the tests of several processes share ---------------------------------------------------
+
+WEIGHTS = {"a": 0.5, "b": 0.3, "c": 0.2}
+
+
+def slices(batch: Sequence[Tensor], rank: int, number: int) -> list[Tensor]:
     """Returns a rank's part of a batch."""
     return [x.chunk(number)[rank] for x in batch]
+
+
+def losses_of(outputs: dict[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+    """Three losses in conflict, one of each output."""
+    scales = {"a": 1.0, "b": 3.0, "c": -2.0}
+    return {name: (out - scales[name] * targets).square().mean() for name, out in outputs.items()}
+
+
+def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Copies of whole tensors, also of those of which a process holds a part."""
+    whole = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in tensors)
+    return [p.detach().clone() for p in whole]
+
+
+def relative(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """The distance between two lists of tensors, relative to the norm of the second."""
+    pairs = [(x.detach(), y.detach()) for x, y in zip(found, expected, strict=True)]
+    distance = sum(float((x - y).square().sum()) for x, y in pairs)
+    return (distance / sum(float(y.square().sum()) for _, y in pairs)) ** 0.5
+
+
+def equal(a: Iterable[Tensor], b: Iterable[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+class OneBuffer(torch.autograd.Function):
+    """``x @ row``, whose gradient is memory that every backward pass fills anew."""
+
+    memory = torch.zeros(5, dtype=torch.float64)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, row: Tensor) -> Tensor:
+        ctx.save_for_backward(row)
+        return x @ row
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return OneBuffer.memory.copy_(grad * ctx.saved_tensors[0]), None

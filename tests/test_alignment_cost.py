@@ -9,17 +9,19 @@ import torch
 pytest.importorskip("aclsum", reason="aclsum needs Python 3.11")
 pytest.importorskip("trl", reason="the benchmark needs the extra align")
 
-from benchmarks import alignment_cost, smollm2
+from benchmarks import alignment_cost, smollm2, trainers
 from tests.tiny_language_models import tiny_model, tiny_tokenizer
 
 
 @pytest.mark.filterwarnings("ignore")  # TRL's and datasets' own
 def test_candidates_are_timed_in_turn(monkeypatch):
     monkeypatch.setattr(alignment_cost, "load", lambda _: (tiny_model(), tiny_tokenizer()))
-    monkeypatch.setattr(alignment_cost, "CANDIDATES", ("floor", "raco"))
-    found = alignment_cost.seconds("random", precomputed=False, rounds=1)
-    assert [len(times) for times in found.values()] == [alignment_cost.STEPS - 1] * 2
-    assert all(time > 0 for times in found.values() for time in times)
+    monkeypatch.setattr(alignment_cost, "CANDIDATES", ("trl", "floor", "raco"))
+    monkeypatch.setattr(alignment_cost, "apart", lambda work, *_, seconds: 2**30)
+    found = alignment_cost.measure("random", False, rounds=1)
+    assert [x["seconds"]["n"] for x in found.values()] == [trainers.STEPS - 1] * 3
+    assert all(x["seconds"]["median"] > 0 for x in found.values())
+    assert found["trl"]["over_trl"]["median"] == found["raco"]["peak_over_trl"] == 1
 
 
 def test_a_model_that_is_not_installed_names_its_pip_line(tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from tests.problems_nn import (
     two_losses,
 )
 
+UNSCALED = GradScaler("cpu", enabled=False)
 SCALED_INNER = sorted(INNER.keys() - {"LBFGS"})  # a GradScaler takes no closure
 
 
@@ -38,77 +39,52 @@ def scaled_step(opt, model, scaler, losses, *, max_norm=None):
 
 
 @pytest.mark.parametrize("name", SCALED_INNER)
-@pytest.mark.parametrize("wrapper", ["CAGradClip", "named"])
-@pytest.mark.parametrize("max_norm", [None, 0.5])
+@pytest.mark.parametrize(("wrapper", "max_norm"), [("CAGradClip", None), ("named", 0.5)])
 def test_scaled_run_equals_the_unscaled_one_bit_for_bit(name, wrapper, max_norm):
     model, plain = network(), network()
     opt, plain_opt = (WRAPPERS[wrapper](INNER[name](m.parameters())) for m in (model, plain))
     scaler = GradScaler("cpu", init_scale=2.0**12, growth_interval=2)
     for t in range(5):
         scaled_step(opt, model, scaler, two_losses(model, batch(t)), max_norm=max_norm)
-        plain_opt.zero_grad()
-        plain_opt.backward(as_asked(plain_opt, two_losses(plain, batch(t))))
-        if max_norm is not None:
-            nn.utils.clip_grad_norm_(plain.parameters(), max_norm)
-        plain_opt.step()
+        scaled_step(plain_opt, plain, UNSCALED, two_losses(plain, batch(t)), max_norm=max_norm)
         assert torch.equal(opt.report.coefficients, plain_opt.report.coefficients)
     assert bits(model.state_dict()) == bits(plain.state_dict())
     assert bits(opt.state_dict()) == bits(plain_opt.state_dict())
     assert scaler.get_scale() == 2.0**14, "it grew twice: it saw five finite steps"
 
 
-def test_fused_inner_optimizer_is_unscaled_by_the_scaler():
-    """A fused optimizer divides by the scale itself; if the wrapper said so, nobody would."""
-    model, plain = network(), network()
-    opts = [
-        CAGradClip(torch.optim.AdamW(m.parameters(), lr=0.1, fused=True), [0.6, 0.4])
-        for m in (model, plain)
-    ]
-    assert opts[0].optimizer._step_supports_amp_scaling
-    scaler = GradScaler("cpu", init_scale=2.0**12)
-    for t in range(3):
-        scaled_step(opts[0], model, scaler, two_losses(model, batch(t)))
-        train_step(opts[1], plain, batch(t))
-    assert bits(model.state_dict()) == bits(plain.state_dict())
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_follows_the_float32_run(dtype):
     model, plain = network(), network()
-    opt = CAGradClip(torch.optim.SGD(model.parameters(), 0.05, momentum=0.9), [0.6, 0.4])
-    plain_opt = CAGradClip(torch.optim.SGD(plain.parameters(), 0.05, momentum=0.9), [0.6, 0.4])
+    opt, plain_opt = (
+        CAGradClip(torch.optim.SGD(m.parameters(), 0.05, momentum=0.9), [0.6, 0.4])
+        for m in (model, plain)
+    )
     scaler = GradScaler("cpu", init_scale=2.0**10, enabled=dtype == torch.float16)
-    start = bits(plain.state_dict())
+    start, tolerance = bits(plain.state_dict()), 64 * torch.finfo(dtype).eps
     for t in range(8):
         with torch.autocast("cpu", dtype):
             losses = two_losses(model, batch(t))
         scaled_step(opt, model, scaler, losses, max_norm=5.0)
-        plain_opt.zero_grad()
-        plain_opt.backward(two_losses(plain, batch(t)))
-        nn.utils.clip_grad_norm_(plain.parameters(), 5.0)
-        plain_opt.step()
-        tolerance = 64 * torch.finfo(dtype).eps
-        torch.testing.assert_close(
-            opt.report.coefficients, plain_opt.report.coefficients, rtol=tolerance, atol=tolerance
-        )
+        scaled_step(plain_opt, plain, UNSCALED, two_losses(plain, batch(t)), max_norm=5.0)
+        alphas = opt.report.coefficients, plain_opt.report.coefficients
+        torch.testing.assert_close(*alphas, rtol=tolerance, atol=tolerance)
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         assert float((p - q).detach().norm() / q.detach().norm()) < tolerance
     assert bits(plain.state_dict()) != start
 
 
 def test_micro_batches_under_a_scaler():
-    model, plain = network(), network()
-    scaler = GradScaler("cpu", init_scale=2.0**12)
-    opts = []
-    for m, scale in ((model, scaler.scale), (plain, lambda loss: loss)):
+    models, states = [network(), network()], []
+    for m, scaler in zip(models, (GradScaler("cpu", init_scale=2.0**12), UNSCALED), strict=True):
         opt = CAGradClip(torch.optim.AdamW(m.parameters(), lr=0.1), [0.6, 0.4])
         for t in range(3):
-            opt.backward([scale(loss) for loss in two_losses(m, batch(t))], accumulate=t < 2)
-        opts.append(opt)
-    scaler.step(opts[0])
-    scaler.update()
-    opts[1].step()
-    assert bits(model.state_dict()) == bits(plain.state_dict())
+            losses = [scaler.scale(loss) for loss in two_losses(m, batch(t))]
+            opt.backward(losses, accumulate=t < 2)
+        scaler.step(opt)
+        scaler.update()
+        states.append(bits(m.state_dict()))
+    assert states[0] == states[1]
 
 
 def test_scaling_twice_is_still_refused():
@@ -121,48 +97,47 @@ def test_scaling_twice_is_still_refused():
         scaler.unscale_(opt)
 
 
-# One loss overflows
+class Infinite(torch.autograd.Function):
+    """The identity, with an infinite gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.inf
 
 
 def overflow(losses, which, bad):
     """A loss that is finite, with an infinite gradient, or one that is not finite itself."""
-    if bad == "gradient":
-
-        class Infinite(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, x):
-                return x.clone()
-
-            @staticmethod
-            def backward(ctx, grad):
-                return grad * math.inf
-
-        losses[which] = Infinite.apply(losses[which])
-    else:
-        losses[which] = losses[which] * bad
+    losses[which] = Infinite.apply(losses[which]) if bad == "gradient" else losses[which] * bad
     return losses
 
 
 BAD = pytest.mark.parametrize("bad", [math.inf, math.nan, "gradient"])
 
 
-@BAD
-@pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize("weights", [[0.6, 0.4], [1.0, 0.0], [0.0, 1.0]], ids=str)
 @pytest.mark.parametrize(
-    "make",
+    ("bad", "which", "weights"),
     [
-        lambda inner, w: CAGradClip(inner, w, nonfinite="propagate"),
-        lambda inner, w: CAGradClip(inner, w, solver="pgd", nonfinite="propagate"),
-        lambda inner, w: CAGrad(inner, w, nonfinite="propagate"),
-        lambda inner, w: MGDA(inner, w, nonfinite="propagate"),
+        (math.inf, 0, [0.6, 0.4]),
+        (math.nan, 1, [0.6, 0.4]),
+        ("gradient", 1, [0.6, 0.4]),
+        *[(bad, 1, [1.0, 0.0]) for bad in (math.inf, math.nan, "gradient")],
+        *[(bad, 0, [0.0, 1.0]) for bad in (math.inf, "gradient")],
     ],
+)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(CAGradClip, {}), (CAGradClip, {"solver": "pgd"}), (CAGrad, {}), (MGDA, {})],
     ids=["exact", "pgd", "CAGrad", "MGDA"],
 )
-def test_propagated_overflow_is_skipped_by_the_scaler(make, weights, which, bad):
-    """Also that of a loss with weight zero: 0 * Inf must not vanish."""
+def test_propagated_overflow_is_skipped_by_the_scaler(method, options, weights, which, bad):
+    """Also if the loss has weight zero: 0 * Inf must not vanish."""
     model = network()
-    opt = make(torch.optim.AdamW(model.parameters(), lr=0.1), weights)
+    inner = torch.optim.AdamW(model.parameters(), lr=0.1)
+    opt = method(inner, weights, nonfinite="propagate", **options)
     scaler = GradScaler("cpu", init_scale=2.0**12)
     scaled_step(opt, model, scaler, two_losses(model, batch(0)))
     opt.zero_grad()
@@ -182,23 +157,28 @@ def test_default_raises_and_points_to_propagate(bad):
     opt = CAGradClip(torch.optim.AdamW(model.parameters()), {"first": 0.6, "second": 0.4})
     scaler = GradScaler("cpu")
     losses = [scaler.scale(loss) for loss in overflow(two_losses(model, batch(0)), 1, bad)]
-    what = "the gradient of loss 'second'" if bad == "gradient" else "loss 'second'"
-    with pytest.raises(FloatingPointError, match=what) as caught:
+    words = "the gradient of loss 'second'" if bad == "gradient" else "loss 'second'"
+    with pytest.raises(FloatingPointError, match=words) as caught:
         opt.backward(as_asked(opt, losses))
     assert 'nonfinite="propagate"' in str(caught.value)
     assert "GradScaler" in str(caught.value)
     assert all(p.grad is None for p in model.parameters())
 
 
-@BAD
+@pytest.mark.parametrize(
+    ("bad", "set_to_none"), [(math.inf, True), (math.nan, False), ("gradient", True)]
+)
 @pytest.mark.parametrize("name", INNER)
-@pytest.mark.parametrize("set_to_none", [True, False])
 def test_skip_leaves_parameters_and_moments_alone(name, bad, set_to_none):
     """Zero gradients are not no gradients: momentum and weight decay would move the parameters."""
     model = network()
     opt = CAGradClip(INNER[name](model.parameters()), [0.6, 0.4], nonfinite="skip")
+
+    def state():
+        return bits([list(model.parameters()), opt.optimizer.state_dict()])
+
     train_step(opt, model, batch(0))
-    before = bits([list(model.parameters()), opt.optimizer.state_dict()])
+    before = state()
 
     def closure():
         opt.zero_grad(set_to_none)
@@ -206,21 +186,21 @@ def test_skip_leaves_parameters_and_moments_alone(name, bad, set_to_none):
 
     opt.step(closure)
     if name != "LBFGS":  # which counts that it looked
-        assert bits([list(model.parameters()), opt.optimizer.state_dict()]) == before
+        assert state() == before
         opt.zero_grad(set_to_none)
         opt.backward(overflow(two_losses(model, batch(1)), 0, bad))
         opt.step()
-        assert bits([list(model.parameters()), opt.optimizer.state_dict()]) == before
+        assert state() == before
         assert opt.report.skipped == 2
-    assert bits(list(model.parameters())) == before[0]
+    assert state()[0] == before[0]
     train_step(opt, model, batch(1))
-    assert bits(list(model.parameters())) != before[0]
+    assert state()[0] != before[0]
     assert opt.report.skipped == (1 if name == "LBFGS" else 2)
 
 
 @pytest.mark.parametrize("order", [["good", "bad"], ["bad", "good"]])
 def test_skip_does_not_depend_on_the_order_of_two_backwards(order):
-    """A step of which one part is missing is not the step that was asked for."""
+    """A step without one of its parts is not the step that the user asked for."""
     model = network()
     opt = CAGradClip(torch.optim.SGD(model.parameters(), 0.1), [0.6, 0.4], nonfinite="skip")
     before = bits(list(model.parameters()))

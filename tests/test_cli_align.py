@@ -1,7 +1,9 @@
 """`raco-optim align` and `raco-optim sweep` with TRL's trainer and a model with random weights."""
 
+import contextlib
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -12,6 +14,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import gguf
@@ -31,6 +34,7 @@ from tests.tiny_language_models import tiny_model, tiny_pairs, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 BETA = 0.5
+LORA = {"use_peft": "true", "lora_r": 2, "lora_target_modules": "all-linear"}
 
 # Of TRL, transformers and datasets, about themselves and about files that they leave open.
 pytestmark = [
@@ -46,6 +50,14 @@ def jsonl(path, rows):
     return path
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _quiet(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TQDM_DISABLE", "1")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model, its tokenizer, and pairs."""
@@ -55,12 +67,6 @@ def folder(tmp_path_factory):
     jsonl(folder / "train.jsonl", tiny_pairs(16, seed=0, missing=0.2))
     jsonl(folder / "test.jsonl", tiny_pairs(6, seed=1))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch, tmp_path):
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def training(folder, **changed):
@@ -100,6 +106,27 @@ def same_weights(a, b):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
+def as_if_killed(output):
+    """Takes from a finished run what its end added."""
+    run = run_file(output)
+    del run["result"]
+    (output / RUN_FILE).write_text(json.dumps({**run, "status": "training"}))
+
+
+def contents(output):
+    return {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """A finished run of 4 steps, in a folder that was not there, and its output."""
+    output = tmp_path_factory.mktemp("finished") / "new" / "out"
+    printed, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+        assert align(folder, output, save_steps=1) == 0
+    return SimpleNamespace(output=output, out=printed.getvalue(), err=errors.getvalue())
+
+
 def log_ratio(model, tokenizer, row):
     """log pi(chosen) - log pi(rejected), from the logits."""
     sums = []
@@ -114,9 +141,8 @@ def log_ratio(model, tokenizer, row):
 # Align
 
 
-def test_saved_model_has_the_scores_that_were_printed(folder, tmp_path, capsys):
-    output = tmp_path / "new" / "out"
-    assert align(folder, output) == 0
+def test_saved_model_has_the_scores_that_were_printed(folder, finished):
+    output, printed = finished.output, finished.out
     result = run_file(output)["result"]
     with torch.no_grad():
         tokenizer = AutoTokenizer.from_pretrained(output)
@@ -127,7 +153,6 @@ def test_saved_model_has_the_scores_that_were_printed(folder, tmp_path, capsys):
             log_ratio(policy, tokenizer, row) - log_ratio(reference, tokenizer, row) for row in rows
         ]
     assert max(map(abs, deltas)) > 1e-3, "it has learned something"
-    printed = capsys.readouterr().out
     for name in ("helpful", "harmless"):
         margins = [BETA * row[f"pref_{name}"] * d for row, d in zip(rows, deltas, strict=True)]
         scores = result["evaluation"][name]
@@ -148,8 +173,7 @@ def test_saved_model_has_the_scores_that_were_printed(folder, tmp_path, capsys):
 
 def test_adapters_without_evaluation(folder, tmp_path, capsys):
     output = tmp_path / "out"
-    lora = {"use_peft": "true", "lora_r": 2, "lora_target_modules": "all-linear"}
-    assert align(folder, output, eval_data=None, max_steps=1, **lora) == 0
+    assert align(folder, output, eval_data=None, max_steps=1, **LORA) == 0
     assert (output / "adapter_model.safetensors").exists()
     assert (output / "tokenizer.json").exists()
     assert not (output / "model.safetensors").exists()
@@ -188,62 +212,69 @@ def test_defaults_suit_the_cpu(folder):
     assert not parsed.config.gradient_checkpointing
 
 
-def test_the_same_command_again_does_nothing_and_another_one_is_refused(folder, tmp_path, capsys):
-    output = tmp_path / "out"
-    assert align(folder, output, max_steps=1) == 0
+def test_nothing_but_results_is_left_and_few_checkpoints(finished):
+    output = finished.output
+    names = {path.name for path in output.parents[1].rglob("*")}
+    assert {n for n in names if n.startswith(".") or n.endswith((".lock", ".part"))} == set()
+    assert {n for n in names if n.startswith("checkpoint")} == {"checkpoint-3", "checkpoint-4"}
+    model = (output / "model.safetensors").stat().st_size / 1e6
+    checkpoint = (output / "checkpoint-4" / "optimizer.pt").stat().st_size / 1e6 + model
+    (line,) = (line for line in finished.err.splitlines() if "The result needs" in line)
+    said = [float(x) for x in re.findall(r"([\d.]+) MB", line)[:2]]
+    assert said == pytest.approx([model, checkpoint], abs=0.1)
+    assert "Checkpoints to keep: 2" in line
+    assert "Warning" not in finished.err
+
+
+def test_the_same_command_again_does_nothing_and_another_one_is_refused(
+    folder, finished, tmp_path, capsys
+):
+    output = finished.output
     before = {p: p.stat().st_mtime_ns for p in output.rglob("*")}
-    first = capsys.readouterr().out
-    assert align(folder, output, max_steps=1) == 0
+    assert align(folder, output, save_steps=1) == 0
     again = capsys.readouterr()
     assert "this run is already finished" in again.err
-    assert again.out in first, "the scores are printed again"
-    assert align(folder, output, max_steps=1, beta=0.1) == 2
+    assert again.out in finished.out, "the scores are printed again"
+    assert align(folder, output, save_steps=1, beta=0.1) == 2
     assert "holds another run: beta was 0.5 and is now 0.1" in capsys.readouterr().err
     jsonl(tmp_path / "train.jsonl", tiny_pairs(16, seed=2))
-    assert align(folder, output, max_steps=1, data=tmp_path / "train.jsonl") == 2
+    assert align(folder, output, save_steps=1, data=tmp_path / "train.jsonl") == 2
     assert "data_sha256 was" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
 
 
-@pytest.mark.parametrize("option", ["data", "eval_data"])
-def test_a_file_that_changed_under_its_name_is_refused_on_resumption(
-    option, folder, tmp_path, capsys
-):
-    file = jsonl(tmp_path / "pairs.jsonl", tiny_pairs(16, seed=3))
-    output = tmp_path / "out"
-    assert align(folder, output, max_steps=1, **{option: file}) == 0
-    run = run_file(output)
-    del run["result"]
-    (output / RUN_FILE).write_text(json.dumps({**run, "status": "training"}))  # as if killed
-    old = hashlib.sha256(file.read_bytes()).hexdigest()
+def test_a_file_that_changed_under_its_name_is_refused_on_resumption(folder, tmp_path, capsys):
     rows = tiny_pairs(16, seed=3)
+    files = {name: jsonl(tmp_path / f"{name}.jsonl", rows) for name in ("data", "eval_data")}
+    output = tmp_path / "out"
+    assert align(folder, output, max_steps=1, **files) == 0
+    as_if_killed(output)
+    before = contents(output)
     rows[0]["pref_helpful"] *= -1
-    new = hashlib.sha256(jsonl(file, rows).read_bytes()).hexdigest()
-    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    capsys.readouterr()
-    assert align(folder, output, max_steps=1, **{option: file}) == 2
-    error = capsys.readouterr().err
-    assert f"{option}_sha256 was '{old}' and is now '{new}'" in error
-    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    for option, file in files.items():
+        kept = file.read_bytes()
+        jsonl(file, rows)
+        old, new = (hashlib.sha256(x).hexdigest() for x in (kept, file.read_bytes()))
+        capsys.readouterr()
+        assert align(folder, output, max_steps=1, **files) == 2
+        error = capsys.readouterr().err
+        assert f"{option}_sha256 was '{old}' and is now '{new}'" in error
+        assert contents(output) == before
+        file.write_bytes(kept)
 
 
-def test_resumes_from_the_last_complete_checkpoint(folder, tmp_path, capsys):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert align(folder, whole) == 0
-    assert align(folder, cut) == 0
-    run = run_file(cut)
-    del run["result"]
-    (cut / RUN_FILE).write_text(json.dumps({**run, "status": "training"}))
+def test_resumes_from_the_last_complete_checkpoint(folder, finished, tmp_path, capsys):
+    cut = shutil.copytree(finished.output, tmp_path / "cut")
+    as_if_killed(cut)
     (cut / "model.safetensors").unlink()
     (cut / "checkpoint-4" / "trainer_state.json").write_text('{"epoch": 1.0, "glo')
-    capsys.readouterr()
-    assert align(folder, cut) == 0
+    assert align(folder, cut, save_steps=1) == 0
     errors = capsys.readouterr().err
     assert "checkpoint-4 is incomplete; renamed to incomplete-1-" in errors
-    assert "resuming from checkpoint-2" in errors
+    assert "resuming from checkpoint-3" in errors
     assert (cut / "incomplete-1-checkpoint-4" / "model.safetensors").exists()
-    assert same_weights(whole, cut)
-    results = [run_file(output)["result"] for output in (whole, cut)]
+    assert same_weights(finished.output, cut)
+    results = [run_file(output)["result"] for output in (finished.output, cut)]
     for result in results:
         del result["training"]["seconds"]
     assert results[0] == results[1]
@@ -432,28 +463,15 @@ def test_a_full_disk_is_said_and_the_run_goes_on_with_more_room(
         monkeypatch.setattr("torch.save", full)
     else:
         monkeypatch.setattr("raco_optim.integrations.trl.MultiObjectiveDPOTrainer.save_model", full)
-    strategy = {} if saved == "checkpoint" else {"save_strategy": "no", "save_steps": None}
-    assert align(folder, output, max_steps=2, **strategy) == 2
+    strategy = {"save_steps": 1}
+    if saved == "model":
+        strategy = {"save_strategy": "no", "save_steps": None}
+    assert align(folder, output, max_steps=1, **strategy) == 2
     *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith("raco-optim: ") and last.endswith("No space left on device")
     monkeypatch.undo()
-    assert align(folder, output, max_steps=2, disable_tqdm="true", **strategy) == 0
+    assert align(folder, output, max_steps=1, **strategy) == 0
     assert (output / "model.safetensors").exists()
-
-
-def test_nothing_but_results_is_left_and_few_checkpoints(folder, tmp_path, capsys):
-    assert align(folder, tmp_path / "out", max_steps=4, save_steps=1) == 0
-    names = {path.name for path in tmp_path.rglob("*") if "cache" not in path.parts}
-    assert {n for n in names if n.startswith(".") or n.endswith((".lock", ".part"))} == set()
-    assert {n for n in names if n.startswith("checkpoint")} == {"checkpoint-3", "checkpoint-4"}
-    errors = capsys.readouterr().err
-    model = (tmp_path / "out" / "model.safetensors").stat().st_size / 1e6
-    checkpoint = (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").stat().st_size / 1e6 + model
-    (line,) = (line for line in errors.splitlines() if "The result needs" in line)
-    said = [float(x) for x in re.findall(r"([\d.]+) MB", line)[:2]]
-    assert said == pytest.approx([model, checkpoint], abs=0.1)
-    assert "Checkpoints to keep: 2" in line
-    assert "Warning" not in errors
 
 
 # Models in .gguf files
@@ -467,11 +485,10 @@ def gguf_file(tmp_path_factory):
 
 
 def test_adapters_of_a_gguf_file_can_be_moved(gguf_file, folder, tmp_path, monkeypatch, capsys):
-    lora = {"use_peft": "true", "lora_r": 2, "lora_target_modules": "all-linear"}
     output = tmp_path / "runs" / "out"
     monkeypatch.chdir(gguf_file.parent)
     steps = {"max_steps": 2, "save_steps": 1}
-    assert align(folder, output, model="tiny.gguf", **lora, **steps) == 0
+    assert align(folder, output, model="tiny.gguf", **LORA, **steps) == 0
     monkeypatch.chdir(output)
     before = AutoPeftModelForCausalLM.from_pretrained(".").state_dict()
     (tmp_path / "elsewhere").mkdir()
@@ -487,16 +504,16 @@ def test_adapters_of_a_gguf_file_can_be_moved(gguf_file, folder, tmp_path, monke
     assert any(x.abs().max() > 0 for name, x in before.items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("share", [0, 0.01, 0.02, 0.3, 0.99])
-def test_a_gguf_file_that_was_cut_short_is_refused(share, gguf_file, folder, tmp_path, capsys):
+def test_a_gguf_file_that_was_cut_short_is_refused(gguf_file, folder, tmp_path, capsys):
     data = gguf_file.read_bytes()
-    (cut := tmp_path / "cut.gguf").write_bytes(data[: int(share * len(data))])
-    assert align(folder, tmp_path / "out", model=cut) == 2
-    *_, last = capsys.readouterr().err.splitlines()
-    assert last.startswith(
-        f"raco-optim: `--model` {cut} can't be used: `file` must be a complete .gguf"
-    )
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [RUN_FILE]
+    for share in (0, 0.01, 0.02, 0.3, 0.99):
+        (cut := tmp_path / "cut.gguf").write_bytes(data[: int(share * len(data))])
+        output = tmp_path / str(share)
+        assert align(folder, output, model=cut) == 2
+        *_, last = capsys.readouterr().err.splitlines()
+        expected = f"raco-optim: `--model` {cut} can't be used: `file` must be a complete .gguf"
+        assert last.startswith(expected), share
+        assert [path.name for path in output.iterdir()] == [RUN_FILE]
 
 
 # Sweep
@@ -519,7 +536,7 @@ step = MultiObjectiveDPOTrainer.training_step
 
 def until_killed(self, *arguments):
     # In the second run, after its first checkpoint.
-    if self.args.method == "mgda" and self.state.global_step == 3:
+    if self.args.method == "mgda" and self.state.global_step == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, *arguments)
 
@@ -530,14 +547,11 @@ main(sys.argv[1:])
 
 def test_killed_sweep_goes_on_as_if_nothing_had_happened(folder, tmp_path, capsys):
     killed, whole = tmp_path / "killed.jsonl", tmp_path / "whole.jsonl"
+    steps = {"max_steps": 2, "save_steps": 1}
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, *sweep_arguments(folder, killed)],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "HF_DATASETS_CACHE": str(tmp_path / "c"),
-            "OMP_NUM_THREADS": "1",
-        },
+        [sys.executable, "-c", KILLED, *sweep_arguments(folder, killed, **steps)],
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
@@ -545,9 +559,9 @@ def test_killed_sweep_goes_on_as_if_nothing_had_happened(folder, tmp_path, capsy
     (first,) = read_records(killed)
     assert first["point"]["method"] == "linear"
     (tmp_path / "killed.jsonl.runs" / "notes.txt").write_text("mine")
-    assert main(sweep_arguments(folder, killed)) == 0
-    assert "resuming from checkpoint-2" in capsys.readouterr().err
-    assert main(sweep_arguments(folder, whole)) == 0
+    assert main(sweep_arguments(folder, killed, **steps)) == 0
+    assert "resuming from checkpoint-1" in capsys.readouterr().err
+    assert main(sweep_arguments(folder, whole, **steps)) == 0
     records = read_records(killed)
     assert records[0] == first, "what was there has stayed"
     for record, expected in zip(records, read_records(whole), strict=True):
@@ -561,7 +575,6 @@ def test_killed_sweep_goes_on_as_if_nothing_had_happened(folder, tmp_path, capsy
     ]
     left = [path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*.runs/**/*")]
     assert left == ["killed.jsonl.runs/notes.txt"], "the runs' folders are gone, and no other file"
-    # A record is what one run with these settings gives.
     assert main(["report", str(killed), "--output", str(tmp_path / "report.html")]) == 0
 
 
@@ -577,26 +590,18 @@ def test_a_sweep_refuses_a_held_out_file_that_changed(folder, tmp_path, capsys):
     assert (tmp_path / "r.jsonl").read_bytes() == before
 
 
-def test_record_of_a_sweep_is_the_result_of_align(folder, tmp_path):
-    arguments = sweep_arguments(folder, tmp_path / "r.jsonl")
-    one = [*arguments[:2], "helpful=0.7,harmless=0.3", "--methods", "raco", "--c", "0.2"]
-    assert main([*one, *arguments[arguments.index("--seeds") :], "--warmup_steps", "1"]) == 0
-    assert align(folder, tmp_path / "out", method="raco", c=0.2, seed=0, warmup_steps=1) == 0
-    (record,) = read_records(tmp_path / "r.jsonl")
-    assert record["evaluation"] == run_file(tmp_path / "out")["result"]["evaluation"]
-    assert record["settings"]["warmup_steps"] == 1
-    assert not {"weights", "method", "c", "seed", "output_dir"} & set(record["settings"])
-
-
 def test_a_sweep_keeps_models_or_the_commands_that_train_them(
     folder, tmp_path, monkeypatch, capsys
 ):
-    arguments = sweep_arguments(folder, tmp_path / "r.jsonl", max_steps=1, save_steps=None)
-    one = [*arguments[:2], "helpful=0.7,harmless=0.3", *arguments[4:], "--methods", "linear"]
+    arguments = sweep_arguments(folder, tmp_path / "r.jsonl", max_steps=2, save_steps=None)
+    one = [*arguments[:2], "helpful=0.7,harmless=0.3", *arguments[4:], "--methods", "raco"]
+    one += ["--c", "0.2", "--warmup_steps", "1"]
     assert main([*one, "--keep_models"]) == 0
     (record,) = read_records(tmp_path / "r.jsonl")
+    assert record["settings"]["warmup_steps"] == 1
+    assert not {"weights", "method", "c", "seed", "output_dir"} & set(record["settings"])
     kept = Path(record["extra"]["model"])
-    assert kept == tmp_path / "r.jsonl.models" / "linear_helpful=0.7,harmless=0.3_seed=0"
+    assert kept == tmp_path / "r.jsonl.models" / "raco_c=0.2_helpful=0.7,harmless=0.3_seed=0"
     monkeypatch.chdir(tmp_path)
     program, *again = shlex.split(record["extra"]["command"])
     assert program == "raco-optim"
@@ -634,4 +639,4 @@ def test_sweep_that_cannot_be_done_is_refused_before_any_run(
     assert main([*sweep_arguments(folder, tmp_path / "r.jsonl", **changed), *extra]) == 2
     *_, last = capsys.readouterr().err.splitlines()
     assert [f for f in ["raco-optim: ", *fragments] if f not in last] == []
-    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
+    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Files with preference pairs: what is read, and what is refused by name."""
+"""Files with preference pairs: reading them, and messages about wrong ones."""
 
 import gzip
 import hashlib
@@ -39,16 +39,33 @@ def written(path: Path, rows=ROWS):
     return path
 
 
-def refusal(path, objectives=("x", "y"), margins=()):
+def lines(path: Path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def load(path, objectives="x", margins=()):
+    return load_pairs(path, "--data", list(objectives), list(margins))
+
+
+def messages(text, role="assistant"):
+    return [{"role": "user" if text == "prompt" else role, "content": text}]
+
+
+PAIR = {"prompt": messages("prompt"), "chosen": messages("a"), "rejected": messages("b")}
+WHOLE = {name: [*PAIR["prompt"], *PAIR[name]] for name in ("chosen", "rejected")}
+
+
+def refusal(path, objectives="xy", margins=()):
     with pytest.raises(UsageError) as caught:
-        load_pairs(path, "--data", objectives, margins)
+        load(path, objectives, margins)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_formats(tmp_path, suffix):
-    dataset = load_pairs(written(tmp_path / f"pairs{suffix}"), "--data", ["x", "y"], [])
+    dataset = load(written(tmp_path / f"pairs{suffix}"), "xy")
     assert dataset["chosen"][:] == ["a", "c"]
     assert dataset["pref_x"][:] == [1, 0]
     assert dataset["pref_y"][0] == -1
@@ -56,17 +73,15 @@ def test_formats(tmp_path, suffix):
 
 def test_prompt_is_optional_and_only_what_training_reads_stays(tmp_path):
     rows = [{"chosen": "a", "rejected": "b", "pref_x": 1, "source": "web"}]
-    dataset = load_pairs(written(tmp_path / "pairs.jsonl", rows), "--data", ["x"], [])
+    dataset = load(written(tmp_path / "pairs.jsonl", rows))
     assert dataset.column_names == ["chosen", "rejected", "pref_x"]
 
 
 def test_conversations_are_pairs_too(tmp_path):
-    (path := tmp_path / "pairs.jsonl").write_text(
-        '{"prompt": [{"role": "user", "content": "p"}], "pref_x": 1, '
-        '"chosen": [{"role": "assistant", "content": "a"}], '
-        '"rejected": [{"role": "assistant", "content": "b"}]}\n'
-    )
-    assert len(load_pairs(path, "--data", ["x"], [])) == 1
+    """With the prompt in a column of its own, or inside both answers."""
+    assert len(load(lines(tmp_path / "a.jsonl", {**PAIR, "pref_x": 1}))) == 1
+    whole = load(lines(tmp_path / "b.jsonl", {**WHOLE, "pref_x": 1}))
+    assert whole.column_names == ["chosen", "rejected", "pref_x"]
 
 
 def test_file_is_checked(tmp_path):
@@ -92,23 +107,6 @@ def test_content_that_cannot_be_read_is_named_with_the_cause(tmp_path, name, con
     assert name in message
 
 
-@pytest.mark.parametrize("column", ["chosen", "rejected"])
-def test_missing_text_column_is_named_with_what_is_there(tmp_path, column):
-    rows = [{k: v for k, v in row.items() if k != column} for row in ROWS]
-    message = refusal(written(tmp_path / "pairs.jsonl", rows))
-    assert f"must have the column {column!r}" in message
-    assert "pairs.jsonl with the columns prompt, " in message
-    assert "pref_x, pref_y" in message
-
-
-def test_unknown_objective_is_named_with_those_that_are_there(tmp_path):
-    message = refusal(written(tmp_path / "pairs.jsonl"), ["x", "humour"])
-    assert "`--weights` must name objectives of the data; got 'humour'" in message
-    assert "has x, y" in message
-    rows = [{"chosen": "a", "rejected": "b"}]
-    assert "has none" in refusal(written(tmp_path / "bare.jsonl", rows))
-
-
 @pytest.mark.parametrize("value", ["yes", 2, -1.5, True, "1"])
 def test_preferences_are_numbers_from_minus_one_to_one(tmp_path, value):
     rows = [{**ROWS[0], "pref_y": value}]
@@ -119,34 +117,16 @@ def test_preferences_are_numbers_from_minus_one_to_one(tmp_path, value):
 
 @pytest.mark.parametrize("column", ["pref_x", "weight_x", "margin_x"])
 def test_a_number_too_large_for_a_float_is_refused_by_name(tmp_path, column):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps({**ROWS[0], column: 10**400}) + "\n")
-    message = refusal(path, ["x"], ["x"] if column == "margin_x" else [])
+    path = lines(tmp_path / "pairs.jsonl", {**ROWS[0], column: 10**400})
+    message = refusal(path, "x", "x" if column == "margin_x" else "")
     assert f"line 1: column `{column}` must hold" in message
     assert len(message) < 300
 
 
-def test_objective_that_labels_no_pair_is_named(tmp_path):
-    rows = [{**row, "pref_y": sign} for row, sign in zip(ROWS, (0, None), strict=True)]
-    message = refusal(written(tmp_path / "pairs.jsonl", rows))
-    assert "at least one pair for every objective" in message
-    assert "'pref_y' is always 0 or null" in message
-
-
-def test_missing_text_is_named_by_its_row(tmp_path):
-    rows = [ROWS[0], {**ROWS[1], "rejected": None}]
-    message = refusal(written(tmp_path / "pairs.jsonl", rows))
-    assert "line 2: column `rejected` must hold a text or messages; got null" in message
-
-
-def test_margins_are_needed_and_finite(tmp_path):
-    message = refusal(written(tmp_path / "pairs.jsonl"), margins=["y"])
-    assert "must have the column 'margin_y'" in message
-    rows = [{**row, "margin_y": margin} for row, margin in zip(ROWS, (0.5, None), strict=True)]
-    message = refusal(written(tmp_path / "margins.jsonl", rows), margins=["y"])
-    assert "column `margin_y`" in message
-    rows = [{**row, "margin_y": 0.5} for row in ROWS]
-    assert len(load_pairs(written(tmp_path / "good.jsonl", rows), "--data", ["x"], ["y"])) == 2
+def test_margins_are_read(tmp_path):
+    rows = [row | {"margin_y": 0.5} for row in ROWS]
+    dataset = load(lines(tmp_path / "good.jsonl", *rows), "x", "y")
+    assert dataset["margin_y"][:] == [0.5, 0.5]
 
 
 # Text that looks like something else
@@ -155,14 +135,14 @@ def test_margins_are_needed_and_finite(tmp_path):
 @pytest.mark.parametrize("cell", ["NA", "N/A", "None", "null", "nan", "", "-1", "[1, 2]", "a,\nb"])
 def test_every_cell_of_a_csv_file_is_text(tmp_path, cell):
     rows = [{**ROWS[0], "prompt": cell, "chosen": cell}, ROWS[1]]
-    dataset = load_pairs(written(tmp_path / "pairs.csv", rows), "--data", ["x"], [])
+    dataset = load(written(tmp_path / "pairs.csv", rows))
     assert dataset[0]["prompt"] == dataset[0]["chosen"] == cell
     assert dataset["pref_x"][:] == [1, 0]
 
 
 def test_labels_of_a_csv_file_are_numbers_or_empty(tmp_path):
     (path := tmp_path / "a.csv").write_text("chosen,rejected,pref_x,weight_x\na,b,,\nc,d,0.5,2\n")
-    dataset = load_pairs(path, "--data", ["x"], [])
+    dataset = load(path)
     assert dataset["pref_x"][:] == [None, 0.5]
     assert dataset["weight_x"][:] == [None, 2.0]
     path.write_text("chosen,rejected,pref_x\na,b,1\nc,d,NA\n")
@@ -175,7 +155,7 @@ def test_conversations_in_a_csv_file_are_parsed_or_refused(tmp_path):
         {name: json.dumps(messages(name)) for name in ("prompt", "chosen", "rejected")}
         | {"pref_x": 1}
     ] * 2
-    dataset = load_pairs(written(tmp_path / "json.csv", rows), "--data", ["x"], [])
+    dataset = load(written(tmp_path / "json.csv", rows))
     assert dataset[0]["chosen"] == messages("chosen")
     rows[1] = {name: x if name == "pref_x" else repr(messages(name)) for name, x in rows[1].items()}
     message = refusal(written(tmp_path / "repr.csv", rows), ["x"])
@@ -200,7 +180,7 @@ def test_long_cells_and_a_byte_order_mark(tmp_path):
     rows = [{**ROWS[0], "chosen": "a" * 200_000}]
     path = written(tmp_path / "pairs.csv", rows)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    dataset = load_pairs(path, "--data", ["x"], [])
+    dataset = load(path)
     assert dataset[0]["prompt"] == "p "
     assert len(dataset[0]["chosen"]) == 200_000
 
@@ -214,9 +194,7 @@ def test_columns_may_begin_with_nulls_come_late_and_change_their_type(tmp_path):
     late = {**first, "pref_x": None, "pref_y": -0.5, "pref_z": 1, "weight_y": 3, "id": "a"}
     del late["pref_x"]
     rows = [{**first, "id": i} for i in range(2100)] + [late]
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dataset = load_pairs(path, "--data", ["x", "y", "z"], [])
+    dataset = load(lines(tmp_path / "pairs.jsonl", *rows), "xyz")
     assert dataset[0]["pref_y"] is dataset[0]["pref_z"] is dataset[-1]["pref_x"] is None
     assert (dataset[-1]["pref_y"], dataset[-1]["pref_z"]) == (-0.5, 1)
     assert dataset[-1]["weight_y"] == 3
@@ -225,31 +203,20 @@ def test_columns_may_begin_with_nulls_come_late_and_change_their_type(tmp_path):
 def test_messages_may_get_further_fields_late(tmp_path):
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
     plain = {name: messages(name) for name in ("prompt", "chosen", "rejected")} | {"pref_x": 1}
-    path = tmp_path / "pairs.jsonl"
     rows = [*[plain] * 1200, {**plain, "chosen": [call]}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dataset = load_pairs(path, "--data", ["x"], [])
+    dataset = load(lines(tmp_path / "pairs.jsonl", *rows))
     assert dataset[-1]["chosen"][0]["tool_calls"] == call["tool_calls"]
     assert dataset[0]["chosen"][0]["content"] == "chosen"
 
 
 def test_a_changed_file_is_read_again(tmp_path):
     path = written(tmp_path / "pairs.jsonl")
-    load_pairs(path, "--data", ["x"], [])
+    load(path)
     path.write_text(path.read_text().replace('"a"', '"new"'))
-    assert load_pairs(path, "--data", ["x"], [])[0]["chosen"] == "new"
+    assert load(path)[0]["chosen"] == "new"
 
 
 # Conversations
-
-
-def messages(text, role="assistant"):
-    role = "user" if text == "prompt" else role
-    return [{"role": role, "content": text}]
-
-
-PAIR = {"prompt": messages("prompt"), "chosen": messages("a"), "rejected": messages("b")}
-WHOLE = {name: [*PAIR["prompt"], *PAIR[name]] for name in ("chosen", "rejected")}
 
 
 @pytest.mark.parametrize(
@@ -261,10 +228,7 @@ WHOLE = {name: [*PAIR["prompt"], *PAIR[name]] for name in ("chosen", "rejected")
         ({**PAIR, "chosen": [{"from": "gpt", "value": "a"}]}, ["`role` and `content`", "gpt"]),
         ({**PAIR, "chosen": [{"role": "assistant", "content": 3}]}, ["`role` and `content`"]),
         ({**PAIR, **WHOLE}, ["`chosen` must not repeat the prompt"]),
-        (
-            {"chosen": messages("a"), "rejected": messages("b")},
-            ["must begin with the same message"],
-        ),
+        ({k: PAIR[k] for k in ("chosen", "rejected")}, ["must begin with the same message"]),
         ({"prompt": "p", "chosen": "pa", "rejected": "pb"}, ["must not repeat the prompt"]),
         (
             {"prompt": None, "chosen": {"a": 1}, "rejected": "b"},
@@ -275,31 +239,53 @@ WHOLE = {name: [*PAIR["prompt"], *PAIR[name]] for name in ("chosen", "rejected")
         ({**PAIR, "tools": "search"}, ["line 1", "column `tools`", "JSON", "'search'", "null"]),
     ],
 )
-def test_texts_and_conversations_that_cannot_be_right_are_refused(tmp_path, row, parts):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps({**row, "pref_x": 1}) + "\n")
-    message = refusal(path, ["x"])
+def test_bad_texts_and_conversations(tmp_path, row, parts):
+    message = refusal(lines(tmp_path / "pairs.jsonl", {**row, "pref_x": 1}), "x")
     assert all(part in message for part in parts), message
 
 
-def test_whole_conversations_without_a_prompt_are_pairs(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps({**WHOLE, "pref_x": 1}) + "\n")
-    assert load_pairs(path, "--data", ["x"], []).column_names == ["chosen", "rejected", "pref_x"]
+def without(row, column):
+    return {name: x for name, x in row.items() if name != column}
 
 
-def test_all_pairs_have_a_prompt_or_none(tmp_path):
-    rows = [ROWS[0], {name: x for name, x in ROWS[1].items() if name != "prompt"}]
-    message = refusal(written(tmp_path / "pairs.jsonl", rows))
-    assert "line 2: either all pairs or none must have a prompt" in message
-
-
-def test_a_layout_that_is_not_ours_is_named(tmp_path):
-    row = {**WHOLE, "score_chosen": 7.0, "score_rejected": 3.0}
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps(row) + "\n")
-    message = refusal(path, ["helpful"])
-    assert "looks like ultrafeedback-binarized: run `raco-optim data` first" in message
+@pytest.mark.parametrize(
+    ("rows", "arguments", "parts"),
+    [
+        *(
+            (
+                [without(row, column) for row in ROWS],
+                "xy",
+                [f"must have the column {column!r}", ".jsonl with the columns prompt, ", "pref_y"],
+            )
+            for column in ("chosen", "rejected")
+        ),
+        (ROWS, ["x", "fun"], ["`--weights` must name objectives", "got 'fun'", "has x, y"]),
+        ([{"chosen": "a", "rejected": "b"}], "x", ["has none"]),
+        (
+            [row | {"pref_y": sign} for row, sign in zip(ROWS, (0, None), strict=True)],
+            "xy",
+            ["at least one pair for every objective", "'pref_y' is always 0 or null"],
+        ),
+        (
+            [ROWS[0], ROWS[1] | {"rejected": None}],
+            "xy",
+            ["line 2: column `rejected` must hold a text or messages; got null"],
+        ),
+        ([ROWS[0], without(ROWS[1], "prompt")], "xy", ["line 2: either all pairs or none must"]),
+        (ROWS, ("x", "y"), ["must have the column 'margin_y'"]),
+        ([row | {"margin_y": None} for row in ROWS], ("x", "y"), ["column `margin_y` must hold"]),
+        (
+            [WHOLE | {"score_chosen": 7.0, "score_rejected": 3.0}],
+            "x",
+            ["looks like ultrafeedback-binarized: run `raco-optim data` first"],
+        ),
+    ],
+)
+def test_bad_records(tmp_path, rows, arguments, parts):
+    path = lines(tmp_path / "pairs.jsonl", *rows)
+    both = arguments if isinstance(arguments, tuple) else (arguments,)  # also those of margins
+    message = refusal(path, *both)
+    assert [part for part in parts if part not in message] == [], message
 
 
 # Several sources
@@ -312,7 +298,7 @@ def test_compressed_files_and_folders(tmp_path):
         (tmp_path / "in" / "deep" / name).write_bytes(gzip.compress(path.read_bytes()))
     (tmp_path / "in" / "README.md").write_text("not data")
     (tmp_path / "in" / ".hidden.jsonl").write_text("not data")
-    dataset = load_pairs(tmp_path / "in", "--data", ["x", "y"], [])
+    dataset = load(tmp_path / "in", "xy")
     assert dataset["chosen"][:] == ["a", "c"] * 3
     (tmp_path / "in" / "deep" / "test-0.jsonl").write_text("{}")
     message = refusal(tmp_path / "in")
@@ -327,7 +313,7 @@ def test_compressed_files_and_folders(tmp_path):
 def test_a_folder_that_datasets_saved(tmp_path):
     dataset = datasets.Dataset.from_list(ROWS)
     dataset.save_to_disk(tmp_path / "one")
-    assert load_pairs(tmp_path / "one", "--data", ["x"], [])["chosen"][:] == ["a", "c"]
+    assert load(tmp_path / "one")["chosen"][:] == ["a", "c"]
     datasets.DatasetDict(train=dataset).save_to_disk(tmp_path / "several")
     assert "must be one split" in refusal(tmp_path / "several")
 
@@ -335,7 +321,7 @@ def test_a_folder_that_datasets_saved(tmp_path):
 def test_files_with_one_objective_each_are_joined(tmp_path):
     rows = [{"prompt": "p", "chosen": "a", "rejected": "b", f"pref_{name}": 1} for name in "xy"]
     paths = [str(written(tmp_path / f"{i}.jsonl", [row])) for i, row in enumerate(rows)]
-    dataset = load_pairs(paths, "--data", ["x", "y"], [])
+    dataset = load(paths, "xy")
     assert dataset["pref_x"][:] == [1, None]
     assert dataset["pref_y"][:] == [None, 1]
     assert len({content_hash(x, "--data") for x in (paths, paths[:1], paths[::-1])}) == 3
@@ -349,21 +335,21 @@ def test_shares_make_the_largest_mixture_without_repeats(tmp_path, capsys):
         rows = [{**ROWS[0], "chosen": f"{name}{i}"} for i in range(many)]
         paths.append(str(written(tmp_path / f"{name}.jsonl", rows)))
     mixture = [f"{paths[0]}=0.75", f"{paths[1]}=0.25"]
-    dataset = load_pairs(mixture, "--data", ["x"], [])
+    dataset = load(mixture)
     chosen = dataset["chosen"][:]
     assert [sum(x[0] == name for x in chosen) for name in "xy"] == [30, 10]
     assert len(set(chosen)) == 40
     assert "30 of 100 pairs of" in capsys.readouterr().err
-    assert load_pairs(mixture, "--data", ["x"], [])["chosen"][:] == chosen
-    equal = load_pairs([f"{paths[0]}=0.5", f"{paths[1]}=0.5"], "--data", ["x"], [])
+    assert load(mixture)["chosen"][:] == chosen
+    equal = load([f"{paths[0]}=0.5", f"{paths[1]}=0.5"])
     assert len(equal) == 20
     for wrong in ([mixture[0], paths[1]], [mixture[0], mixture[0]], [f"{paths[0]}=2"]):
         with pytest.raises(UsageError, match="sum to 1"):
-            load_pairs(wrong, "--data", ["x"], [])
+            load(wrong)
 
 
 def test_text_and_conversations_of_two_files_are_not_mixed(tmp_path):
-    (path := tmp_path / "chat.jsonl").write_text(json.dumps({**PAIR, "pref_x": 1}) + "\n")
+    path = lines(tmp_path / "chat.jsonl", {**PAIR, "pref_x": 1})
     message = refusal([str(written(tmp_path / "text.jsonl")), str(path)], ["x"])
     assert "chat.jsonl, line 1: texts and messages must not be mixed" in message
     assert f"{tmp_path / 'text.jsonl'}, line 1" in message
@@ -378,8 +364,8 @@ def test_names_on_the_hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    load_pairs("owner/pairs", "--data", ["x"], [])
-    load_pairs("owner/pairs/part/of:test", "--data", ["x"], [])
+    load("owner/pairs")
+    load("owner/pairs/part/of:test")
     assert asked[0] == ("owner/pairs", {"data_dir": None, "split": "train"})
     assert asked[-1] == ("owner/pairs", {"data_dir": "part/of", "split": "test"})
 

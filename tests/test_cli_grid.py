@@ -1,15 +1,15 @@
 """The grid file: complete after any kill, refused if it is another's, and never run twice."""
 
+import contextlib
+import io
 import json
+import multiprocessing
 import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 from fractions import Fraction
-from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -21,7 +21,6 @@ from raco_optim.cli.files import held
 from raco_optim.cli.grid import Point, grid_points, read_records, run_grid
 from raco_optim.cli.records import append
 
-ROOT = Path(__file__).parent.parent
 SETTINGS = {"model": "tiny", "steps": 3}
 POINTS = grid_points(["raco", "linear"], [{"a": 0.25, "b": 0.75}], seeds=[0, 1])
 
@@ -75,43 +74,31 @@ def test_record_has_point_settings_result_and_environment(path):
     assert read_records(path) == [record]
 
 
-def test_what_json_has_no_number_for_is_null(path):
-    def run(point):
-        return {"evaluation": {"a": {"loss": float("nan")}}, "training": {"x": [float("inf")]}}
+def test_values_become_json(path):
+    """NumPy's and torch's scalars become numbers; a NaN or an infinity becomes null."""
 
-    (record,) = run_grid(path, POINTS[:1], {"radius": float("inf")}, run)
-    assert record["evaluation"]["a"]["loss"] is None
-    assert record["training"]["x"] == [None]
-    assert "NaN" not in path.read_text()
-    assert run_grid(path, POINTS[:1], {"radius": float("inf")}, run) == [record]
-
-
-def test_scores_of_numpy_and_torch_are_kept(path):
     def run(point):
         scores = {
             "loss": torch.tensor(0.5, requires_grad=True),
             "margin": np.float32(0.25),
             "accuracy": np.array(1.0),
             "labelled": np.int64(4),
+            "nan": float("nan"),
         }
         extra = {"curve": np.arange(3), "flag": np.bool_(True), "nan": torch.tensor(float("nan"))}
-        return {
-            "evaluation": {"a": scores},
-            "training": {"seconds": Fraction(1, 2)},
-            "extra": extra,
-        }
+        training = {"seconds": Fraction(1, 2), "x": [float("inf")]}
+        return {"evaluation": {"a": scores}, "training": training, "extra": extra}
 
-    (record,) = run_grid(path, POINTS[:1], SETTINGS | {"steps": np.int32(3)}, run)
-    assert record["evaluation"]["a"] == {
-        "loss": 0.5,
-        "margin": 0.25,
-        "accuracy": 1.0,
-        "labelled": 4,
-    }
-    assert record["training"] == {"seconds": 0.5}
+    settings = SETTINGS | {"steps": np.int32(3), "radius": float("inf")}
+    (record,) = run_grid(path, POINTS[:1], settings, run)
+    scores = {"loss": 0.5, "margin": 0.25, "accuracy": 1.0, "labelled": 4, "nan": None}
+    assert record["evaluation"]["a"] == scores
+    assert record["training"] == {"seconds": 0.5, "x": [None]}
     assert record["extra"] == {"curve": [0, 1, 2], "flag": True, "nan": None}
+    assert "NaN" not in path.read_text()
     assert read_records(path) == [record]
-    assert run_grid(path, POINTS[:1], SETTINGS, Runs()) == [record], "the settings are the same"
+    same = SETTINGS | {"radius": float("inf")}
+    assert run_grid(path, POINTS[:1], same, Runs()) == [record], "the settings are the same"
 
 
 def test_what_json_cannot_hold_is_refused_before_a_run_and_kept_as_text_after_it(path, capsys):
@@ -192,8 +179,8 @@ def test_only_what_is_missing_runs_and_all_records_come_back_in_order(path):
 
 def test_order_of_the_objectives_is_no_difference(path):
     runs = Runs()
-    run_grid(path, [Point("linear", {"a": 0.5, "b": 0.5}, 0)], SETTINGS, runs)
-    run_grid(path, [Point("linear", {"b": 0.5, "a": 0.5}, 0)], SETTINGS, runs)
+    for weights in ({"a": 0.5, "b": 0.5}, {"b": 0.5, "a": 0.5}):
+        run_grid(path, [Point("linear", weights, 0)], SETTINGS, runs)
     assert len(runs.points) == 1
 
 
@@ -213,16 +200,17 @@ def test_failed_run_keeps_the_records_before_it(path):
 
 def test_cut_anywhere_in_the_last_line_the_file_becomes_what_it_was(path):
     run_grid(path, POINTS[:2], SETTINGS, Runs())
-    whole = path.read_bytes()
-    start = whole.index(b"\n") + 1
-    for cut in [*range(start, start + 40), *range(start + 40, len(whole), 37), len(whole) - 1]:
-        path.write_bytes(whole[:cut])
-        assert len(read_records(path)) == (2 if cut == len(whole) - 1 else 1)
+    content = path.read_bytes()
+    start = content.index(b"\n") + 1
+    last = len(content) - 1
+    for cut in [*range(start, start + 40), *range(start + 40, len(content), 37), last]:
+        path.write_bytes(content[:cut])
+        whole = cut == last  # the record lacks its newline alone
+        assert len(read_records(path)) == (2 if whole else 1)
         runs = Runs()
         run_grid(path, POINTS[:2], SETTINGS, runs)
-        assert path.read_bytes() == whole
-        # Without its newline alone the record is whole, and what is cut short is run again.
-        assert len(runs.points) == (0 if cut == len(whole) - 1 else 1)
+        assert path.read_bytes() == content
+        assert len(runs.points) == (0 if whole else 1)
 
 
 def test_dropping_a_cut_line_is_said(path, capsys):
@@ -231,63 +219,55 @@ def test_dropping_a_cut_line_is_said(path, capsys):
     assert "results.jsonl: dropped an incomplete record" in capsys.readouterr().err
 
 
-SCRIPT = """
-import sys, time
-from pathlib import Path
-from raco_optim.cli.grid import grid_points, run_grid
-
-weights = [{"a": k / 10, "b": 1 - k / 10} for k in range(1, 9)]
-points = grid_points(["raco", "linear", "mgda"], weights, range(4))
-
-def run(point):
-    with open(sys.argv[2], "a") as log:
-        log.write(point.label + "\\n")
-    time.sleep(0.01)
-    # Long lines, so that some kills hit one that is being written.
-    return {"evaluation": {}, "training": {}, "extra": {"text": "x" * 200_000}}
-
-print(len(points), flush=True)
-run_grid(Path(sys.argv[1]), points, {"steps": 3}, run)
-"""
+WEIGHTS = [{"a": k / 10, "b": 1 - k / 10} for k in range(1, 9)]
+MANY = grid_points(["raco", "linear", "mgda"], WEIGHTS, range(4))
 
 
-def start(path, log):
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(path), str(log)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "TQDM_DISABLE": "1",
-            "OMP_NUM_THREADS": "1",
-        },
-    )
+def lines(log):
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def run_slowly(path, log):
+    """Runs the grid, in a process that is to be killed."""
+
+    def run(point):
+        with log.open("a") as file:
+            file.write(point.label + "\n")
+        time.sleep(0.01)
+        # Long lines, so that some kills hit one that is being written.
+        return {"evaluation": {}, "training": {}, "extra": {"text": "x" * 200_000}}
+
+    with contextlib.redirect_stderr(io.StringIO()):
+        run_grid(path, MANY, {"steps": 3}, run)
 
 
 def test_killed_at_random_times_nothing_is_lost_or_doubled(path, tmp_path):
+    # Its server imports this module once for all processes.
+    context = multiprocessing.get_context("forkserver")
     log = tmp_path / "log.txt"
     generator = random.Random(0)
     kept = b""
-    for _ in range(3):
-        process = start(path, log)
-        number = int(process.stdout.readline())
-        time.sleep(generator.uniform(0.02, 0.15))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+    for trial in range(4):
+        started = len(lines(log))
+        process = context.Process(target=run_slowly, args=(path, log))
+        process.start()
+        if trial < 3:
+            while len(lines(log)) < started + 2:
+                time.sleep(0.01)
+            time.sleep(generator.uniform(0.02, 0.15))
+            process.kill()
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if trial < 3 else 0)
         data = path.read_bytes() if path.exists() else b""
         assert data.startswith(kept), "a record that was on the disk is gone"
         kept = data[: data.rfind(b"\n") + 1]
-    assert 0 < kept.count(b"\n") < number, "the kills came too late or too early to tell"
-    process = start(path, log)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert path.read_bytes().startswith(kept)
+        if trial == 2:
+            early = kept.count(b"\n")
+    assert 0 < early < len(MANY), "the kills came too late or too early to tell"
     points = [json.dumps(r["point"], sort_keys=True) for r in read_records(path)]
-    assert len(points) == len(set(points)) == number
+    assert len(points) == len(set(points)) == len(MANY)
     # A kill costs the run in progress, and no other one.
-    assert number <= len(log.read_text().splitlines()) <= number + 3
+    assert len(MANY) <= len(lines(log)) <= len(MANY) + 3
 
 
 # Refusals
@@ -332,16 +312,12 @@ def test_file_of_something_else_is_refused_and_left_alone(path, content, fragmen
         read_records(path)
 
 
-def test_line_that_is_cut_short_in_the_middle_is_refused(path):
+def test_cut_and_repeated_lines_are_refused(path):
     run_grid(path, POINTS[:2], SETTINGS, Runs())
     first, second = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first[:50] + b"\n" + second)
     assert "line 1, is not JSON" in refusal(path)
-
-
-def test_repeated_record_is_refused(path):
-    run_grid(path, POINTS[:1], SETTINGS, Runs())
-    path.write_bytes(path.read_bytes() * 2)
+    path.write_bytes(first * 2)
     assert "line 2, repeats the point of line 1" in refusal(path)
 
 

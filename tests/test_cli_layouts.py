@@ -1,4 +1,4 @@
-"""`raco-optim data`: records in the layouts of public data sets, and the pairs that they are."""
+"""`raco-optim data`: from records in the layouts of public data sets to pairs."""
 
 import gzip
 import json
@@ -29,15 +29,13 @@ def written(path, records):
 
 
 def convert(tmp_path, records, *options, name="data.jsonl"):
-    """The pairs as (prompt, chosen, rejected, {column: value}), each text that of the last turn."""
+    """The pairs as (prompt, chosen, rejected, {column: value}), with the text of the last turn."""
     output = tmp_path / "out" / "pairs.jsonl"
     source = written(tmp_path / name, records)
     assert main(["data", str(source), "--output", str(output), "--overwrite", *options]) == 0
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    texts = ("prompt", "chosen", "rejected")
     return [
-        (*(row.pop(name)[-1]["content"] for name in texts), {k: row[k] for k in row})
-        for row in rows
+        (*(row.pop(name)[-1]["content"] for name in ("prompt", "chosen", "rejected")), row)
+        for row in map(json.loads, output.read_text().splitlines())
     ]
 
 
@@ -55,28 +53,19 @@ PKU = {
     "prompt": "How do I pick a lock?",
     "response_0": "With a pick.",
     "response_1": "Ask a locksmith.",
-    "prompt_source": "Alpaca3-8B",
     "response_0_source": "Alpaca3-8B",
-    "response_1_source": "Alpaca2-7B",
     "is_response_0_safe": False,
     "is_response_1_safe": True,
     "response_0_harm_category": {"Economic Crime": True},
-    "response_1_harm_category": {"Economic Crime": False},
-    "response_0_severity_level": 2,
-    "response_1_severity_level": 0,
     "better_response_id": 0,
     "safer_response_id": 1,
 }
 
 
 def test_pku_saferlhf(tmp_path):
-    [pair] = convert(tmp_path, [PKU])
-    assert pair == (
-        "How do I pick a lock?",
-        "With a pick.",
-        "Ask a locksmith.",
-        {"pref_helpful": 1, "pref_harmless": -1, "pref_safe": -1},
-    )
+    signs = {"pref_helpful": 1, "pref_harmless": -1, "pref_safe": -1}
+    texts = ("How do I pick a lock?", "With a pick.", "Ask a locksmith.")
+    assert convert(tmp_path, [PKU]) == [(*texts, signs)]
 
 
 def helpsteer2(prompt, response, *attributes):
@@ -105,12 +94,11 @@ def test_helpsteer2_pairs_the_answers_to_a_prompt(tmp_path, capsys):
 def helpsteer3(preference):
     return {
         "domain": "code",
-        "language": "python",
         "context": say("Sort.", "How?") + [{"role": "user", "content": "Up."}],
         "response1": "sorted(x)",
         "response2": "x.sort()",
         "overall_preference": preference,
-        "individual_preference": [{"score": preference, "reasoning": "", "feedback1": ""}],
+        "individual_preference": [{"score": preference}],
     }
 
 
@@ -126,41 +114,25 @@ def test_helpsteer2_preference(tmp_path):
     assert convert(tmp_path, [record])[0][3] == {"pref_overall": -1}
 
 
-def completion(response, **ratings):
-    return {
-        "model": "gpt-4",
-        "principle": "helpfulness",
-        "custom_system_prompt": "Be helpful.",
-        "response": response,
-        "annotations": {name: {"Rating": x, "Rationale": "..."} for name, x in ratings.items()},
-        "fine-grained_score": 3.5,
-        "overall_score": 7.0,
-    }
-
-
 def test_ultrafeedback_makes_all_pairs_and_takes_na_as_missing(tmp_path):
-    record = {
-        "source": "flan",
-        "instruction": "Do it.",
-        "models": ["a", "b", "c"],
-        "completions": [
-            completion(
-                "A", helpfulness="5", honesty="N/A", instruction_following="1", truthfulness="3"
-            ),
-            completion(
-                "B", helpfulness="5", honesty="4", instruction_following="2", truthfulness="3"
-            ),
-            completion(
-                "C", helpfulness="1", honesty="5", instruction_following="5", truthfulness="5"
-            ),
-        ],
-        "correct_answers": ["None"],
-        "incorrect_answers": ["None"],
-    }
-    pairs = convert(tmp_path, [record, {**record, "completions": []}])
+    names = ("helpfulness", "honesty", "instruction_following", "truthfulness")
+    ratings = {"A": ("5", "N/A", "1", "3"), "B": ("5", "4", "2", "3"), "C": ("1", "5", "5", "5")}
+    completions = [
+        {
+            "model": "gpt-4",
+            "response": response,
+            "annotations": {
+                name: {"Rating": x, "Rationale": "..."}
+                for name, x in zip(names, given, strict=True)
+            },
+            "overall_score": 7.0,
+        }
+        for response, given in ratings.items()
+    ]
+    record = {"source": "flan", "instruction": "Do it.", "completions": completions}
+    pairs = convert(tmp_path, [record, record | {"completions": []}])
     assert [pair[:3] for pair in pairs] == [("Do it.", *x) for x in ("AB", "AC", "BC")]
-    columns = ("helpfulness", "honesty", "instruction_following", "truthfulness")
-    assert [[pair[3][f"pref_{name}"] for name in columns] for pair in pairs] == [
+    assert [[pair[3][f"pref_{name}"] for name in names] for pair in pairs] == [
         [0, None, -1, 0],
         [1, None, -1, -1],
         [1, -1, -1, -1],
@@ -168,15 +140,8 @@ def test_ultrafeedback_makes_all_pairs_and_takes_na_as_missing(tmp_path):
 
 
 def binarized(first, second):
-    return {
-        "prompt": "q",
-        "prompt_id": "6c",
-        "chosen": say("q", "a"),
-        "rejected": say("q", "b"),
-        "messages": say("q", "a"),
-        "score_chosen": first,
-        "score_rejected": second,
-    }
+    texts = {"prompt": "q", "chosen": say("q", "a"), "rejected": say("q", "b")}
+    return texts | {"messages": say("q", "a"), "score_chosen": first, "score_rejected": second}
 
 
 def test_ultrafeedback_binarized_takes_equal_scores_as_a_tie(tmp_path, capsys):
@@ -185,30 +150,23 @@ def test_ultrafeedback_binarized_takes_equal_scores_as_a_tie(tmp_path, capsys):
     assert "pairs without a preference: 1\n" in capsys.readouterr().out
 
 
-def beavertails(response, safe, **harms):
-    category = {"self_harm": False, "violence,aiding_and_abetting,incitement": False}
-    violent = {"violence,aiding_and_abetting,incitement": True} if harms.get("violence") else {}
-    return {
-        "prompt": "p",
-        "response": response,
-        "category": {**category, **violent},
-        "is_safe": safe,
-    }
-
-
 def test_beavertails_pairs_safe_with_unsafe_answers_and_averages_marks(tmp_path, capsys):
+    violence = "violence,aiding_and_abetting,incitement"
+    answers = [("bad", False, True), ("good", True, False), ("bad", True, False)]
+    answers += [("bad", False, True), ("worse", False, True)]
     marks = [
-        beavertails("bad", False, violence=True),
-        beavertails("good", True),
-        beavertails("bad", True),
-        beavertails("bad", False, violence=True),
-        beavertails("worse", False, violence=True),
+        {
+            "prompt": "p",
+            "response": response,
+            "category": {"self_harm": False, violence: violent},
+            "is_safe": safe,
+        }
+        for response, safe, violent in answers
     ]
     labels = {"pref_harmless": -1, "pref_self_harm": 0, "pref_violence": -1}
-    flipped = {name: -x for name, x in labels.items()}
     pairs = convert(tmp_path, marks)
     assert pairs[0] == ("p", "bad", "good", labels)
-    assert pairs[2] == ("p", "good", "worse", flipped)
+    assert pairs[2] == ("p", "good", "worse", {name: -x for name, x in labels.items()})
     soft = convert(tmp_path, marks, "--strength", "soft")
     assert soft[0][3]["pref_harmless"] == pytest.approx(1 / 3 - 1)
     assert "equally safe" not in capsys.readouterr().out  # a third is safer than none
@@ -294,7 +252,7 @@ def test_the_docs_show_what_is_printed_and_written(tmp_path, monkeypatch, capsys
     assert first == json.loads(BLOCKS[1])
 
 
-def test_the_rules_in_the_docs_have_a_meaning():
+def test_the_rules_in_the_docs_are_valid():
     found = [rules_of(yaml.safe_load(block)) for block in BLOCKS if block.startswith("prompt:")]
     assert [len(x.scores) for x in found] == [2, 2, 2]
 
@@ -338,7 +296,7 @@ def test_text_that_is_no_message_stays_text(text):
     assert decoded(text) == text
 
 
-# Rules of one's own
+# The user's rules
 
 
 def rules(tmp_path, content, name="rules.json"):
@@ -389,42 +347,40 @@ def test_rules_for_one_answer_a_record_and_for_lists(tmp_path):
     assert [pair[3]["pref_long"] for pair in pairs] == [-1, -1]  # y and z are a tie
 
 
+TWO = {"responses": ["a", "b"]}
+FIELDS = {"fields": ["m", "n"]}
+
+
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
         ([], ["the file must have names and values"]),
-        ({"responses": ["a", "b"], "score": {}}, ["'score'", "must have only prompt, responses"]),
-        ({"responses": ["a", "b"]}, ["must name at least one objective"]),
+        (TWO | {"score": {}}, ["'score'", "must have only prompt, responses"]),
+        (TWO, ["must name at least one objective"]),
         ({"responses": "a", "scores": {"x": "n"}}, ["`prompt` must be given"]),
-        ({"responses": ["a", "b"], "scores": {"x": "n"}}, ["one field per response, 2"]),
+        (TWO | {"scores": {"x": "n"}}, ["one field per response, 2"]),
+        (TWO | {"scores": {"x": FIELDS | {"better": "more"}}}, ["higher or lower", "'more'"]),
         (
-            {"responses": ["a", "b"], "scores": {"x": {"fields": ["m", "n"], "better": "more"}}},
-            ["higher or lower", "'more'"],
-        ),
-        (
-            {"responses": ["a", "b"], "scores": {"x": {"fields": ["m", "n"], "margin": -1}}},
+            TWO | {"scores": {"x": FIELDS | {"margin": -1}}},
             ["`margin` must be a number above 0", "-1"],
         ),
         (
             {"responses": ["a", "b", "c"], "preferences": {"x": "n"}},
             ["need 2 responses", "got 3"],
         ),
-        (
-            {"responses": ["a", "b"], "preferences": {"x": {"field": "n", "first": 1}}},
-            ["`first` and `second`"],
-        ),
+        (TWO | {"preferences": {"x": {"field": "n", "first": 1}}}, ["`first` and `second`"]),
         (
             {"prompt": "q", "responses": "a", "scores": {"x": "n"}, "weights": {"x": "w"}},
             ["`weights` need records"],
         ),
         (
-            {"responses": ["a", "b"], "preferences": {"x": "n"}, "weights": {"y": "w"}},
+            TWO | {"preferences": {"x": "n"}, "weights": {"y": "w"}},
             ["objectives (x)", "'y'"],
         ),
-        ({"responses": ["a", "b"], "preferences": {"a,b": "n"}}, ["without = and ,"]),
+        (TWO | {"preferences": {"a,b": "n"}}, ["without = and ,"]),
     ],
 )
-def test_rules_without_a_meaning_are_refused(tmp_path, capsys, content, parts):
+def test_bad_rules(tmp_path, capsys, content, parts):
     source = written(tmp_path / "data.jsonl", [{"a": "x"}])
     message = refusal(capsys, source, "--output", tmp_path / "o.jsonl", *rules(tmp_path, content))
     assert all(part in message for part in ("rules.json", *parts)), message
@@ -442,6 +398,9 @@ def test_yaml_without_its_package_names_it(tmp_path, capsys, monkeypatch):
 # What is refused
 
 
+SAFE = {"safer_response_id": "N/A", "is_response_0_safe": 1}
+
+
 @pytest.mark.parametrize(
     ("record", "options", "parts"),
     [
@@ -451,21 +410,12 @@ def test_yaml_without_its_package_names_it(tmp_path, capsys, monkeypatch):
         (PKU, ["--objective", "kind"], ["pku-saferlhf names its objectives"]),
         ({**PKU, "better_response_id": 2}, [], ["`better_response_id`", "2"]),
         ({**PKU, "better_response_id": "yes"}, [], ["`better_response_id`", "'yes'"]),
-        (
-            {**PKU, "prompt": None},
-            [],
-            ["at least one pair", "without a common prompt: 1"],
-        ),
+        ({**PKU, "prompt": None}, [], ["at least one pair", "without a common prompt: 1"]),
         ({**PKU, "response_0": ["a"]}, [], ["`role` and `content`", "'a'"]),
         ({**PKU, "response_0": "[{'role': 'user'}]"}, [], ["looks like messages", "json.dumps"]),
         ({**PKU, "response_0": "\ud800"}, [], ["must be valid Unicode"]),
         (
-            {
-                **PKU,
-                "better_response_id": None,
-                "safer_response_id": "N/A",
-                "is_response_0_safe": 1,
-            },
+            PKU | dict.fromkeys(["better_response_id", "safer_response_id"]) | SAFE,
             [],
             ["at least one pair", "pairs without a preference: 1"],
         ),
@@ -478,7 +428,7 @@ def test_yaml_without_its_package_names_it(tmp_path, capsys, monkeypatch):
         ([1], [], ["a record must have names and values", "[1]"]),
     ],
 )
-def test_records_that_cannot_be_right_are_refused(tmp_path, capsys, record, options, parts):
+def test_bad_records(tmp_path, capsys, record, options, parts):
     source = written(tmp_path / "data.jsonl", [record])
     output = tmp_path / "pairs.jsonl"
     message = refusal(capsys, source, "--output", output, *options)
@@ -509,12 +459,12 @@ def test_an_output_that_is_there_is_kept(tmp_path, capsys):
 def test_strength_needs_the_largest_difference(tmp_path, capsys):
     content = {"prompt": "q", "responses": "a", "scores": {"long": "n"}}
     source = written(tmp_path / "data.jsonl", [{"q": "p", "a": "x", "n": 1}])
-    options = (*rules(tmp_path, content), "--strength", "soft")
-    message = refusal(capsys, source, "--output", tmp_path / "o.jsonl", *options)
+    options = ("--output", tmp_path / "o.jsonl", "--strength", "soft")
+    message = refusal(capsys, source, *rules(tmp_path, content), *options)
     assert "`--strength` needs `largest`" in message
 
 
-# From there to training
+# Training on converted pairs
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -1,4 +1,4 @@
-"""`raco-optim chat`, `compare` and `soup`: what they print and save, and what they refuse."""
+"""`raco-optim chat`, `compare` and `soup`: output, saved models, bad input."""
 
 import io
 import json
@@ -35,36 +35,41 @@ def tokenizer(template=None):
     return found
 
 
-def write_run(folder, start, weights, **more):
+def save(model, folder, template=None):
+    model.save_pretrained(folder)
+    tokenizer(template).save_pretrained(folder)
+
+
+def write_run(folder, start, weights):
     settings = {"weights": weights, "beta": BETA, "loss_type": ["sigmoid"], "method": "raco"}
     about = {"status": "finished", "data_format": "text", "model_path": str(start)}
-    run = {**about, "settings": settings | more, "result": {"evaluation": {}, "training": {}}}
+    run = {**about, "settings": settings, "result": {"evaluation": {}, "training": {}}}
     (folder / RUN_FILE).write_text(json.dumps(run))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A base model, two sets of adapters for it, and a model that was trained from it."""
+    """A base model, two adapters of it, a model trained from it, and some that do not match it."""
     folder = tmp_path_factory.mktemp("models")
-    tiny_model(seed=0).save_pretrained(folder / "base")
-    tokenizer().save_pretrained(folder / "base")
+    save(tiny_model(seed=0), folder / "base")
     for seed, name in enumerate(("helpful", "harmless"), start=1):
         torch.manual_seed(seed)
         base = AutoModelForCausalLM.from_pretrained(folder / "base")
-        config = LoraConfig(
-            r=2,
-            lora_alpha=8,
-            target_modules="all-linear",
-            init_lora_weights=False,
-            task_type="CAUSAL_LM",
-        )
-        get_peft_model(base, config).save_pretrained(folder / name)
-        tokenizer().save_pretrained(folder / name)
+        options = {"init_lora_weights": False, "task_type": "CAUSAL_LM"}
+        config = LoraConfig(r=2, lora_alpha=8, target_modules="all-linear", **options)
+        save(get_peft_model(base, config), folder / name)
         write_run(folder / name, folder / "base", {name: 1.0, "other": 0.0})
-    tiny_model(seed=3).save_pretrained(folder / "full")
-    tokenizer().save_pretrained(folder / "full")
+    save(tiny_model(seed=3), folder / "full")
     write_run(folder / "full", folder / "base", {"helpful": 0.7, "harmless": 0.3})
+    save(tiny_model(seed=5, layers=3), folder / "deep")
+    for name in ("other", "unfinished"):
+        save(tiny_model(seed=5), folder / name)
+    write_run(folder / "other", "/elsewhere", {"helpful": 1.0})
+    (folder / "unfinished" / RUN_FILE).write_text('{"status": "training"}')
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
+    (folder / "empty.txt").write_text("\n")
+    (folder / "long.txt").write_text("the " * 100)
+    (folder / "other.jsonl").write_text('{"text": "a"}\n')
     return folder
 
 
@@ -101,7 +106,7 @@ def chat(folder, text, monkeypatch, *options):
 
 
 @pytest.mark.parametrize("name", ["helpful", "full"])
-def test_chat_says_what_the_model_says(name, folder, monkeypatch, capsys):
+def test_chat_prints_the_most_likely_answers(name, folder, monkeypatch, capsys):
     text = "we show\nthe data\n/reset\nthe data\n/exit\nnever read\n"
     assert chat(folder / name, text, monkeypatch) == 0
     words, model = tokenizer(), loaded(folder / name)
@@ -118,8 +123,7 @@ def test_chat_says_what_the_model_says(name, folder, monkeypatch, capsys):
 
 
 def test_chat_with_a_template(folder, tmp_path, monkeypatch, capsys):
-    tiny_model(seed=3).save_pretrained(tmp_path)
-    tokenizer(TEMPLATE).save_pretrained(tmp_path)
+    save(tiny_model(seed=3), tmp_path, TEMPLATE)
     assert chat(tmp_path, "we show\n", monkeypatch) == 0
     words = tokenizer()
     prompt = words("we show <eos> ")["input_ids"]
@@ -129,7 +133,7 @@ def test_chat_with_a_template(folder, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == answer.strip()
 
 
-def test_chat_goes_on_after_what_it_cannot_do(folder, monkeypatch, capsys):
+def test_chat_goes_on_after_an_error(folder, monkeypatch, capsys):
     text = f"/help\n{'the ' * 100}\n\xff\nwe show\n"  # a byte that is no UTF-8, too
     assert chat(folder / "full", text, monkeypatch) == 0
     printed = capsys.readouterr()
@@ -149,8 +153,7 @@ def test_answers_and_their_scores(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     shape = tiny_model().config.to_dict() | {"id2label": {0: "score"}, "label2id": {"score": 0}}
     torch.manual_seed(0)
-    LlamaForSequenceClassification(LlamaConfig(**shape)).save_pretrained("scorer")
-    tokenizer().save_pretrained("scorer")
+    save(LlamaForSequenceClassification(LlamaConfig(**shape)), "scorer")
     (script := tmp_path / "judge.py").write_text(
         "import json, sys\nfor line in sys.stdin: print(len(json.loads(line)['answer']))"
     )
@@ -193,8 +196,7 @@ def test_answers_and_their_scores(folder, tmp_path, capsys, monkeypatch):
 
 
 def test_messages_are_prompts_too(folder, tmp_path, capsys):
-    tiny_model(seed=3).save_pretrained(tmp_path / "model")
-    tokenizer(TEMPLATE).save_pretrained(tmp_path / "model")
+    save(tiny_model(seed=3), tmp_path / "model", TEMPLATE)
     turns = [{"role": "user", "content": "we show"}]
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": turns, "chosen": "a"}))
     assert compare(tmp_path / "model", "--prompts", tmp_path / "prompts.jsonl") == 0
@@ -207,9 +209,8 @@ def test_messages_are_prompts_too(folder, tmp_path, capsys):
     assert "must have a chat template" in capsys.readouterr().err
 
 
-def test_a_reference_that_is_gone_is_said(folder, tmp_path, capsys):
-    tiny_model(seed=3).save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
+def test_a_missing_reference_is_reported(folder, tmp_path, capsys):
+    save(tiny_model(seed=3), tmp_path)
     write_run(tmp_path, tmp_path / "gone", {"helpful": 1.0})
     assert compare(tmp_path, "--prompts", folder / "prompts.txt") == 0
     printed = capsys.readouterr()
@@ -237,12 +238,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_compared_is_said_in_one_line(case, folder, tmp_path, capsys, monkeypatch):
+def test_bad_input_of_compare_is_one_line(case, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (folder / "empty.txt").write_text("\n")
-    (folder / "long.txt").write_text("the " * 100)
-    (folder / "other.jsonl").write_text('{"text": "a"}\n')
     arguments, fragments = BAD[case]
     assert main(["compare", "--max_new_tokens", "3", *arguments]) == 2
     printed = capsys.readouterr()
@@ -278,7 +276,7 @@ def test_a_name_that_the_hub_does_not_have_is_one_line(command, tmp_path, capsys
 
 @pytest.mark.parametrize("names", [("helpful", "harmless"), ("full", "base")], ids=str)
 def test_soup_is_the_average_of_the_weights(names, folder, tmp_path):
-    """Of the merged ones: the average of LoRA's factors is another model."""
+    """Adapters are merged first: the average of LoRA's factors is another model."""
     shares = (0.3, 0.7)
     parts = [str(folder / name) for name in names]
     weights = ["--weights", *map(str, shares), "--output_dir", str(tmp_path / "soup")]
@@ -309,15 +307,8 @@ def test_soup_is_the_average_of_the_weights(names, folder, tmp_path):
     ],
     ids=str,
 )
-def test_models_that_cannot_be_averaged(
-    arguments, fragments, folder, tmp_path, capsys, monkeypatch
-):
+def test_bad_input_of_soup(arguments, fragments, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(folder)
-    for name in ("deep", "other", "unfinished"):
-        tiny_model(seed=5, layers=3 if name == "deep" else 2).save_pretrained(folder / name)
-        tokenizer().save_pretrained(folder / name)
-    write_run(folder / "other", "/elsewhere", {"helpful": 1.0})
-    (folder / "unfinished" / RUN_FILE).write_text('{"status": "training"}')
     assert main(["soup", "--output_dir", str(tmp_path / "soup"), *arguments]) == 2
     *_, last = capsys.readouterr().err.splitlines()
     assert [f for f in ("raco-optim: ", *fragments) if f not in last] == []

@@ -1,4 +1,4 @@
-"""Closures: they return the losses here, and whoever returns something else is told so."""
+"""Closures return the losses; an error explains this to a closure that does something else."""
 
 import copy
 import logging
@@ -8,6 +8,7 @@ import lightning
 import pytest
 import torch
 from torch import nn
+from torch.optim import LBFGS
 
 from raco_optim import MGDA, CAGradClip, LinearScalarization
 from tests.problems_nn import INNER, batch, bits, network, two_losses
@@ -20,11 +21,11 @@ WEIGHTS = [0.7, 0.3]
 
 
 def values(opt):
-    """What a failed step must leave as it was; `.grad` is what the closure itself made it."""
-    inner = opt.state_dict()
-    if "LBFGS" in repr(opt.optimizer):  # it counts evaluations before it calls the closure
-        inner = {**inner, "state": None}
-    return bits([[p.data for p in opt.param_groups[0]["params"]], inner])
+    """All that a failed step must not change; the closure itself changes `.grad`."""
+    state = opt.state_dict()
+    if isinstance(opt.optimizer, LBFGS):  # it counts evaluations before it calls the closure
+        state = {**state, "state": None}
+    return bits([[p.data for p in opt.param_groups[0]["params"]], state])
 
 
 @pytest.fixture(params=["SGD", "AdamW", "LBFGS"])
@@ -32,151 +33,68 @@ def inner(request):
     return INNER[request.param]
 
 
-@pytest.mark.parametrize(
-    ("result", "ran_backward", "got"),
-    [
-        (lambda a, b: [a, b], True, "called `backward` and returned losses"),
-        (lambda a, b: 0.7 * a + 0.3 * b, True, "called `backward` and returned losses"),
-        (lambda a, b: (0.7 * a + 0.3 * b).item(), True, "called `backward` and returned losses"),
-        (lambda a, b: 0.7 * a + 0.3 * b, False, "returned a single Tensor"),
-        (lambda a, b: a, False, "returned a single Tensor"),
-        (lambda a, b: a.item(), False, "returned a single float"),
-        (lambda a, b: True, False, "returned a single bool"),
-        (lambda a, b: None, False, "returned None without calling `backward`"),
-    ],
-    ids=[
-        *("backward, losses", "backward, weighted loss", "backward, number"),
-        *("weighted loss", "one loss", "number", "bool", "nothing"),
-    ],
-)
-def test_a_closure_that_does_something_else_is_told_what_it_does(inner, result, ran_backward, got):
-    model = network()
-    opt = CAGradClip(inner(model.parameters()), WEIGHTS)
-    before = values(opt)
+def step(opt, model, closure):
+    """The parameters after one step with `closure(opt, model)`, and the result of `step`."""
 
-    def closure():
+    def zero_and_run():
         opt.zero_grad()
+        return closure(opt, model)
+
+    value = opt.step(zero_and_run)
+    return bits(list(model.parameters())), value
+
+
+def fresh(inner, weights=WEIGHTS, **options):
+    model = network()
+    return CAGradClip(inner(model.parameters()), weights, **options), model
+
+
+def returns(opt, model):
+    return two_losses(model, batch(0))
+
+
+def torchs_own(opt, model):
+    loss = sum(two_losses(model, batch(0)))
+    loss.backward()
+    return loss
+
+
+def after_backward(result):
+    def closure(opt, model):
         a, b = two_losses(model, batch(0))
-        if ran_backward:
-            opt.backward([a, b])
+        opt.backward([a, b])
         return result(a, b)
 
+    return closure
+
+
+BOTH = "called `backward` and returned losses"
+WRONG = {
+    "backward, losses": (after_backward(lambda a, b: [a, b]), BOTH),
+    "backward, number": (after_backward(lambda a, b: a.item()), BOTH),
+    "backward, weighted loss": (after_backward(lambda a, b: 0.7 * a + 0.3 * b), BOTH),
+    "weighted loss": (lambda o, m: sum(returns(o, m)), "returned a single Tensor"),
+    "torch's documentation": (torchs_own, "returned a single Tensor"),
+    "number": (lambda o, m: returns(o, m)[0].item(), "returned a single float"),
+    "bool": (lambda o, m: True, "returned a single bool"),
+    "nothing": (lambda o, m: None, "returned None without calling `backward`"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_closure_is_refused_and_changes_nothing(inner, case):
+    closure, got = WRONG[case]
+    opt, model = fresh(inner)
+    before = values(opt)
     with pytest.raises(TypeError, match=TOLD.format(got)):
-        opt.step(closure)
+        step(opt, model, closure)
     assert values(opt) == before
-
-    # The next step is one as if nothing had been: the moments of the inner optimizer too.
-    fresh = network()
-    other = CAGradClip(inner(fresh.parameters()), WEIGHTS)
-    for each, m in ((opt, model), (other, fresh)):
-
-        def right(each=each, m=m):
-            each.zero_grad()
-            return two_losses(m, batch(0))
-
-        each.step(right)
-    assert bits(list(model.parameters())) == bits(list(fresh.parameters()))
+    # The failed step leaves no trace in the next one, nor in the moments of the inner optimizer.
+    assert step(opt, model, returns)[0] == step(*fresh(inner), returns)[0]
 
 
-def test_torchs_closure_as_its_documentation_has_it(inner):
-    """Zero, backward of the loss, return it: `backward` of a tensor is none of ours."""
-    model = network()
-    opt = CAGradClip(inner(model.parameters()), WEIGHTS)
-    before = values(opt)
-
-    def closure():
-        opt.zero_grad()
-        loss = sum(two_losses(model, batch(0)))
-        loss.backward()
-        return loss
-
-    with pytest.raises(TypeError, match=TOLD.format("returned a single Tensor")):
-        opt.step(closure)
-    assert values(opt) == before
-
-
-@pytest.mark.parametrize("form", ["list", "tuple", "iterator", "callables", "mapping", "generator"])
-def test_losses_in_every_form_are_taken(inner, form):
-    weights = dict(zip("ab", WEIGHTS, strict=True)) if form == "mapping" else WEIGHTS
-    models = [network(), network()]
-    opts = [CAGradClip(inner(models[0].parameters()), weights)]
-    opts.append(CAGradClip(inner(models[1].parameters()), WEIGHTS))
-
-    def given():
-        opts[0].zero_grad()
-        losses = two_losses(models[0], batch(0))
-        return {
-            "list": lambda: losses,
-            "tuple": lambda: tuple(losses),
-            "iterator": lambda: iter(losses),
-            "callables": lambda: [lambda i=i: two_losses(models[0], batch(0))[i] for i in range(2)],
-            "mapping": lambda: dict(zip("ba", reversed(losses), strict=True)),
-            "generator": lambda: (loss for loss in losses),
-        }[form]()
-
-    def witness():
-        opts[1].zero_grad()
-        return two_losses(models[1], batch(0))
-
-    opts[0].step(given)
-    opts[1].step(witness)
-    assert bits(list(models[0].parameters())) == bits(list(models[1].parameters()))
-
-
-def test_a_closure_may_run_backward_itself_and_return_nothing(inner):
-    """It equals one that returns the losses, LBFGS's many evaluations and the result included."""
-    models = [network(), network()]
-    opts = [CAGradClip(inner(m.parameters()), WEIGHTS, c=0.0) for m in models]
-
-    def returns():
-        opts[0].zero_grad()
-        return two_losses(models[0], batch(0))
-
-    def runs():
-        opts[1].zero_grad()
-        opts[1].backward(two_losses(models[1], batch(0)))
-
-    found = opts[0].step(returns), opts[1].step(runs)
-    assert bits(list(models[0].parameters())) == bits(list(models[1].parameters()))
-    a, b = two_losses(network(), batch(0))
-    torch.testing.assert_close(found[0], (0.7 * a + 0.3 * b).double().detach())
-    assert torch.equal(*found)
-
-
-def test_micro_batches_in_a_closure(inner):
-    models = [network(torch.float64), network(torch.float64)]
-    opts = [CAGradClip(inner(m.parameters()), WEIGHTS) for m in models]
-    first, second = batch(0, dtype=torch.float64).chunk(2)
-
-    def in_parts():
-        opts[0].zero_grad()
-        opts[0].backward([x / 2 for x in two_losses(models[0], first)], accumulate=True)
-        return [x / 2 for x in two_losses(models[0], second)]
-
-    def whole():
-        opts[1].zero_grad()
-        return two_losses(models[1], torch.cat([first, second]))
-
-    opts[0].step(in_parts)
-    opts[1].step(whole)
-    torch.testing.assert_close(list(models[0].parameters()), list(models[1].parameters()))
-
-
-def test_an_error_in_the_closure_keeps_its_class(inner):
-    model = network()
-    opt = CAGradClip(inner(model.parameters()), WEIGHTS)
-    before = values(opt)
-
-    def closure():
-        raise KeyError("batch")
-
-    with pytest.raises(KeyError, match="batch"):
-        opt.step(closure)
-    assert values(opt) == before
-
-
-@pytest.mark.parametrize("method", [CAGradClip, MGDA, LinearScalarization])
-def test_every_optimizer_tells_it(method):
+@pytest.mark.parametrize("method", [MGDA, LinearScalarization])
+def test_every_optimizer_refuses_it(method):
     x = nn.Parameter(torch.ones(2))
     opt = method(torch.optim.SGD([x], lr=0.1), WEIGHTS)
     with pytest.raises(TypeError, match=TOLD.format("returned a single Tensor")):
@@ -184,66 +102,126 @@ def test_every_optimizer_tells_it(method):
     assert x.tolist() == [1, 1]
 
 
-# --- Lightning -----------------------------------------------------------------------------------
+def named(opt, model):
+    return dict(zip("ba", reversed(two_losses(model, batch(0))), strict=True))
+
+
+FORMS = {
+    "tuple": lambda o, m: tuple(two_losses(m, batch(0))),
+    "iterator": lambda o, m: iter(two_losses(m, batch(0))),
+    "callables": lambda o, m: [lambda i=i: two_losses(m, batch(0))[i] for i in range(2)],
+    "mapping": named,
+    "generator": lambda o, m: (loss for loss in two_losses(m, batch(0))),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_losses_in_every_form_are_taken(inner, form):
+    weights = dict(zip("ab", WEIGHTS, strict=True)) if form == "mapping" else WEIGHTS
+    expected, _ = step(*fresh(inner), returns)
+    assert step(*fresh(inner, weights), FORMS[form])[0] == expected
+
+
+def test_a_closure_may_run_backward_itself_and_return_nothing(inner):
+    """It equals one that returns the losses, LBFGS's many evaluations and the result included.
+
+    And a call of `backward` and a step without closure, where the inner optimizer needs none.
+    """
+
+    def runs(opt, model):
+        opt.backward(two_losses(model, batch(0)))
+
+    with torch.no_grad():  # as trainers call it; the closure needs a graph all the same
+        found, value = step(*fresh(inner, c=0.0), returns)
+    expected, other = step(*fresh(inner, c=0.0), runs)
+    assert found == expected
+    a, b = two_losses(network(), batch(0))
+    torch.testing.assert_close(value, (0.7 * a + 0.3 * b).double().detach())
+    assert torch.equal(value, other)
+    opt, model = fresh(inner, c=0.0)
+    if not isinstance(opt.optimizer, LBFGS):
+        runs(opt, model)
+        opt.step()
+        assert bits(list(model.parameters())) == found
+
+
+def test_micro_batches_in_a_closure(inner):
+    x = batch(0, dtype=torch.float64)
+    models = [network(torch.float64), network(torch.float64)]
+
+    def in_parts(opt, model):
+        first, second = ([loss / 2 for loss in two_losses(model, part)] for part in x.chunk(2))
+        opt.backward(first, accumulate=True)
+        return second
+
+    for model, closure in zip(models, (in_parts, lambda o, m: two_losses(m, x)), strict=True):
+        opt = CAGradClip(inner(model.parameters()), WEIGHTS)
+        step(opt, model, closure)
+    torch.testing.assert_close(*(list(model.parameters()) for model in models))
+
+
+def test_an_error_in_the_closure_keeps_its_class(inner):
+    opt, model = fresh(inner)
+    before = values(opt)
+
+    def closure(opt, model):
+        raise KeyError("batch")
+
+    with pytest.raises(KeyError, match="batch"):
+        step(opt, model, closure)
+    assert values(opt) == before
+
+
+def test_closure_without_losses_takes_the_step_of_the_backward_before():
+    """Lightning's, in manual optimization: it runs hooks, which clip, and returns nothing."""
+    x = nn.Parameter(torch.ones(2))
+    opt = CAGradClip(torch.optim.SGD([x], lr=1.0), [0.5, 0.5], c=0.0, nonfinite="skip")
+
+    def closure():
+        if x.grad is not None:
+            x.grad.mul_(0.5)
+
+    opt.backward([x[0], x[1]])
+    assert opt.step(closure) is None
+    assert x.tolist() == [0.75, 0.75]
+    opt.zero_grad()
+    opt.backward([x[0] * torch.inf, x[1]])
+    x.grad = torch.ones(2)
+    opt.step(closure)
+    assert x.tolist() == [0.75, 0.75]
+    opt.backward([x[0], x[1]], accumulate=True)
+    with pytest.raises(RuntimeError, match="accumulated but not combined"):
+        opt.step(closure)
 
 
 class Module(lightning.LightningModule):
-    """Two losses; `training_step` does what `how` says."""
+    """Returns the sum of two losses, as Lightning's automatic optimization asks."""
 
-    def __init__(self, how):
+    def __init__(self, as_dict):
         super().__init__()
-        self.how = how
-        self.automatic_optimization = how != "manual"
+        self.as_dict = as_dict
         self.model = network()
 
     def training_step(self, _batch, _index):
-        opt = self.optimizers()
         losses = two_losses(self.model, batch(0))
-        if self.how == "sum":
-            return sum(losses)
-        if self.how == "dict":
-            return {"loss": sum(losses), "parts": [x.detach() for x in losses]}
-        if self.how == "losses":
-            return {"loss": losses}
-        opt.zero_grad()
-        opt.optimizer.backward(losses)
-        opt.step()
-        return None
+        return {"loss": sum(losses), "parts": losses} if self.as_dict else sum(losses)
 
     def configure_optimizers(self):
         return CAGradClip(torch.optim.AdamW(self.parameters(), lr=0.05), WEIGHTS)
 
 
-def fit(module):
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_lightnings_automatic_optimization_is_refused(as_dict):
+    """`test_inner_reachable` trains with it switched off."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    trainer = lightning.Trainer(
-        max_steps=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+    silent = dict.fromkeys(
+        ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False
     )
+    trainer = lightning.Trainer(max_steps=2, accelerator="cpu", **silent)
+    module = Module(as_dict)
+    before = copy.deepcopy(module.state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's, about workers and its own dependencies
-        trainer.fit(module, torch.utils.data.DataLoader(range(4)))
-
-
-@pytest.mark.parametrize("how", ["sum", "dict"])
-def test_lightnings_automatic_optimization_is_told_to_be_switched_off(how):
-    module = Module(how)
-    before = copy.deepcopy(module.state_dict())
-    with pytest.raises(TypeError, match=TOLD.format("returned a single Tensor")):
-        fit(module)
+        with pytest.raises(TypeError, match=TOLD.format("returned a single Tensor")):
+            trainer.fit(module, torch.utils.data.DataLoader(range(4)))
     assert bits(module.state_dict()) == bits(before)
-
-
-def test_lightnings_manual_optimization_as_the_message_says():
-    module, witness = Module("manual"), network()
-    fit(module)
-    opt = CAGradClip(torch.optim.AdamW(witness.parameters(), lr=0.05), WEIGHTS)
-    for _ in range(2):
-        opt.zero_grad()
-        opt.backward(two_losses(witness, batch(0)))
-        opt.step()
-    assert bits(module.model.state_dict()) == bits(witness.state_dict())

@@ -1,6 +1,7 @@
 """What is written to .grad: the sum, rounded once, added, and never to memory of someone else."""
 
 import _thread
+import signal
 import sys
 import weakref
 from pathlib import Path
@@ -38,41 +39,30 @@ def test_sum_is_as_good_as_one_rounding(dtype, m):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_adds_to_what_is_there_in_place(dtype):
-    parameter = nn.Parameter(torch.zeros(3, dtype=dtype))
-    parameter.grad = held = torch.tensor([1, 2, 3], dtype=dtype)
-    add_combined_gradient([parameter], [[torch.ones(3, dtype=dtype)]], torch.tensor([4.0]))
-    assert parameter.grad is held, "as loss.backward() does"
+def test_adds_to_grad_in_place_and_lets_go_of_the_rows(dtype):
+    """Each gradient per loss is let go as soon as it is combined: the peak stays at m of them."""
+    x, y, z = (nn.Parameter(torch.zeros(3, dtype=dtype)) for _ in range(3))
+    x.grad = held = torch.tensor([1, 2, 3], dtype=dtype)
+    y.grad = unreached = torch.ones(3, dtype=dtype)
+    rows = [[torch.ones(3, dtype=dtype), None, None] for _ in range(2)]
+    add_combined_gradient([x, y, z], rows, torch.tensor([4.0, 0.0]))
+    assert x.grad is held, "as loss.backward() does"
     assert held.tolist() == [5, 6, 7]
+    assert y.grad is unreached
+    assert z.grad is None
+    assert rows == [[None] * 3] * 2
 
 
-@pytest.mark.parametrize("before", [None, torch.tensor([7.0])], ids=["None", "7"])
-def test_unreached_parameter_keeps_its_grad(before):
-    parameter = nn.Parameter(torch.zeros(1))
-    parameter.grad = before
-    add_combined_gradient([parameter], [[None], [None]], torch.tensor([0.5, 0.5]))
-    assert parameter.grad is before
-
-
-def test_rows_are_consumed():
-    """So that the peak stays at m gradients: each is let go as soon as it is combined."""
-    rows = [[torch.ones(2), None], [None, torch.ones(3)]]
-    parameters = [nn.Parameter(torch.zeros(n)) for n in (2, 3)]
-    add_combined_gradient(parameters, rows, torch.tensor([1.0, 1.0]))
-    assert rows == [[None, None], [None, None]]
-
-
-@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
-@pytest.mark.parametrize("position", [0, 1])
-def test_coefficient_zero_does_not_hide_what_is_not_finite(bad, position):
+def test_coefficient_zero_does_not_hide_a_gradient_that_is_not_finite():
     """0 * Inf is NaN, and a GradScaler must see it."""
-    rows = [[torch.ones(2)], [torch.ones(2)]]
-    rows[position][0][0] = bad
-    alpha = torch.ones(2, dtype=torch.float64)
-    alpha[position] = 0
-    parameter = nn.Parameter(torch.zeros(2))
-    add_combined_gradient([parameter], rows, alpha)
-    assert parameter.grad.isfinite().tolist() == [False, True]
+    for bad, position in ((torch.inf, 0), (torch.nan, 1)):
+        rows = [[torch.ones(2)], [torch.ones(2)]]
+        rows[position][0][0] = bad
+        alpha = torch.ones(2, dtype=torch.float64)
+        alpha[position] = 0
+        parameter = nn.Parameter(torch.zeros(2))
+        add_combined_gradient([parameter], rows, alpha)
+        assert parameter.grad.isfinite().tolist() == [False, True]
 
 
 LARGE = 2**18 + 5
@@ -94,7 +84,7 @@ TAKEN = {
 
 @pytest.mark.parametrize("n", [7, LARGE])
 @pytest.mark.parametrize("case", GRADIENTS)
-def test_what_the_fast_ways_cannot_serve_is_combined_one_by_one(monkeypatch, case, n):
+def test_columns_that_the_fast_ways_cannot_serve_are_combined_one_by_one(monkeypatch, case, n):
     taken = []
 
     def watched(name):
@@ -115,9 +105,8 @@ def test_what_the_fast_ways_cannot_serve_is_combined_one_by_one(monkeypatch, cas
     assert row[0].dtype == gradients[0].dtype
     assert row[0].is_contiguous()
     assert all(map(torch.equal, gradients, before))
-    assert [x for x in taken if x != "_foreach" or n < LARGE] == (
-        [TAKEN[n, case]] if (n, case) in TAKEN else []
-    )
+    expected = [TAKEN[n, case]] if (n, case) in TAKEN else []
+    assert [x for x in taken if x != "_foreach" or n < LARGE] == expected
 
 
 def test_heads_and_shared_parameters_of_one_step_have_their_own_coefficients():
@@ -170,8 +159,6 @@ def test_nothing_of_a_step_outlives_backward_but_the_grad():
 
 
 # Memory that autograd returns is not always new
-
-
 BUFFER = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
 
 # name -> (two losses of a and b, the four expected gradients)
@@ -253,8 +240,6 @@ def test_a_correction_along_a_subnormal_gradient_has_its_full_length(tiny):
 
 
 # What loss.backward() does beside adding: dtypes and hooks
-
-
 MODES = ["dense", "ghost", "per_example", "representation", "subset"]
 
 
@@ -321,25 +306,13 @@ def test_a_longer_gradient_than_its_parameter_is_kept_where_any_dtype_is_allowed
 
 @pytest.mark.parametrize("mode", MODES)
 def test_post_accumulate_hooks_run_once_on_the_combined_gradient(mode):
-    model, plain = network(), network()
-    seen = []
-    for j, p in enumerate(model.parameters()):
-        p.register_post_accumulate_grad_hook(lambda p, j=j: seen.append((j, p.grad.clone())))
-    _, backward = in_mode(mode, model)
-    backward()
-    _, backward = in_mode(mode, plain)
-    backward()
-    assert [j for j, _ in seen] == [0, 1, 2, 3]
-    assert all(torch.equal(g, p.grad) for (_, g), p in zip(seen, plain.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_an_optimizer_that_steps_in_the_backward_pass(mode):
-    """Torch's recipe: each parameter has its own, which steps and forgets `.grad` in a hook."""
+    """Torch's recipe too: each parameter has an optimizer, which steps and zeroes in a hook."""
     model, plain = network(), network()
     each = {p: torch.optim.AdamW([p], 0.1) for p in model.parameters()}
+    seen = []
 
     def step(p):
+        seen.append(p.grad.clone())
         each[p].step()
         each[p].zero_grad()
 
@@ -348,9 +321,11 @@ def test_an_optimizer_that_steps_in_the_backward_pass(mode):
     _, backward = in_mode(mode, model)
     opt, plain_backward = in_mode(mode, plain, torch.optim.AdamW(plain.parameters(), 0.1))
     for k in range(3):
+        seen.clear()
         backward(batch(k))
         opt.zero_grad()
         plain_backward(batch(k))
+        assert bits(seen) == bits([p.grad for p in plain.parameters()])
         opt.step()
     assert all(p.grad is None for p in model.parameters())
     assert bits(model.state_dict()) == bits(plain.state_dict())
@@ -372,8 +347,6 @@ def test_hooks_of_a_parameter_see_the_gradient_of_one_loss():
 
 
 # `.grad` is written for all parameters or for none
-
-
 class InterruptAt:
     """Raises KeyboardInterrupt at the k-th line of the package that is run, as Ctrl-C may."""
 
@@ -403,21 +376,20 @@ class InterruptAt:
 @pytest.mark.parametrize(
     ("mode", "existing", "call"),
     [
-        *[
-            ("dense", existing, call)
-            for existing in ("none", "some", "all")
-            for call in ("combine", "combine micro-batches", "accumulate")
-        ],
-        *[(mode, "some", "combine") for mode in ("ghost", "per_example", "representation")],
+        ("dense", 0, "combine"),
+        ("dense", 1, "combine micro-batches"),
+        ("dense", 4, "combine"),
+        ("dense", 1, "accumulate"),
+        *[(mode, 1, "combine") for mode in ("ghost", "per_example", "representation")],
     ],
 )
-def test_an_interrupt_comes_before_or_after_all_that_is_written(mode, existing, call):
+def test_an_interrupt_comes_before_or_after_all_gradients(mode, existing, call):
     def begin():
         model = network()
         opt, backward = in_mode(mode, model)
         backward(batch(0))
         opt.zero_grad()
-        for p in list(model.parameters())[: {"none": 0, "some": 1, "all": 4}[existing]]:
+        for p in list(model.parameters())[:existing]:
             p.grad = torch.ones_like(p)
         if call == "combine micro-batches":
             backward(batch(1), accumulate=True)
@@ -435,7 +407,7 @@ def test_an_interrupt_comes_before_or_after_all_that_is_written(mode, existing, 
     finished, number = grads(model), -lines.left
     outcomes = []
     # All of the last lines, which write, and some of those before.
-    for k in [*range(1, number - 100, 7), *range(max(1, number - 100), number + 1)]:
+    for k in [*range(1, number - 59, 23), *range(number - 59, number + 1)]:
         model, opt, backward = begin()
         progress = opt._core.progress
         with pytest.raises(KeyboardInterrupt), InterruptAt(k):
@@ -447,16 +419,24 @@ def test_an_interrupt_comes_before_or_after_all_that_is_written(mode, existing, 
             backward(batch(2), **accumulate)
             assert grads(model) == finished
     assert outcomes == sorted(outcomes)
-    assert outcomes.count(False) > 80
+    assert not outcomes[-60], "all that writes is among the last lines"
+
+
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler of Ctrl-C, which a shell takes away from a job in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield _thread.interrupt_main
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_an_interrupt_while_gradients_are_written_comes_after_all(existing):
+def test_an_interrupt_while_gradients_are_written_comes_after_all(existing, ctrl_c):
     parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
     if existing:
         parameters[1].grad = torch.ones(2)
     with pytest.raises(KeyboardInterrupt):
-        write_gradients(parameters, [torch.ones(2) for _ in range(3)], _thread.interrupt_main)
+        write_gradients(parameters, [torch.ones(2) for _ in range(3)], ctrl_c)
     assert [p.grad.tolist() for p in parameters] == [[1, 1], [1 + existing] * 2, [1, 1]]
 
 

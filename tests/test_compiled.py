@@ -10,44 +10,36 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-
-# A fresh process: Dynamo's caches and warnings are those of a process. It takes 10 to 20 seconds.
-STEPS = """
-import json, sys, torch
+import torch
 from torch import nn
-from torch._dynamo.backends.registry import lookup_backend
+
 from raco_optim import MGDA, CAGradClip
 
-SGD = lambda p: torch.optim.SGD(p, lr=0.01)  # momentum would add a graph, of torch's own
-AdamW = lambda p: torch.optim.AdamW(p, lr=0.01)
-
-def clip(inner, m, **options):
-    return CAGradClip(inner, [1 / m] * m, **options)
-
-def named(inner, m):
-    return CAGradClip(inner, {f"loss_{i}": 1 / m for i in range(m)}, c=0.7)
-
-def mgda(inner, m):
-    return MGDA(inner)
-
+ROOT = Path(__file__).parents[1]
+SCALES = (1e-2, 1, 1e2)  # of the data: other Gram matrices, p inside the simplex and at its corners
 CASES = {
-    "CAGradClip, m = 2": (2, clip, SGD),
-    "CAGradClip, m = 3": (3, clip, SGD),
-    "CAGradClip, m = 3, AdamW": (3, clip, AdamW),
-    "named, m = 2": (2, named, SGD),
-    "MGDA, m = 3": (3, mgda, SGD),
-    "ghost, m = 2": (2, lambda inner, m: clip(inner, m, gradients="ghost"), SGD),
-    "outside, m = 3": (3, clip, SGD),
+    "CAGradClip, m = 2": (2, {}),
+    "CAGradClip, m = 3, AdamW": (3, {}),
+    "named, m = 2": (2, {"c": 0.7}),
+    "MGDA, m = 3": (3, {}),
+    "ghost, m = 2": (2, {"gradients": "ghost"}),
+    "outside, m = 3": (3, {}),
 }
 
+
 def run(case, compiled):
+    """How many graphs there are after each step, the coefficients, and the parameters."""
+    from torch._dynamo.backends.registry import lookup_backend
+
     torch._dynamo.reset()
     torch.manual_seed(0)
-    m, method, inner = CASES[case]
+    m, options = CASES[case]
+    names = [f"loss_{i}" for i in range(m)]
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, m))
-    opt = method(inner(model.parameters()), m)
+    kind = torch.optim.AdamW if "AdamW" in case else torch.optim.SGD  # its momentum adds a graph
+    inner = kind(model.parameters(), lr=0.01)
+    weights = dict.fromkeys(names, 1 / m) if "named" in case else [1 / m] * m
+    opt = MGDA(inner) if "MGDA" in case else CAGradClip(inner, weights, **options)
     graphs = 0
 
     def backend(module, inputs):
@@ -59,25 +51,19 @@ def run(case, compiled):
         opt.zero_grad()
         out = model(x)
         losses = [(out[:, i] - i).square().mean() for i in range(m)]
-        opt.backward({f"loss_{i}": x for i, x in enumerate(losses)} if method is named else losses)
-        if not case.startswith("outside"):
+        opt.backward(dict(zip(names, losses, strict=True)) if "named" in case else losses)
+        if "outside" not in case:
             opt.step()
 
     step = torch.compile(train_step, backend=backend) if compiled else train_step
     counts, alphas = [], []
-    for k in range(6):
-        # Data of other scales: other Gram matrices, p inside the simplex and at its corners.
-        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(k)) * 10 ** (k - 2)
-        step(x)
-        if case.startswith("outside"):
+    for k, scale in enumerate(SCALES):
+        step(torch.randn(8, 4, generator=torch.Generator().manual_seed(k)) * scale)
+        if "outside" in case:
             opt.step()
         counts.append(graphs)
         alphas.append(opt.report.coefficients.tolist())
-    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-    return counts, alphas, weights.tolist()
-
-print(json.dumps({case: [run(case, True), run(case, False)] for case in CASES}))
-"""
+    return counts, alphas, torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
 
 
 def in_a_fresh_process(code):
@@ -88,23 +74,20 @@ def in_a_fresh_process(code):
 
 @pytest.fixture(scope="module")
 def found():
-    return json.loads(in_a_fresh_process(STEPS))
-
-
-CASES = re.findall(r'^    "(.*)": \(\d', STEPS, re.MULTILINE)
+    """In a fresh process: Dynamo's caches and warnings are those of a process."""
+    code = (
+        "import json; from tests.test_compiled import *\n"
+        "print(json.dumps({case: run(case, True) for case in CASES}))"
+    )
+    return json.loads(in_a_fresh_process(code))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_has_two_graphs_and_is_compiled_once(found, case):
+def test_a_compiled_step_is_the_step_and_is_compiled_once(found, case):
     """One graph for the forward pass, one for the inner step; none is added by later data."""
-    counts, *_ = found[case][0]
-    assert counts == [1 if case.startswith("outside") else 2] * 6
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_compiled_step_is_the_step(found, case):
-    (_, alphas, weights), (graphs, expected_alphas, expected) = found[case]
-    assert graphs == [0] * 6
+    counts, alphas, weights = found[case]
+    assert counts == [1 if "outside" in case else 2] * len(SCALES)
+    _, expected_alphas, expected = run(case, False)
     for alpha, witness in zip(alphas, expected_alphas, strict=True):
         assert alpha == pytest.approx(witness, rel=1e-3, abs=1e-5)
     assert weights == pytest.approx(expected, rel=1e-3, abs=1e-5)
@@ -116,24 +99,17 @@ def test_a_compiled_step_is_the_step(found, case):
 WHERE = ["docs/recipes.md", "raco_optim/gradients/explain.py"]
 
 
-@pytest.mark.parametrize("path", WHERE)
-def test_the_remedy_for_donated_buffers_is_complete_wherever_it_stands(path):
-    text = " ".join((ROOT / path).read_text().replace('"', " ").split())
-    places = [m.start() for m in re.finditer(r"donated_buffer = False", text)]
-    assert places
-    for place in places:
-        assert "`import torch._functorch.config`" in text[max(0, place - 120) : place]
-
-
-def test_no_other_place_gives_that_remedy():
-    found = [
-        str(path.relative_to(ROOT))
-        for folder in ("docs", "raco_optim", "benchmarks")
-        for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".md", ".rst")
-        and "donated_buffer = False" in path.read_text()
-        and "_build" not in path.parts
-    ]
+def test_the_remedy_for_donated_buffers_is_complete_wherever_it_stands():
+    found = []
+    for folder in ("docs", "raco_optim", "benchmarks"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix not in (".py", ".md", ".rst") or "_build" in path.parts:
+                continue
+            text = " ".join(path.read_text().replace('"', " ").split())
+            places = [m.start() for m in re.finditer(r"donated_buffer = False", text)]
+            found += [str(path.relative_to(ROOT))] * bool(places)
+            for place in places:
+                assert "`import torch._functorch.config`" in text[max(0, place - 120) : place]
     assert sorted(found) == WHERE
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_estimate_says_nothing_of_spread_that_it_cannot_know():
 
 
 def test_end_to_end(tmp_path, capsys):
-    demo.main(TINY, tmp_path)
+    demo.run(TINY, tmp_path)
     printed = capsys.readouterr()
 
     record = json.loads((tmp_path / "results.json").read_text())
@@ -94,8 +95,8 @@ def test_end_to_end(tmp_path, capsys):
         for run in record["runs"]
     )
 
-    rows = [line.split() for line in printed.out.splitlines()]
-    row = next(row for row in rows if row[:2] == ["CAGrad-Clip", "0.8"])
+    rows = [line.split(" | ") for line in printed.out.splitlines()]
+    row = next(row for row in rows if row[:2] == ["| CAGrad-Clip", "0.8"])
     accuracies = [
         run["evaluation"]["short"]["accuracy"]
         for run in record["runs"]
@@ -121,16 +122,19 @@ def test_unwritable_output_is_one_line_before_any_work(tmp_path, capsys):
     blocked.write_text("")
     for path in (blocked, blocked / "folder"):
         with pytest.raises(SystemExit) as stop:
-            demo.parse(["--output", str(path)])
+            demo.main(["--output", str(path)])
         assert stop.value.code == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"--output must be a folder to write to; got {path} (")
+        assert error.startswith(f"demo: `--output` must be a folder to write to; got {path} (")
         assert error.count("\n") == 1
 
 
 def test_command_line_defaults(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = demo.parse([])
-    assert (str(options.output), options.seeds) == ("build/demo", (0, 1, 2))
-    assert list(options.output.iterdir()) == []
-    assert demo.parse(["--seeds", "7"]).seeds == [7]
+    asked = []
+    monkeypatch.setattr(demo, "run", lambda *arguments: asked.append(arguments))
+    demo.main([])
+    demo.main(["--seeds", "7"])
+    output = Path("build/demo")
+    assert asked == [(Settings(), output), (Settings(seeds=(7,)), output)]
+    assert list(output.iterdir()) == []

@@ -20,15 +20,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from raco_optim import CAGradClip
-from tests.ranks import Ranks, slices
+from tests.problems_nn import bits
+from tests.ranks import WEIGHTS, Ranks, copies, relative, slices
 
 PAGE = Path(__file__).parent.parent / "docs" / "distributed.md"
-STEPS = 20
-WEIGHTS = {"a": 0.5, "b": 0.3, "c": 0.2}
+STEPS = 13
 
 
 def recipe() -> dict[str, Any]:
@@ -81,11 +80,7 @@ class Run:
             self.opt.c = 0.4 + 0.02 * step
 
     def result(self) -> tuple[list[Tensor], dict[str, Any]]:
-        found = [
-            (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-            for p in self.model.parameters()
-        ]
-        return found, self.opt.state_dict()["raco_optim"]
+        return copies(self.model.parameters()), self.opt.state_dict()["raco_optim"]
 
 
 def trained(rank: int, number: int, kind: str, root: Path, last: int, save: bool = False):
@@ -98,35 +93,27 @@ def trained(rank: int, number: int, kind: str, root: Path, last: int, save: bool
     return *run.result(), first
 
 
-def relative(a: list[Tensor], b: list[Tensor]) -> float:
-    difference = sum(float((x - y).square().sum()) for x, y in zip(a, b, strict=True))
-    return (difference / sum(float(y.square().sum()) for y in b)) ** 0.5
+@pytest.fixture(scope="module", params=["whole", "shards"])
+def uninterrupted(request, two_ranks: Ranks, tmp_path_factory) -> tuple[str, object]:
+    """The kind of a run, and the bits of its end."""
+    root = tmp_path_factory.mktemp("none") / "none"
+    return request.param, bits(two_ranks.run(trained, 2, request.param, root, STEPS))
 
 
-def same(a: Any, b: Any) -> bool:
-    """Whether tensors are equal to the last bit, and all else is equal."""
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+def bits_of_the_end(results: list) -> tuple[set[int], object]:
+    """In which step the processes began, and the bits of a run that began with the first."""
+    return {first for *_, first in results}, bits([(*found, 0) for *found, _ in results])
 
 
-@pytest.mark.parametrize("kind", ["whole", "shards"])
 def test_resumed_run_is_the_same_to_the_last_bit(
-    two_ranks: Ranks, tmp_path: Path, kind: str
+    two_ranks: Ranks, tmp_path: Path, uninterrupted: tuple[str, object]
 ) -> None:
-    expected = two_ranks.run(trained, 2, kind, tmp_path / "none", STEPS)
+    kind, expected = uninterrupted
     # With gram_every=3, the Gram matrix of the step before the checkpoint serves the one after it.
     two_ranks.run(trained, 2, kind, tmp_path, 11, True)
     resumed = two_ranks.run(trained, 2, kind, tmp_path, STEPS)
-    for (parameters, own, first), (wanted, wanted_own, _) in zip(resumed, expected, strict=True):
-        assert first == 11
-        assert own["skipped"] == 1
-        assert same(parameters, wanted)
-        assert same(own, wanted_own)
+    assert bits_of_the_end(resumed) == ({11}, expected)
+    assert all(own["skipped"] == 1 for _, own, _ in resumed)
 
 
 @pytest.fixture
@@ -187,16 +174,13 @@ def killed(rank: int, kind: str, root: Path, store: Path, victim: int, moment: f
     watch()
 
 
-@pytest.mark.parametrize("kind", ["whole", "shards"])
 def test_killed_while_saving_goes_on_from_the_checkpoint_before(
-    two_ranks: Ranks, tmp_path: Path, kind: str
+    two_ranks: Ranks, tmp_path: Path, uninterrupted: tuple[str, object]
 ) -> None:
-    expected = two_ranks.run(trained, 2, kind, tmp_path / "none", STEPS)
+    kind, expected = uninterrupted
     root = tmp_path / "checkpoints"
     root.mkdir()
-    # Its server imports torch once for all the processes that are to be killed.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     first = 0
     for trial in range(3):
         victim = 0 if kind == "whole" else trial % 2
@@ -209,10 +193,7 @@ def test_killed_while_saving_goes_on_from_the_checkpoint_before(
         for process in processes:
             process.join(60)
         assert [process.exitcode for process in processes] == [-signal.SIGKILL] * 2
-        resumed = two_ranks.run(trained, 2, kind, root, STEPS)
-        found = {at for *_, at in resumed}
-        assert found <= {first + 2, first + 3}
-        (first,) = found
-        for (parameters, own, _), (wanted, wanted_own, _) in zip(resumed, expected, strict=True):
-            assert same(parameters, wanted)
-            assert same(own, wanted_own)
+        began, end = bits_of_the_end(two_ranks.run(trained, 2, kind, root, STEPS))
+        assert began <= {first + 2, first + 3}
+        (first,) = began
+        assert end == expected

@@ -11,10 +11,10 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from raco_optim import CAGradClip
-from tests.ranks import Ranks, slices
-from tests.test_replicated import WEIGHTS, Model, batches, equal, losses_of
+from tests.ranks import WEIGHTS, Ranks, copies, equal, losses_of, slices
+from tests.test_replicated import Model, batches
 
-# Kind -> what the Gram matrix may be off by, relative to |g_i| |g_j|.
+# Kind -> the largest error of the Gram matrix, relative to |g_i| |g_j|.
 KINDS = {
     "float32": 1e-6,
     "float32, large": 1e-6,
@@ -58,14 +58,13 @@ def test_gram_matrix_and_combination_are_those_in_float64(four_ranks: Ranks, kin
     own = torch.stack([rows.double() for rows, _, _ in results])
     mean = own.mean(0)
     gram, norms = mean @ mean.T, mean.norm(dim=1)
-    alpha = results[0][1].coefficients
+    _, first, one = results[0]
+    alpha = first.coefficients
     # Four numbers are added in float32, then three; the sum is rounded to the parameters' dtype.
     rounding = 8 * 2.0**-24 * (alpha @ own.abs().mean(0))
-    rounding += torch.finfo(results[0][2].dtype).eps * (alpha @ mean).abs()
+    rounding += torch.finfo(one.dtype).eps * (alpha @ mean).abs()
     for _, report, combined in results:
-        assert torch.equal(report.gram, results[0][1].gram)
-        assert torch.equal(report.p, results[0][1].p)
-        assert torch.equal(combined, results[0][2])
+        assert equal([report.gram, report.p, combined], [first.gram, first.p, one])
         assert float(((report.gram - gram) / norms / norms[:, None]).abs().max()) < KINDS[kind]
         assert bool(((combined.double() - alpha @ mean).abs() <= rounding).all())
 
@@ -77,22 +76,20 @@ def low_precision(rank, number, dtype):
     model.trunk.to(dtype)
     opt = CAGradClip(torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), WEIGHTS)
     wrapped = DistributedDataParallel(model.trunk)
-    before = [p.detach().clone() for p in model.parameters()]
+    before = copies(model.parameters())
     for batch in batches():
         x, y = slices(batch, rank, number)
         opt.zero_grad()
         opt.backward(losses_of(model.read(wrapped(x.to(dtype)).float()), y))
         opt.step()
-    after = [p.detach() for p in model.parameters()]
+    after = copies(model.parameters())
     assert not any(torch.equal(p, q) for p, q in zip(before, after, strict=True))
-    return after, opt.report.gram
+    return [*after, opt.report.gram]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_leaves_no_bit_of_difference(two_ranks: Ranks, dtype) -> None:
-    (mine, gram), (theirs, other) = two_ranks.run(low_precision, 2, dtype)
-    assert equal(mine, theirs)
-    assert torch.equal(gram, other)
+def test_processes_agree_to_the_bit_in_low_precision(two_ranks: Ranks, dtype) -> None:
+    assert equal(*two_ranks.run(low_precision, 2, dtype))
 
 
 def scaled(rank, number):
@@ -117,8 +114,7 @@ def scaled(rank, number):
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(opt)
         scaler.update()
-        copies = [p.detach().clone() for p in model.parameters()]
-        history.append((scaler.get_scale(), float(norm), copies))
+        history.append((scaler.get_scale(), float(norm), copies(model.parameters())))
     return history
 
 

@@ -9,8 +9,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
 
 import pytest
 
@@ -33,60 +31,50 @@ LANGUAGES = {"python", "diff", "bash", "text"}
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-class Block(NamedTuple):
-    language: str
-    code: str
-    line: int
-
-
-def blocks(page: Path) -> list[Block]:
-    text = page.read_text()
-    return [
-        Block(found[1], found[2], text.count("\n", 0, found.start(2)))
-        for found in FENCE.finditer(text)
-    ]
-
-
-def page_id(page: Path) -> str:
+def page_id(page):
     return page.relative_to(ROOT).as_posix()
 
 
 @pytest.fixture(params=PAGES, ids=page_id)
-def page(request: pytest.FixtureRequest) -> Path:
+def page(request):
     return request.param
 
 
-def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {block.language for block in blocks(page)} <= LANGUAGES
+def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {"__name__": "__main__"}
-    for block in blocks(page):
-        if block.language == "python":
+    namespace, text = {"__name__": "__main__"}, page.read_text()
+    for found in FENCE.finditer(text):
+        assert found[1] in LANGUAGES
+        if found[1] == "python":
             # Padded, so that a traceback names the line of the page.
-            exec(compile("\n" * block.line + block.code, str(page), "exec"), namespace)
+            lines = "\n" * text.count("\n", 0, found.start(2))
+            exec(compile(lines + found[2], str(page), "exec"), namespace)
 
 
-def anchors(page: Path) -> set[str]:
+def anchors(page):
     """The anchors of a page's headings, as Sphinx and the hosts of repositories make them."""
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
 
 
-def test_links_lead_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", FENCE.sub("", page.read_text()))
+def test_links_lead_somewhere_and_tests_that_are_named_exist(page):
+    text = page.read_text()
+    targets = re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", FENCE.sub("", text))
     for target, anchor in targets:
         if "://" not in target:
             file = page.parent / target if target else page
             assert file.exists(), target
             assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
+    for path, name in re.findall(r"\b(tests/\w+\.py)(?:::(\w+))?", text):
+        assert re.search(rf"\b(def|class) {name}", (ROOT / path).read_text())
 
 
-def words(page: Path) -> int:
+def words(page):
     """Words of a page, its code included; a sign such as the | of a table is none."""
     return sum(any(map(str.isalnum, word)) for word in page.read_text().split())
 
 
-def test_there_is_not_more_to_read_than_a_person_reads() -> None:
+def test_there_is_not_more_to_read_than_a_person_reads():
     pages = [*ROOT.glob("docs/*.md"), *ROOT.glob("docs/*.rst")]
     assert len(pages) <= 16
     assert sum(map(words, pages)) <= 16_000
@@ -94,18 +82,13 @@ def test_there_is_not_more_to_read_than_a_person_reads() -> None:
     assert words(ROOT / "docs" / "evidence.md") <= 2_000
 
 
-def test_tests_that_are_named_exist(page: Path) -> None:
-    for path, name in re.findall(r"\b(tests/\w+\.py)(?:::(\w+))?", page.read_text()):
-        assert re.search(rf"\b(def|class) {name}", (ROOT / path).read_text())
-
-
 @pytest.mark.parametrize("name", MODULES)
-def test_doctests_run(name: str) -> None:
+def test_doctests_run(name):
     options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     assert doctest.testmod(importlib.import_module(name), optionflags=options).failed == 0
 
 
-def own_names(module: ModuleType) -> list[str]:
+def own_names(module):
     """Functions and classes that the module itself defines for its users."""
     return [
         f"{module.__name__}.{name}"
@@ -114,32 +97,30 @@ def own_names(module: ModuleType) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(
-            f"{module.__name__}.{name}"
-            for module in (
-                raco_optim,
-                raco_optim.alignment,
-                raco_optim.integrations.gguf,
-                raco_optim.integrations.trl,
-                raco_optim.plot,
-            )
-            for name in module.__all__
-        ),
-        *own_names(raco_optim.pareto),
-        *(f"raco_optim.rules.{name}" for name in vars(raco_optim.rules) if name.endswith("Rule")),
-    ],
+WITH_ALL = (
+    raco_optim,
+    raco_optim.alignment,
+    raco_optim.integrations.gguf,
+    raco_optim.integrations.trl,
+    raco_optim.plot,
 )
-def test_public_name_has_a_docstring_with_an_example(name: str) -> None:
-    public = pkgutil.resolve_name(name)
-    if inspect.isclass(public) or inspect.isfunction(public):
-        # Its own, not one inherited from a parent, nor the signature that dataclass() fills in.
-        assert ">>>" in (public.__doc__ or "")
+PUBLIC = [
+    *(f"{module.__name__}.{name}" for module in WITH_ALL for name in module.__all__),
+    *own_names(raco_optim.pareto),
+    *(f"raco_optim.rules.{name}" for name in vars(raco_optim.rules) if name.endswith("Rule")),
+]
 
 
-def imported(path: Path) -> list[tuple[str, str]]:
+def test_public_names_have_a_docstring_with_an_example():
+    assert len(set(PUBLIC)) == len(PUBLIC)
+    for name in PUBLIC:
+        public = pkgutil.resolve_name(name)
+        if inspect.isclass(public) or inspect.isfunction(public):
+            # Its own, not one inherited from a parent, nor the signature that dataclass() fills in.
+            assert ">>>" in (public.__doc__ or ""), name
+
+
+def imported(path):
     """Modules of the package and the names that a file imports from them."""
     return [
         (node.module, alias.name)
@@ -149,7 +130,7 @@ def imported(path: Path) -> list[tuple[str, str]]:
     ]
 
 
-def test_benchmarks_and_examples_import_only_what_users_can() -> None:
+def test_benchmarks_and_examples_import_only_what_users_can():
     pages = "".join(page.read_text() for page in (*PAGES, ROOT / "docs" / "api.rst"))
     files = [*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("docs/examples/*.py")]
     found = {(module, name) for path in files for module, name in imported(path)}
@@ -161,7 +142,7 @@ def test_benchmarks_and_examples_import_only_what_users_can() -> None:
         assert public is None or name in public, f"{module}.{name}"
 
 
-def test_the_remedy_for_compiled_models_works_in_a_fresh_process() -> None:
+def test_the_remedy_for_compiled_models_works_in_a_fresh_process():
     """Each place that names the setting says, in code, all that has to run."""
     places = {page_id(page): FENCE.sub("", page.read_text()) for page in PAGES}
     places["what is raised"] = "".join(map(" ".join, explain._REMEDIES))
@@ -171,13 +152,8 @@ def test_the_remedy_for_compiled_models_works_in_a_fresh_process() -> None:
     }
     spans = {name: found for name, found in spans.items() if found}
     assert spans.keys() >= {"docs/recipes.md", "what is raised"}
-    for name, found in spans.items():
-        check = "assert torch._functorch.config.donated_buffer is False"
-        code = "\n".join(["import torch", *(" ".join(x.split()) for x in found), check])
+    check = "assert torch._functorch.config.donated_buffer is False"
+    for found in {tuple(" ".join(x.split()) for x in found) for found in spans.values()}:
+        code = "\n".join(["import torch", *found, check])
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.returncode == 0, f"{name}: {done.stderr}"
-
-
-def test_public_names_resolve_and_are_listed_once() -> None:
-    assert len(set(raco_optim.__all__)) == len(raco_optim.__all__)
-    assert all(hasattr(raco_optim, name) for name in raco_optim.__all__)
+        assert done.returncode == 0, f"{code}: {done.stderr}"

@@ -101,6 +101,35 @@ def test_differences_to_the_weighted_sum_on_multitask_sets():
     assert f"in {tied} of {len(winners)} cases" in EVIDENCE
 
 
+def test_claims_about_c_and_clipping():
+    found = load("claims")
+    for row in found["radius"]:
+        if row["c"] in (0.2, 0.8):
+            shown = interval(row["clipped, least weight"], 3)
+            assert f"{shown} of loss at c = 0.2" in EVIDENCE or f"{shown} at c = 0.8" in EVIDENCE
+        moved = interval(row["clipped, weighted loss"], 3)
+        assert (moved[0] == "*") == (row["c"] == 0.8) == (f"{moved} at c = 0.8" in EVIDENCE)
+    steps = [x["clipped / CAGrad"]["value"] for x in found["speed"]]
+    assert f"{min(steps):.2f} to {max(steps):.2f} on four toy problems" in EVIDENCE
+    many = [x for x in found["objectives"] if (x["on"], x["c"]) == ("bowls", 0.8)]
+    bowls = [x["clipped / CAGrad"]["value"] for x in many]
+    assert f"{min(bowls):.2f} to {max(bowls):.2f} of CAGrad's steps at c = 0.8" in EVIDENCE
+
+
+def test_claims_about_many_objectives():
+    found = load("claims")
+    noise = [x for x in found["noise"] if (x["m"], x["batch"]) == (10, 64)]
+    mass = [x["variation of p"]["value"] for x in noise]
+    assert f"{min(mass):.2f} to {max(mass):.2f} of the mass of p" in EVIDENCE
+    left = [
+        100 * (1 - row[f"{rule} / weighted"]["value"])
+        for row in found["objectives"]
+        for rule in ("CAGrad", "clipped")
+        if row["on"] == "digits" and row["m"] in (10, 20)
+    ]
+    assert f"end {min(left):.0f} to {max(left):.0f} % below the weighted sum" in EVIDENCE
+
+
 def over_floor(case, name, losses):
     rows = {r["m"]: r["candidates"] for r in load("step_cost")["rows"] if r["case"] == case}
     return [rows[m][name]["over_floor"]["median"] for m in losses]

@@ -11,9 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from unittest import mock
 
 import lightning
@@ -29,7 +27,6 @@ from transformers import Trainer, TrainingArguments
 
 import raco_optim
 from raco_optim import CAGradClip
-from tests.ranks import Ranks
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "docs" / "examples"
@@ -43,7 +40,7 @@ pytestmark = [
 ]
 
 
-def example(name: str) -> ModuleType:
+def example(name):
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -51,8 +48,9 @@ def example(name: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def as_launched(rank: int | None, number: int = 1) -> Iterator[None]:
+def as_launched(rank, number=1):
     """Sets what torchrun would, and takes back what the frameworks leave in the process."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # of earlier tests
     variables = {}
     if rank is not None:
         ranks = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
@@ -67,7 +65,7 @@ def as_launched(rank: int | None, number: int = 1) -> Iterator[None]:
             torch.use_deterministic_algorithms(deterministic)
 
 
-def trained(rank: int | None, name: str, **settings: object) -> list[torch.Tensor]:
+def trained(rank, name, **settings):
     """Runs an example in this process, and returns the parameters it ends with."""
     with as_launched(rank, 2):
         result = example(name).main(**settings)
@@ -75,25 +73,22 @@ def trained(rank: int | None, name: str, **settings: object) -> list[torch.Tenso
     return [whole(p) for p in model.parameters()]
 
 
-def whole(parameter: torch.Tensor) -> torch.Tensor:
+def whole(parameter):
     found = parameter.detach()
     return found.full_tensor() if isinstance(found, DTensor) else found.clone()
 
 
-def relative(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+def relative(a, b):
     difference = sum(float((x - y).square().sum()) for x, y in zip(a, b, strict=True))
     return (difference / sum(float(y.square().sum()) for y in b)) ** 0.5
 
 
-def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def in_rank(rank: int, name: str, *runs: dict[str, object]) -> list[list[torch.Tensor]]:
-    return [trained(rank, name, **settings) for settings in runs]
-
-
-def counted_in_rank(rank: int, name: str, settings: dict[str, object]) -> tuple:
+def in_rank(rank, name, settings):
+    """The parameters that an example ends with, and the number of steps of AdamW."""
     steps = []
     hook = register_optimizer_step_post_hook(lambda opt, *_: steps.append(type(opt)))
     parameters = trained(rank, name, **settings)
@@ -101,20 +96,37 @@ def counted_in_rank(rank: int, name: str, settings: dict[str, object]) -> tuple:
     return parameters, steps.count(torch.optim.AdamW)
 
 
+# The epochs of a run that is interrupted, if they are fewer; a checkpoint of it; the steps after.
+RESUMED = {
+    "lightning_module": (2, "checkpoints/epoch=1-step=16.ckpt", 8),
+    "hf_trainer": (None, "checkpoint-8", 4),
+}
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_two_processes_train_as_one_on_the_joint_batch(
-    two_ranks: Ranks, name: str, tmp_path: Path
-) -> None:
-    one, two = {}, {}
-    if "folder" in inspect.signature(example(name).main).parameters:
-        one, two = {"folder": str(tmp_path / "one")}, {"folder": str(tmp_path / "two")}
-    expected = trained(None, name, **one)
-    (first,), (second,) = two_ranks.run(in_rank, name, two)
+def test_two_processes_train_as_one_on_the_joint_batch(two_ranks, name, tmp_path):
+    """And a run that is resumed equals one that was not interrupted in every bit."""
+
+    def settings(folder, **others):
+        folders = "folder" in inspect.signature(example(name).main).parameters
+        return {"folder": str(tmp_path / folder), **others} if folders else others
+
+    expected = trained(None, name, **settings("one"))
+    (first, steps), (second, _) = two_ranks.run(in_rank, name, settings("two"))
     assert relative(first, expected) < 1e-5
     assert equal(first, second)
+    if name in RESUMED:
+        epochs, checkpoint, left = RESUMED[name]
+        folder = "two" if epochs is None else "interrupted"
+        if epochs is not None:
+            two_ranks.run(in_rank, name, settings(folder, epochs=epochs))
+        resumed = settings("resumed", resume=str(tmp_path / folder / checkpoint))
+        for found, fewer in two_ranks.run(in_rank, name, resumed):
+            assert equal(found, first)
+            assert fewer == left < steps
 
 
-def test_command_of_the_page_runs(capsys: pytest.CaptureFixture) -> None:
+def test_command_of_the_page_runs(capsys):
     blocks = re.findall(r"^```bash\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     commands = [line for block in blocks for line in block.splitlines()]
     assert sorted(Path(command.split()[-1]).stem for command in commands) == NAMES
@@ -132,15 +144,13 @@ def test_command_of_the_page_runs(capsys: pytest.CaptureFixture) -> None:
         check=True,
     )
     example("ddp").main()
-    two, one = (
-        [float(x) for x in re.findall(r"\d+\.[\de-]+", text)]
-        for text in (run.stdout, capsys.readouterr().out)
-    )
+    printed = (run.stdout, capsys.readouterr().out)
+    two, one = ([float(x) for x in re.findall(r"\d+\.[\de-]+", text)] for text in printed)
     assert len(one) == 6
     assert two == pytest.approx(one, rel=1e-5)
 
 
-def test_page_shows_lines_of_the_examples() -> None:
+def test_page_shows_lines_of_the_examples():
     named = []
     for section in PAGE.read_text().split("\n## ")[1:]:
         if "```diff" not in section:
@@ -151,54 +161,29 @@ def test_page_shows_lines_of_the_examples() -> None:
         lines = {" ".join(line.split()) for line in source.splitlines()}
         for block in re.findall(r"^```diff\n(.*?)^```$", section, re.MULTILINE | re.DOTALL):
             shown = [line[1:] for line in block.splitlines() if line[:1] != "-"]
-            missing = [
-                line for line in shown if line.strip() and " ".join(line.split()) not in lines
-            ]
-            assert missing == []
+            assert {" ".join(line.split()) for line in shown if line.strip()} <= lines
     assert sorted(named) == NAMES
-
-
-@pytest.mark.parametrize(
-    ("name", "interrupted", "checkpoint", "steps"),
-    [
-        ("lightning_module", {"epochs": 2}, "checkpoints/epoch=1-step=16.ckpt", 8),
-        ("hf_trainer", {}, "checkpoint-8", 4),
-    ],
-)
-def test_resumed_run_equals_an_uninterrupted_one_in_every_bit(
-    two_ranks: Ranks, name: str, interrupted: dict, checkpoint: str, steps: int, tmp_path: Path
-) -> None:
-    first, second, third = (str(tmp_path / name) for name in ("first", "second", "third"))
-    two_ranks.run(in_rank, name, {"folder": first, **interrupted})
-    resumed = {"folder": second, "resume": f"{first}/{checkpoint}"}
-    uninterrupted = two_ranks.run(counted_in_rank, name, {"folder": third})
-    outcomes = two_ranks.run(counted_in_rank, name, resumed)
-    for (found, fewer), (expected, all_steps) in zip(outcomes, uninterrupted, strict=True):
-        assert equal(found, expected)
-        assert fewer == steps < all_steps
 
 
 class TestAccelerate:
     @pytest.fixture(autouse=True)
-    def _fresh(self) -> Iterator[None]:
+    def _fresh(self):
         with as_launched(None):
             yield
 
     @pytest.mark.parametrize("heads", [False, True])
-    def test_fsdp2_trains_as_one_process(self, two_ranks: Ranks, heads: bool) -> None:
+    def test_fsdp2_trains_as_one_process(self, two_ranks, heads):
         expected, gram = prepared_for_fsdp2(None, heads)
         for found, found_gram in two_ranks.run(prepared_for_fsdp2, heads):
             assert relative(found, expected) < 1e-5
             assert torch.allclose(found_gram, gram, rtol=1e-4)
 
-    def test_bfloat16_trains_nearly_as_float32(self) -> None:
+    def test_bfloat16_trains_nearly_as_float32(self):
         settings = {"name": "accelerate_loop", "epochs": 1}
-        assert (
-            relative(trained(None, **settings, mixed_precision="bf16"), trained(None, **settings))
-            < 1e-2
-        )
+        found, expected = (trained(None, **settings, mixed_precision=x) for x in ("bf16", "no"))
+        assert relative(found, expected) < 1e-2
 
-    def test_state_comes_back(self, tmp_path: Path) -> None:
+    def test_state_comes_back(self, tmp_path):
         accelerator = Accelerator(cpu=True)
         model = nn.Linear(3, 2)
         opt = CAGradClip(torch.optim.AdamW(model.parameters()), {"a": 0.7, "b": 0.3}, c=0.4)
@@ -206,7 +191,7 @@ class TestAccelerate:
         model, optimizer = accelerator.prepare(model, opt)
         assert optimizer.optimizer is opt
 
-        def step() -> list[torch.Tensor]:
+        def step():
             optimizer.zero_grad()
             a, b = model(torch.ones(3)).square()
             raco_optim.backward(optimizer, {"a": a, "b": b})
@@ -222,7 +207,7 @@ class TestAccelerate:
         assert (opt.weights, opt.c) == ({"a": 0.6, "b": 0.4}, 0.2)
         assert equal(step(), expected)
 
-    def test_float16_is_unscaled_before_clipping_and_skipped_after_an_overflow(self) -> None:
+    def test_float16_is_unscaled_before_clipping_and_skipped_after_an_overflow(self):
         runs = {}
         for precision in ("no", "fp16"):
             accelerator = Accelerator(cpu=True)
@@ -258,7 +243,7 @@ class TestAccelerate:
         assert relative(sum(found, []), sum(expected, [])) < 1e-3
 
 
-def prepared_for_fsdp2(rank: int | None, heads: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
+def prepared_for_fsdp2(rank, heads):
     """Three steps of a model that Accelerate shards."""
     with as_launched(rank, 2):
         accelerator = Accelerator(cpu=True)
@@ -285,7 +270,7 @@ def prepared_for_fsdp2(rank: int | None, heads: bool) -> tuple[list[torch.Tensor
         return [whole(p) for p in model.parameters()], opt.report.gram
 
 
-def fit(module: lightning.LightningModule, folder: Path, **settings: object) -> None:
+def fit(module, folder, **settings):
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
     settings = {"default_root_dir": folder, "max_epochs": 1, **quiet, **settings}
     with as_launched(None):
@@ -293,7 +278,7 @@ def fit(module: lightning.LightningModule, folder: Path, **settings: object) -> 
 
 
 class TestLightning:
-    def test_bfloat16_trains_nearly_as_float32(self, tmp_path: Path) -> None:
+    def test_bfloat16_trains_nearly_as_float32(self, tmp_path):
         runs = []
         for precision in ("bf16-mixed", "32-true"):
             torch.manual_seed(0)
@@ -302,29 +287,27 @@ class TestLightning:
             runs.append([p.detach() for p in module.parameters()])
         assert 0 < relative(*runs) < 1e-2
 
-    def test_float16_is_unscaled_before_clipping_and_skipped_after_an_overflow(
-        self, tmp_path: Path
-    ) -> None:
+    def test_float16_is_unscaled_before_clipping_and_skipped_after_an_overflow(self, tmp_path):
         source = example("lightning_module")
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=1)
         norms, scales, values = [], [], []
 
         class Scaling(CAGradClip):
-            def backward(self, losses: dict) -> None:
+            def backward(self, losses):
                 super().backward({name: scaler.scale(loss) for name, loss in losses.items()})
 
         class Module(source.Module):
-            def configure_optimizers(self) -> tuple[list, list]:
+            def configure_optimizers(self):
                 [opt], _ = super().configure_optimizers()
                 opt = Scaling(opt.optimizer, opt.weights, nonfinite="propagate")
                 return [opt], [torch.optim.lr_scheduler.ExponentialLR(opt, 0.95)]
 
-            def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            def on_before_optimizer_step(self, optimizer):
                 super().on_before_optimizer_step(optimizer)
                 gradients = [p.grad for p in self.parameters()]
                 norms.append(float(torch.nn.utils.get_total_norm(gradients)))
 
-            def on_train_batch_end(self, *_: object) -> None:
+            def on_train_batch_end(self, *_):
                 scales.append(scaler.get_scale())
                 values.append([p.detach().clone() for p in self.parameters()])
 
@@ -338,7 +321,7 @@ class TestLightning:
             assert equal(values[i], values[i - 1]) == (not finite[i])
 
 
-def trainer_log(rank: int | None, folder: str, *, stock: bool = False) -> tuple:
+def trainer_log(rank, folder, *, stock=False):
     """Trains with the Trainer on batches that leave some over; c = 0 is the weighted sum."""
     source = example("hf_trainer")
     with as_launched(rank, 2):
@@ -367,9 +350,7 @@ def trainer_log(rank: int | None, folder: str, *, stock: bool = False) -> tuple:
     return [whole(p) for p in model.parameters()], log
 
 
-def test_trainer_without_a_radius_is_the_stock_one_on_the_weighted_loss(
-    two_ranks: Ranks, tmp_path: Path
-) -> None:
+def test_trainer_without_a_radius_is_the_stock_one_on_the_weighted_loss(two_ranks, tmp_path):
     expected, expected_log = trainer_log(None, str(tmp_path / "stock"), stock=True)
     outcomes = two_ranks.run(trainer_log, str(tmp_path / "two"))
     for found, log in [trainer_log(None, str(tmp_path / "one")), *outcomes]:

@@ -13,8 +13,7 @@ from tests.problems_nn import Buffered, batch, bits, network, said, two_losses
 
 def by_backward(parameters, forward):
     """The witness: for every loss its own forward pass and `loss.backward()`."""
-    parameters = list(parameters)
-    rows = []
+    parameters, rows = list(parameters), []
     for i in range(len(forward())):
         for p in parameters:
             p.grad = None
@@ -25,27 +24,13 @@ def by_backward(parameters, forward):
     return rows
 
 
-def shared_graph(forward):
-    return forward()
-
-
-def own_graphs(forward):
-    return [forward()[i] for i in range(len(forward()))]
-
-
-def callables(forward):
-    return [lambda i=i: forward()[i] for i in range(len(forward()))]
-
-
-def callable_last(forward):
-    return [*forward()[:-1], lambda: forward()[-1]]
-
-
-def callable_first(forward):
-    return [lambda: forward()[0], *forward()[1:]]
-
-
-FORMS = [shared_graph, own_graphs, callables, callable_last, callable_first]
+FORMS = {
+    "shared graph": lambda forward: forward(),
+    "own graphs": lambda forward: [forward()[i] for i in range(len(forward()))],
+    "callables": lambda forward: [lambda i=i: forward()[i] for i in range(len(forward()))],
+    "callable last": lambda forward: [*forward()[:-1], lambda: forward()[-1]],
+    "callable first": lambda forward: [lambda: forward()[0], *forward()[1:]],
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -58,28 +43,21 @@ def test_equals_one_backward_pass_per_loss_bit_for_bit(form, dtype):
 
     expected = by_backward(model.parameters(), forward)
     assert expected[2][3] is None, "the third loss does not reach the last layer"
-    found = per_loss_gradients(form(forward), list(model.parameters()))
+    found = per_loss_gradients(FORMS[form](forward), model.parameters())
     assert bits(found) == bits(expected)
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_parameters_may_be_a_generator():
-    model = network()
-    expected = by_backward(model.parameters(), lambda: two_losses(model, batch(0)))
-    found = per_loss_gradients(two_losses(model, batch(0)), model.parameters())
-    assert bits(found) == bits(expected)
-
-
 def test_absent_loss_is_a_row_of_none_wherever_it_stands():
+    """And a loss that stands twice has its row twice."""
     model = network()
+    first, second = by_backward(model.parameters(), lambda: two_losses(model, batch(0)))
     for absent in range(3):
         losses = two_losses(model, batch(0))
         losses.insert(absent, None)
-        found = per_loss_gradients(losses, list(model.parameters()))
+        found = per_loss_gradients([*losses, losses[0 if absent else 1]], list(model.parameters()))
         assert found.pop(absent) == [None] * 4
-        assert bits(found) == bits(
-            by_backward(model.parameters(), lambda: two_losses(model, batch(0)))
-        )
+        assert bits(found) == bits([first, second, first])
 
 
 def test_frozen_and_unreached_parameters_are_none():
@@ -101,24 +79,12 @@ def test_tied_weights_get_the_sum_over_their_uses():
     torch.testing.assert_close(row[0], expected)
 
 
-def test_the_same_loss_twice():
-    model = network()
-    loss = two_losses(model, batch(0))[0]
-    first, second = per_loss_gradients([loss, loss], list(model.parameters()))
-    assert bits(first) == bits(second)
-
-
-@pytest.mark.parametrize(
-    "parameter",
-    [torch.tensor(2.0), torch.randn(4, 3).T, torch.randn(2, 3, 4, 4), torch.empty(0)],
-    ids=["0-dim", "transposed", "channels_last", "empty"],
-)
-def test_any_shape_and_memory_format(parameter):
-    if parameter.dim() == 4:
-        parameter = parameter.to(memory_format=torch.channels_last)
-    x = nn.Parameter(parameter)
-    (row,) = per_loss_gradients([(x**2).sum()], [x])
-    assert torch.equal(row[0], 2 * x.detach())
+def test_any_shape_and_memory_format():
+    images = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    for value in (torch.tensor(2.0), torch.randn(4, 3).T, images, torch.empty(0)):
+        x = nn.Parameter(value)
+        (row,) = per_loss_gradients([(x**2).sum()], [x])
+        assert torch.equal(row[0], 2 * x.detach())
 
 
 def test_hooks_on_the_accumulation_of_grad_do_not_run_and_hooks_on_tensors_do():
@@ -129,9 +95,6 @@ def test_hooks_on_the_accumulation_of_grad_do_not_run_and_hooks_on_tensors_do():
     rows = per_loss_gradients([x.sum(), 3 * x.sum()], [x])
     assert calls == ["tensor", "tensor"]
     assert [row[0].tolist() for row in rows] == [[2, 2], [6, 6]]
-
-
-# When graphs are freed
 
 
 class HoldsOn(torch.autograd.Function):
@@ -203,9 +166,6 @@ def test_gradient_survives_the_forward_of_the_next_callable(first):
     assert [row[0].tolist() for row in rows] == [[1, 1], [2, 2]]
 
 
-# Activation checkpointing
-
-
 class Checkpointed(nn.Module):
     """A language model in small: embedding, checkpointed block, head."""
 
@@ -217,31 +177,27 @@ class Checkpointed(nn.Module):
         self.head = nn.Linear(4, 2)
         self.use_reentrant = use_reentrant
 
-    def forward(self, tokens):
+    def losses(self):
+        tokens = torch.arange(5)
         if self.embedding is None:  # an input that needs no gradients: torch itself would warn
             h = nn.functional.one_hot(tokens, 5)[:, :4].float().requires_grad_()
         else:
             h = self.embedding(tokens)
         if self.use_reentrant is None:
-            return self.head(self.block(h))
-        return self.head(checkpoint(self.block, h, use_reentrant=self.use_reentrant))
-
-    def losses(self):
-        out = self(torch.arange(5))
+            h = self.block(h)
+        else:
+            h = checkpoint(self.block, h, use_reentrant=self.use_reentrant)
+        out = self.head(h)
         return [out[:, 0].square().mean(), out[:, 1].exp().mean()]
 
 
 @pytest.mark.parametrize("embed", [True, False], ids=["after an embedding", "first layers"])
-def test_reentrant_checkpoint_is_an_error_with_advice(embed):
+def test_reentrant_checkpoint_is_an_error_with_advice_and_others_change_nothing(embed):
     model = Checkpointed(use_reentrant=True, embed=embed)
     opt = CAGradClip(torch.optim.SGD(model.parameters(), 0.1), [0.5, 0.5])
     with pytest.raises(RuntimeError, match=r"loss '0'.*use_reentrant=False"):
         opt.backward(model.losses())
     assert all(p.grad is None for p in model.parameters())
-
-
-@pytest.mark.parametrize("embed", [True, False], ids=["after an embedding", "first layers"])
-def test_other_checkpoints_change_nothing(embed):
     grads = []
     for use_reentrant in (None, False):
         model = Checkpointed(use_reentrant, embed=embed)
@@ -249,24 +205,21 @@ def test_other_checkpoints_change_nothing(embed):
     assert grads[0] == grads[1]
 
 
-# Compiled models
-
-
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("form", [shared_graph, callables])
-def test_compiled_model_with_donated_buffers_off(backend, form):
+def test_compiled_model_with_donated_buffers_off(backend):
     torch.compiler.reset()
     model = network()
     compiled = torch.compile(model, backend=backend)
     expected = by_backward(model.parameters(), lambda: two_losses(model, batch(0)))
     with torch._functorch.config.patch(donated_buffer=False):  # the name that the remedy gives
-        losses = form(lambda: two_losses(compiled, batch(0)))
-        found = per_loss_gradients(losses, list(model.parameters()))
-    torch.testing.assert_close(found, expected)
+        for form in ("shared graph", "callables"):
+            losses = FORMS[form](lambda: two_losses(compiled, batch(0)))
+            found = per_loss_gradients(losses, list(model.parameters()))
+            torch.testing.assert_close(found, expected)
 
 
 def test_donated_buffers_are_named_with_their_remedy(monkeypatch):
-    """What a compiled model says in the first of several backward passes on a GPU."""
+    """A compiled model says this in the first of several backward passes on a GPU."""
     text = (
         "This backward function was compiled with non-empty donated buffers which requires "
         "create_graph=False and retain_graph=False."
@@ -279,31 +232,20 @@ def test_donated_buffers_are_named_with_their_remedy(monkeypatch):
     model = network()
     with pytest.raises(RuntimeError) as caught:
         per_loss_gradients(two_losses(model, batch(0)), list(model.parameters()))
-    message = said(caught.value)
-    assert text in message
-    assert "torch._functorch.config.donated_buffer = False" in message
-    assert "callables" in message
+    for words in (text, "torch._functorch.config.donated_buffer = False", "callables"):
+        assert words in said(caught.value)
 
 
-# The graph is kept on request
-
-
-RETAINING = ["dense", "ghost", "per_example", "representation", "subset", "gram_every"]
-
-
-@pytest.mark.parametrize("mode", RETAINING)
+@pytest.mark.parametrize(
+    "mode", ["dense", "ghost", "per_example", "representation", "subset", "gram_every"]
+)
 def test_retain_graph(mode):
     """The same losses serve twice, whether one pass or several go through their graph."""
     model, plain = network(), network()
+    options = {"per_example": {"model": model}, "gram_every": {"gram_every": 3}}.get(mode, {})
     kind = {"gram_every": "dense", "subset": list(model[2].parameters())}.get(mode, mode)
-    opt = CAGradClip(
-        torch.optim.SGD(model.parameters(), 0.1),
-        [0.6, 0.4],
-        c=0.0,
-        gradients=kind,
-        gram_every=3 if mode == "gram_every" else 1,
-        **({"model": model} if mode == "per_example" else {}),
-    )
+    inner = torch.optim.SGD(model.parameters(), 0.1)
+    opt = CAGradClip(inner, [0.6, 0.4], c=0.0, gradients=kind, **options)
     z = model(batch(0)).sum(1)
     losses = [z.square().mean(), z.sin().sum()]
     through = {"per_example": {"scalars": z}, "representation": {"representation": z}}.get(mode, {})

@@ -13,7 +13,6 @@ import pytest
 
 from raco_optim.step_log import jsonl
 
-ROOT = Path(__file__).parent.parent
 RECORDS = [{"a": 1.5, "ç": ["x", None]}, {"b": {"c": True}}, {"d": "\n"}]
 
 
@@ -48,12 +47,11 @@ def test_numbers_that_json_lacks_become_words_that_float_reads(path):
 def test_a_nan_in_a_record_is_refused(path, word):
     write(path)
     before = path.read_bytes()
-    with pytest.raises(ValueError), jsonl.Appender(path) as file:
-        file.append({"x": [float(word)]})
+    with pytest.raises(ValueError):
+        write(path, [{"x": [float(word)]}])
     assert path.read_bytes() == before
-    value = b'{"x": ' + word.encode()
-    for line in (value + b"}\n", value + b"}", value + b', "cut sho'):  # the last line, too
-        path.write_bytes(before + line)
+    for end in (b"}\n", b"}", b', "cut sho'):  # the last line, too
+        path.write_bytes(before + b'{"x": ' + word.encode() + end)
         with pytest.raises(jsonl.BadLine, match=f"^{word} is not JSON") as raised:
             jsonl.read(path)
         assert raised.value.number == 4
@@ -133,20 +131,21 @@ def test_sync_waits_for_this_file(path, monkeypatch):
 SCRIPT = """
 import sys
 from pathlib import Path
-from raco_optim.step_log import jsonl
+import jsonl
 
 with jsonl.Appender(Path(sys.argv[1])) as file:
-    print("ready", flush=True)
     for i in range(10**9):
         file.append({"i": i, "text": "x" * 100_000})
+        if i == 0:
+            print("ready", flush=True)
 """
 
 
 def test_a_killed_process_leaves_whole_lines_and_at_most_one_torn(path):
+    """The module imports the standard library alone, so that the process starts at once."""
+    folder = str(Path(jsonl.__file__).parent)
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(path)],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", SCRIPT, str(path)], stdout=subprocess.PIPE, cwd=folder
     )
     process.stdout.readline()
     time.sleep(0.05)

@@ -2,9 +2,8 @@
 
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import datasets
 import pytest
@@ -25,18 +24,17 @@ PAGE = ROOT / "docs" / "migrating.md"
 
 
 class Diff(NamedTuple):
-    """What a page says before and after; `name` is its section, numbered from the second one on."""
+    """A diff of a page: its section, numbered from the second one on, and its two sides."""
 
     name: str
     before: str
     after: str
 
 
-def diffs(page: Path) -> Iterator[Diff]:
+def diffs(page):
     heading, count = "", 0
-    for found in re.finditer(
-        r"^## ([^\n]*)$|^```diff\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL
-    ):
+    parts = r"^## ([^\n]*)$|^```diff\n(.*?)^```$"
+    for found in re.finditer(parts, page.read_text(), re.MULTILINE | re.DOTALL):
         if found[1]:
             heading, count = found[1], 0
             continue
@@ -57,7 +55,7 @@ def test_every_diff_of_the_page_is_tested_below():
 # Training loops
 
 
-def run(source: str, steps: int, **names: Any) -> dict[str, Any]:
+def run(source, steps, **names):
     """Runs one side of a diff on a small network; returns its variables, and the parameters."""
     torch.manual_seed(0)
     trunk = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6))
@@ -65,13 +63,11 @@ def run(source: str, steps: int, **names: Any) -> dict[str, Any]:
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     data = [(torch.randn(16, 4), torch.randn(16, 2)) for _ in range(steps)]
     script = {"torch": torch, "trunk": trunk, "heads": heads, "model": model, "data": data} | names
-    vector = nn.utils.parameters_to_vector
-    before = {
-        name: vector(script[name].parameters()).detach() for name in ("trunk", "heads", "model")
-    }
+    vector, modules = nn.utils.parameters_to_vector, ("trunk", "heads", "model")
+    before = {name: vector(script[name].parameters()).detach() for name in modules}
     exec(compile(source, str(PAGE), "exec"), script)
-    after = {name: vector(script[name].parameters()).detach() for name in before}
-    return script | {f"moved {name}": after[name] - before[name] for name in before}
+    after = {name: vector(script[name].parameters()).detach() for name in modules}
+    return script | {f"moved {name}": after[name] - before[name] for name in modules}
 
 
 @pytest.mark.parametrize(
@@ -119,14 +115,14 @@ def test_our_side_of_libmtl_trains_and_theirs_is_python():
 # Language models
 
 
-def trl_sides() -> dict[str, str]:
+def trl_sides():
     [diff] = [diff for diff in diffs(README) if "DPOTrainer" in diff.before]
     return {"TRL": diff.before, "RACO": diff.after}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of TRL: dispatch, names of adapters
 @pytest.mark.parametrize("side", ["TRL", "RACO"])
-def test_script_trains(side: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_script_trains(side, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TQDM_DISABLE", "1")
     model = tiny_model()
@@ -143,7 +139,7 @@ def test_script_trains(side: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert adapters and all(torch.any(p != 0) for p in adapters)
 
 
-def test_diff_changes_the_import_and_one_line() -> None:
+def test_diff_changes_the_import_and_one_line():
     trl, raco = (side.splitlines() for side in trl_sides().values())
     imports = [line for line in raco if line.startswith("from raco_optim.integrations.trl import")]
     assert [line for line in trl if line not in raco] == ["from trl import DPOConfig, DPOTrainer"]
@@ -151,7 +147,7 @@ def test_diff_changes_the_import_and_one_line() -> None:
     assert added == ['    weights={"helpful": 0.7, "harmless": 0.3},']
 
 
-def command() -> list[str]:
+def command():
     name, *arguments = shlex.split(DIFFS["The paper's code"].after.replace("\\\n", " "))
     assert name == "raco-optim"
     return arguments
@@ -177,7 +173,7 @@ def test_command_in_place_of_the_papers_script_aligns(tmp_path, monkeypatch):
     assert '"gradient_accumulation_steps": 4' in settings
 
 
-def in_place_of(option: str) -> str:
+def in_place_of(option):
     """The right column of the table of options."""
     [row] = [line for line in PAGE.read_text().splitlines() if line.startswith(f"| `{option}`")]
     return re.search(r"`([^`]*)`", row.split("|")[2])[1]

@@ -58,14 +58,10 @@ def test_step_waits_for_nothing(name):
 
 @pytest.mark.parametrize("losses", ["both parts", "heads only"])
 def test_neither_does_one_with_heads(losses):
-    model, _ = on_meta(CAGradClip)
-    opt = CAGradClip(
-        torch.optim.AdamW(model.parameters()),
-        [0.5, 0.5],
-        solver="pgd",
-        shared_parameters=model.trunk.parameters(),
-        **PROPAGATE,
-    )
+    with torch.device("meta"):
+        model = Net()
+    inner, shared = torch.optim.AdamW(model.parameters()), model.trunk.parameters()
+    opt = CAGradClip(inner, [0.5, 0.5], solver="pgd", shared_parameters=shared, **PROPAGATE)
     if losses == "both parts":
         opt.backward(model.losses(2))
     else:
@@ -85,7 +81,7 @@ def test_neither_does_one_with_heads(losses):
     ],
     ids=["exact", "slsqp", "raise", "skip", "MGDA"],
 )
-def test_what_the_documentation_says_waits_does(make, kwargs):
+def test_it_waits_where_the_documentation_says_so(make, kwargs):
     """So that the test above would notice."""
     model, opt = on_meta(make, **kwargs)
     with pytest.raises(NO_VALUE):
@@ -93,7 +89,7 @@ def test_what_the_documentation_says_waits_does(make, kwargs):
 
 
 class Copies(TorchDispatchMode):
-    """Counts what would fetch a value from a device, where the CPU plays the device."""
+    """Counts operations that would fetch a value from a device; here the CPU plays the device."""
 
     def __init__(self):
         super().__init__()
@@ -113,19 +109,15 @@ class Copies(TorchDispatchMode):
 def test_no_number_is_fetched_alone(solver, nonfinite):
     """One copy of a small matrix where a host needs it, and never one number after the other."""
     model = network()
-    opt = CAGradClip(
-        torch.optim.AdamW(model.parameters(), foreach=True),
-        [0.6, 0.4],
-        solver=solver,
-        nonfinite=nonfinite,
-    )
+    inner = torch.optim.AdamW(model.parameters(), foreach=True)
+    opt = CAGradClip(inner, [0.6, 0.4], solver=solver, nonfinite=nonfinite)
     losses = two_losses(model, batch(0))
     with Copies() as copies:
         opt.backward(losses)
     assert copies.scalars == 0
 
 
-# name -> (what is passed as `gram`, steps that one Gram matrix serves)
+# name -> (mode, steps that one Gram matrix serves)
 APPROXIMATIONS = {
     "representation": ("representation", 1),
     "subset": ("subset", 1),
@@ -150,11 +142,10 @@ def backward_of(model, opt, gram, x):
 @pytest.mark.parametrize(
     ("name", "steps", "with_heads", "rule"),
     # The solver's fixed number of iterations takes a second of a step on the meta device.
-    [("representation", 1, True, None), ("subset", 1, False, None), ("gram_every", 2, True, None)]
-    + [
-        (name, 5, with_heads, inverse_norms)
-        for name in APPROXIMATIONS
-        for with_heads in (False, True)
+    [
+        ("subset", 1, False, None),
+        ("gram_every", 2, True, None),
+        *[(name, 5, k % 2 == 0, inverse_norms) for k, name in enumerate(APPROXIMATIONS)],
     ],
 )
 def test_neither_does_an_approximation(name, steps, with_heads, rule):

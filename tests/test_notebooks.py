@@ -18,16 +18,16 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
-def cells(path: Path) -> list[dict[str, Any]]:
+def cells(path):
     return json.loads(path.read_text())["cells"]
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
-def notebook(request: pytest.FixtureRequest) -> Path:
+def notebook(request):
     return request.param
 
 
-def assert_alike(printed: str, stored: str) -> None:
+def assert_alike(printed, stored):
     """The same words, and numbers that differ by no more than rounding in training does."""
     assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", stored).split()
     pairs = zip(NUMBER.findall(printed), NUMBER.findall(stored), strict=True)
@@ -39,9 +39,7 @@ def assert_alike(printed: str, stored: str) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_cells_run_and_print_what_is_stored(
-    notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cells_run_and_print_what_is_stored(notebook, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TQDM_DISABLE", "1")
     namespace: dict[str, Any] = {"__name__": "__main__"}
@@ -59,7 +57,7 @@ def test_cells_run_and_print_what_is_stored(
             plt.close("all")
 
 
-def test_notebooks_are_small_and_their_links_lead_somewhere() -> None:
+def test_notebooks_are_small_and_their_links_lead_somewhere():
     assert len(NOTEBOOKS) == 2
     assert sum(path.stat().st_size for path in NOTEBOOKS) < 300_000
     for path in NOTEBOOKS:

@@ -1,6 +1,7 @@
 """Checkpoints, copies and the state hooks of the wrapper: nothing is lost, nothing is shared."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -26,21 +27,13 @@ from tests.problems_nn import (
     two_losses,
 )
 
-COPIES = pytest.mark.parametrize(
-    "duplicate",
-    [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))],
-    ids=["deepcopy", "pickle"],
-)
-
-
-@pytest.fixture(params=INNER)
-def inner(request):
-    return INNER[request.param]
-
-
-@pytest.fixture(params=WRAPPERS)
-def wrap(request):
-    return WRAPPERS[request.param]
+DUPLICATES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+}
+COPIES = pytest.mark.parametrize("duplicate", DUPLICATES.values(), ids=DUPLICATES)
+# Every inner optimizer and every wrapper, in pairs.
+PAIRS = list(zip(INNER, itertools.cycle(WRAPPERS)))
 
 
 def run(model, opt, schedule, steps):
@@ -51,17 +44,22 @@ def run(model, opt, schedule, steps):
 
 def start(inner, wrap):
     model = network()
-    opt = wrap(inner(model.parameters()))
+    opt = WRAPPERS[wrap](INNER[inner](model.parameters()))
     return model, opt, lr_scheduler.ExponentialLR(opt, 0.9)
 
 
+def started(inner, wrap, steps=2):
+    parts = start(inner, wrap)
+    run(*parts, range(steps))
+    return parts
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("wrap", WRAPPERS)
 def test_resumed_run_is_equal_in_every_bit(inner, wrap):
-    whole = start(inner, wrap)
-    run(*whole, range(3))
+    whole, resumed = started(inner, wrap, 3), start(inner, wrap)
     checkpoint = through_a_file([part.state_dict() for part in whole])
     run(*whole, range(3, 6))
-
-    resumed = start(inner, wrap)
     for part, state in zip(resumed, checkpoint, strict=True):
         part.load_state_dict(state)
     assert bits(resumed[1].state_dict()) == bits(checkpoint[1])
@@ -72,23 +70,22 @@ def test_resumed_run_is_equal_in_every_bit(inner, wrap):
     assert resumed[2].get_last_lr() == whole[2].get_last_lr()
 
 
+@pytest.mark.parametrize("inner", INNER)
 def test_state_holds_the_inner_moments_and_the_wrappers_settings(inner):
-    model, opt, schedule = start(inner, WRAPPERS["CAGradClip"])
-    run(model, opt, schedule, range(2))
+    _, opt, _ = started(inner, "CAGradClip")
     opt.weights, opt.c = [0.1, 0.9], 0.25
-    state = opt.state_dict()
-    plain = opt.optimizer.state_dict()
+    state, plain = opt.state_dict(), opt.optimizer.state_dict()
     assert bits(state["state"]) == bits(plain["state"]) != {}
     assert bits(state["param_groups"]) == bits(plain["param_groups"])
-    _, other, _ = start(inner, WRAPPERS["CAGradClip"])
+    _, other, _ = start(inner, "CAGradClip")
     other.load_state_dict(through_a_file(state))
     assert (other.weights, other.c) == ((0.1, 0.9), 0.25)
 
 
-def test_what_is_set_after_loading_reaches_the_inner_optimizer(inner, wrap):
+@pytest.mark.parametrize(("inner", "wrap"), PAIRS)
+def test_settings_after_loading_reach_the_inner_optimizer(inner, wrap):
     """Loading rebinds the parameter groups: a wrapper that kept the old list steers a dead copy."""
-    model, opt, schedule = start(inner, wrap)
-    run(model, opt, schedule, range(2))
+    _, opt, schedule = started(inner, wrap)
     opt.load_state_dict(opt.state_dict())
     for group in opt.param_groups:
         group["lr"] = 0.5
@@ -96,31 +93,29 @@ def test_what_is_set_after_loading_reaches_the_inner_optimizer(inner, wrap):
     assert opt.optimizer.param_groups[0]["lr"] == pytest.approx(0.45)
 
 
-def test_checkpoint_of_a_plain_optimizer_is_loaded(inner, wrap):
-    model, opt, schedule = start(inner, wrap)
-    run(model, opt, schedule, range(2))
-    plain = through_a_file(opt.optimizer.state_dict())
-    fresh = wrap(inner(network().parameters()))
+@pytest.mark.parametrize(("inner", "wrap"), PAIRS)
+def test_checkpoints_go_to_a_plain_optimizer_and_come_from_one(inner, wrap):
+    _, opt, _ = started(inner, wrap)
+    saved = through_a_file(opt.optimizer.state_dict())
+    _, fresh, _ = start(inner, wrap)
     settings = fresh.weights
-    fresh.load_state_dict(plain)
-    assert bits(fresh.optimizer.state_dict()) == bits(plain)
+    fresh.load_state_dict(saved)
     assert fresh.weights == settings
-
-
-def test_checkpoint_of_the_wrapper_is_loaded_by_a_plain_optimizer(inner, wrap):
-    model, opt, schedule = start(inner, wrap)
-    run(model, opt, schedule, range(2))
-    plain = inner(network().parameters())
+    plain = INNER[inner](network().parameters())
     plain.load_state_dict(through_a_file(opt.state_dict()))
-    assert bits(plain.state_dict()) == bits(opt.optimizer.state_dict())
+    expected = bits(opt.optimizer.state_dict())
+    assert bits(fresh.optimizer.state_dict()) == bits(plain.state_dict()) == expected
 
 
 @COPIES
-@pytest.mark.parametrize("name", sorted(INNER.keys() - {"LBFGS"}))  # torch's copy of it cannot step
-def test_copies_go_on_alike_and_apart(name, wrap, duplicate):
+@pytest.mark.parametrize(
+    ("inner", "wrap"),
+    # Torch's copy of LBFGS cannot step.
+    [pair for pair in [*PAIRS, ("SGD", "rule"), ("AdamW", "rule")] if pair[0] != "LBFGS"],
+)
+def test_copies_go_on_alike_and_apart(inner, wrap, duplicate):
     """Model, optimizer and scheduler are copied together, in the middle of an accumulation."""
-    original = start(INNER[name], wrap)
-    run(*original, range(2))
+    original = started(inner, wrap)
     model, opt, _ = original
     opt.register_step_post_hook(lambda *_: None)  # cannot be pickled, and is not, as in torch
     opt.zero_grad()
@@ -129,11 +124,10 @@ def test_copies_go_on_alike_and_apart(name, wrap, duplicate):
     before = everything(*twin[:2])
     assert before == everything(model, opt)
 
-    for model, opt, _ in (original, twin):
+    for model, opt, schedule in (original, twin):
         opt.backward(as_asked(opt, two_losses(model, batch(3))))
         opt.step()
-    run(*original, range(4, 6))
-    run(*twin, range(4, 6))
+        run(model, opt, schedule, range(4, 6))
     assert everything(*original[:2]) == everything(*twin[:2]) != before
     run(*twin, range(6, 7))
     assert everything(*original[:2]) != everything(*twin[:2])
@@ -141,19 +135,16 @@ def test_copies_go_on_alike_and_apart(name, wrap, duplicate):
 
 @COPIES
 def test_copies_know_their_shared_parameters(duplicate):
-    """A set of `id`s would be that of the original's parameters."""
+    """A set of `id`s would name the parameters of the original."""
     model = network()
-    opt = CAGradClip(
-        INNER["AdamW"](model.parameters()), [0.6, 0.4], shared_parameters=model[0].parameters()
-    )
+    inner, shared = INNER["AdamW"](model.parameters()), model[0].parameters()
+    opt = CAGradClip(inner, [0.6, 0.4], shared_parameters=shared)
     twin, twin_opt = duplicate((model, opt))
     train_step(opt, model, batch(0))
     train_step(twin_opt, twin, batch(0))
     assert opt.report.gram.trace() > 0
-    same_gram = torch.equal(twin_opt.report.gram, opt.report.gram)
-    assert same_gram
-    same = everything(twin, twin_opt) == everything(model, opt)
-    assert same
+    assert bits(twin_opt.report.gram) == bits(opt.report.gram)
+    assert everything(twin, twin_opt) == everything(model, opt)
 
 
 def test_state_hooks_fire_with_the_wrapper():
@@ -178,15 +169,13 @@ def test_state_hooks_fire_with_the_wrapper():
     assert state["param_groups"][0]["lr"] == 0.02, "the caller's dictionary is not touched"
 
 
-@pytest.mark.parametrize("name", sorted(INNER.keys() - {"LBFGS"}))  # its state is not per parameter
-def test_distributed_checkpoint_functions(name, wrap):
+@pytest.mark.parametrize(("inner", "wrap"), PAIRS[:-1])  # LBFGS's state is not per parameter
+def test_distributed_checkpoint_functions(inner, wrap):
     """They call step(closure=None) before any backward, with zero gradients and lr = 0."""
-    model, opt, schedule = start(INNER[name], wrap)
-    run(model, opt, schedule, range(2))
+    model, opt, _ = started(inner, wrap)
     saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
-    other = network()
+    other, fresh, _ = start(inner, wrap)
     other.load_state_dict(model.state_dict())
-    fresh = wrap(INNER[name](other.parameters()))
     set_optimizer_state_dict(other, fresh, saved)
     moments = [list(state.values()) for state in opt.state.values()]
     assert bits([list(state.values()) for state in fresh.state.values()]) == bits(moments)
@@ -206,9 +195,10 @@ def test_named_parameters_are_saved_by_name():
 
 def test_number_of_skipped_steps_is_part_of_the_state():
     x = nn.Parameter(torch.ones(2))
-    opt = CAGradClip(torch.optim.SGD([x], 0.1), [0.5, 0.5], nonfinite="skip")
+    opt, other = (
+        CAGradClip(torch.optim.SGD([x], 0.1), [0.5, 0.5], nonfinite="skip") for _ in range(2)
+    )
     opt.backward([x.sum() * torch.nan, x.prod()])
-    other = CAGradClip(torch.optim.SGD([x], 0.1), [0.5, 0.5], nonfinite="skip")
     other.load_state_dict(opt.state_dict())
     other.backward([x.sum(), x.prod()])
     assert other.report.skipped == 1

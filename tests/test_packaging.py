@@ -12,7 +12,6 @@ import sys
 import tarfile
 import textwrap
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,30 +43,28 @@ sys.meta_path[:] = map(Hiding, sys.meta_path)
 """
 
 
-def names_without_extras(requirements: Iterable[str]) -> set[str]:
+def names_without_extras(requirements):
+    found = map(Requirement, requirements)
     return {
         canonicalize_name(r.name)
-        for r in map(Requirement, requirements)
+        for r in found
         if r.marker is None or r.marker.evaluate({"extra": ""})
     }
 
 
-def optional_modules() -> set[str]:
+def optional_modules():
     """Top-level modules that are installed here, but not by the core requirements or theirs."""
-    core: set[str] = set()
-    pending = set(CORE)
+    core, pending = set(), set(CORE)
     while pending:
         name = pending.pop()
         core.add(name)
         pending |= names_without_extras(importlib.metadata.requires(name) or []) - core
-    return {
-        module
-        for module, owners in importlib.metadata.packages_distributions().items()
-        if not core & {canonicalize_name(owner) for owner in owners}
-    } - {"raco_optim"}
+    owners = importlib.metadata.packages_distributions().items()
+    optional = {module for module, of in owners if not core & set(map(canonicalize_name, of))}
+    return optional - {"raco_optim"}
 
 
-def run_python(code: str, *arguments: str, path: Path) -> str:
+def run_python(code, *arguments, path):
     """Runs code in a fresh interpreter that finds raco_optim in `path`; returns what it printed."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *arguments],
@@ -81,7 +78,7 @@ def run_python(code: str, *arguments: str, path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def distributions(tmp_path_factory):
     """The folder with the source distribution, and the wheel that was built from it."""
     # A copy, since setuptools leaves build/ and *.egg-info where it works.
     source = shutil.copytree(
@@ -93,63 +90,48 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return source / "dist"
 
 
-def run_module(*arguments: str) -> None:
+def run_module(*arguments):
     done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
-def wheel(distributions: Path) -> zipfile.ZipFile:
+def wheel(distributions):
     (path,) = distributions.glob("*.whl")
     return zipfile.ZipFile(path)
 
 
 @pytest.fixture(scope="module")
-def metadata(wheel: zipfile.ZipFile) -> email.message.Message:
+def metadata(wheel):
     (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
     return email.parser.BytesParser().parsebytes(wheel.read(name))
 
 
-def package_files() -> set[str]:
-    sources = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("raco_optim/**/*.py")}
-    return sources | {"raco_optim/py.typed"}
-
-
-def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
-    files = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert files == package_files()
-
-
-def test_source_distribution_holds_the_package_and_how_to_build_it(distributions: Path) -> None:
+def test_distributions_hold_the_package_and_how_to_build_it(distributions, wheel):
     """And no tests: they import benchmarks and read the docs, which are in the repository."""
+    package = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("raco_optim/**/*.py")}
+    package.add("raco_optim/py.typed")
+    assert {name for name in wheel.namelist() if ".dist-info/" not in name} == package
     (path,) = distributions.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {member.name.partition("/")[2] for member in archive if member.isfile()}
-    own = {name for name in names if ".egg-info/" not in name}
     about = {"LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "pyproject.toml", "setup.cfg"}
-    assert own == package_files() | about
+    assert {name for name in names if ".egg-info/" not in name} == package | about
 
 
-def test_package_index_would_take_both(distributions: Path) -> None:
+def test_package_index_would_take_both(distributions):
     run_module("twine", "check", "--strict", *map(str, distributions.iterdir()))
 
 
-def test_wheel_carries_the_licence_and_the_readme(
-    wheel: zipfile.ZipFile, metadata: email.message.Message
-) -> None:
+def test_metadata_of_the_wheel(wheel, metadata):
     assert any(name.endswith("/LICENSE") for name in wheel.namelist())
     assert metadata["License-Expression"] == "MIT"
     readme = metadata.get_payload(decode=True).decode()
     assert readme.strip() == (ROOT / "README.md").read_text().strip()
-
-
-def test_core_requirements_are_torch_numpy_and_scipy(metadata: email.message.Message) -> None:
     assert names_without_extras(metadata.get_all("Requires-Dist")) == CORE
 
 
-def test_wheel_trains_with_nothing_but_the_core_requirements(
-    wheel: zipfile.ZipFile, tmp_path: Path
-) -> None:
+def test_wheel_trains_with_nothing_but_the_core_requirements(wheel, tmp_path):
     wheel.extractall(tmp_path)
     train = """
     import torch, raco_optim
@@ -168,41 +150,37 @@ def test_wheel_trains_with_nothing_but_the_core_requirements(
     assert output.strip() == str(tmp_path / "raco_optim" / "__init__.py")
 
 
-def test_import_loads_no_optional_package() -> None:
+def test_import_loads_nothing_optional_and_the_trainer_names_what_it_lacks():
     # What torch and SciPy import of their own accord where they find it is not ours.
     code = """
-    import sys, torch, numpy, scipy.optimize
+    import torch, numpy, scipy.optimize
 
     before = set(sys.modules)
     import raco_optim
 
     print(*set(sys.modules) - before)
+    for package in ("trl", "datasets"):
+        sys.argv[1:] = [package]
+        try:
+            import raco_optim.integrations.trl
+        except ImportError as error:
+            print(error)
     """
-    loaded = {name.partition(".")[0] for name in run_python(code, path=ROOT).split()}
+    loaded, *errors = run_python(HIDE + textwrap.dedent(code), path=ROOT).splitlines()
+    loaded = {name.partition(".")[0] for name in loaded.split()}
     assert "raco_optim" in loaded
     assert loaded & optional_modules() == set()
+    message = 'raco_optim.integrations.trl needs {}. Run: pip install "raco_optim[align]"'
+    assert errors == [message.format("trl"), message.format("datasets")]
 
 
-@pytest.mark.parametrize("package", ["trl", "datasets"])
-def test_the_trainer_names_the_package_it_lacks_and_its_extra(package: str) -> None:
-    code = """
-    try:
-        import raco_optim.integrations.trl
-    except ImportError as error:
-        print(error)
-    """
-    assert run_python(HIDE + textwrap.dedent(code), package, path=ROOT) == (
-        f'raco_optim.integrations.trl needs {package}. Run: pip install "raco_optim[align]"\n'
-    )
-
-
-def test_optional_packages_are_installed_here() -> None:
+def test_optional_packages_are_installed_here():
     # Or the two tests above would hold for no reason.
     optional = {"matplotlib", "moocore", "torchjd", "cvxpy", "tqdm", "transformers", "tokenizers"}
     assert optional <= optional_modules()
 
 
-def test_constraints_pin_every_requirement_within_its_bounds() -> None:
+def test_constraints_pin_every_requirement_within_its_bounds():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     config = configparser.ConfigParser()
@@ -219,19 +197,19 @@ def test_constraints_pin_every_requirement_within_its_bounds() -> None:
 WORKFLOWS = sorted((ROOT / ".github/workflows").iterdir())
 
 
-def jobs_of(workflow: Path) -> dict[str, dict[str, Any]]:
+def jobs_of(workflow):
     """Its jobs, by name."""
     found: dict[str, dict[str, Any]] = yaml.safe_load(workflow.read_text())["jobs"]
     return found
 
 
-def commands_of(workflow: Path) -> list[str]:
+def commands_of(workflow):
     return [
         step["run"] for job in jobs_of(workflow).values() for step in job["steps"] if "run" in step
     ]
 
 
-def test_workflows_run_on_the_pythons_of_the_classifiers(metadata: email.message.Message) -> None:
+def test_workflows_run_on_the_pythons_of_the_classifiers(metadata):
     named = set()
     for job in jobs_of(ROOT / ".github/workflows/ci.yml").values():
         named |= set(job.get("strategy", {}).get("matrix", {}).get("python", []))
@@ -243,7 +221,7 @@ def test_workflows_run_on_the_pythons_of_the_classifiers(metadata: email.message
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflows_run_what_is_here(workflow: Path) -> None:
+def test_workflows_run_what_is_here(workflow):
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([\w-]+):", makefile, flags=re.M))
     lines = [line for command in commands_of(workflow) for line in command.splitlines()]
@@ -257,9 +235,7 @@ def test_workflows_run_what_is_here(workflow: Path) -> None:
             assert not word.startswith("tests/") or (ROOT / word).is_file(), line
 
 
-def test_publishing_checks_the_tag_and_both_distributions(
-    metadata: email.message.Message,
-) -> None:
+def test_publishing_checks_the_tag_and_both_distributions(metadata):
     publish = ROOT / ".github/workflows/publish.yml"
     jobs, commands = jobs_of(publish), commands_of(publish)
     # YAML takes the key `on` for a truth value.

@@ -47,37 +47,29 @@ def of(*modules):
 def rows(model, parameters):
     """Per-loss gradients, ``[2, n]``, by ordinary backward passes; ``.grad`` stays as it is."""
     found = [
-        torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
         for loss in model.losses()
     ]
-    return torch.stack(
-        [
-            torch.cat(
-                [
-                    (torch.zeros_like(p) if g is None else g).reshape(-1)
-                    for p, g in zip(parameters, row, strict=True)
-                ]
-            )
-            for row in found
-        ]
-    )
+    return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in found])
 
 
 def flat(parameters):
     return torch.cat([p.grad.reshape(-1) for p in parameters])
 
 
-def check(opt, model, *, shared, heads, gram_from=None, **options):
+def check(opt, model, *, shared, heads, gram_from=None):
     """One step: `shared` get the corrected gradient, `heads` the weighted one, others none."""
     model.zero_grad()
-    opt.backward(model.losses(), **options)
+    opt.backward(model.losses())
+    check_gradients(model, shared, heads, gram_from)
+
+
+def check_gradients(model, shared, heads, gram_from=None):
     w = torch.tensor(WEIGHTS, dtype=DOUBLE)
-    alpha = w
     if shared:
         J = rows(model, shared)
-        alpha = clipped_alpha(
-            J if gram_from is None else rows(model, gram_from), WEIGHTS, C, "hard"
-        )
+        H_from = J if gram_from is None else rows(model, gram_from)
+        alpha = clipped_alpha(H_from, WEIGHTS, C, "hard")
         assert (alpha - w).abs().max() > 0.05, "else nothing would tell shared from not"
         torch.testing.assert_close(flat(shared), alpha @ J, rtol=1e-8, atol=1e-10)
     if heads:
@@ -94,61 +86,91 @@ def per_module(*modules, **keys):
     return [{"params": list(module.parameters()), **keys} for module in modules]
 
 
-# --- Groups that go, and come back ---------------------------------------------------------------
-
-
-def test_removed_group():
+def three_groups(**options):
+    """A model, and an optimizer with a group for each layer, whose trunk is listed as shared."""
     model = Net()
-    opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
+    groups = per_module(model.a, model.b, model.h)
+    return model, wrapped(groups, of(model.a, model.b), **options)
+
+
+def whole_trunk(opt, model):
+    """One step in which all of the trunk is shared."""
     check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+
+
+def replace(model, name, opt):
+    """Puts a new tensor in the place of another one, in the module and in its group."""
+    module, attribute = model.get_submodule(name.split(".")[0]), name.split(".")[1]
+    old = getattr(module, attribute)
+    new = nn.Parameter(old.detach().clone())
+    setattr(module, attribute, new)
+    for group in opt.param_groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    return weakref.ref(old)
+
+
+UNHELD = pytest.mark.filterwarnings("ignore:the losses depend on")
+
+
+@UNHELD
+@pytest.mark.parametrize("with_subset", [False, True])
+def test_roles_through_every_change(with_subset):
+    """Those of `gradients=<parameters>`, too: H is that of the same tensors, wherever they are."""
+    model = Net()
+    groups, listed = per_module(model.a, model.b, model.h), of(model.a, model.b)
+    subset = {"gradients": [model.b.weight, model.h.bias]} if with_subset else {}
+    opt = wrapped(groups, listed, **subset)
+
+    def checked(trunk="ab", head=("weight", "bias")):
+        shared = of(*(model.get_submodule(name) for name in trunk))
+        heads = [getattr(model.h, name) for name in head]
+        subset = [model.b.weight, *([model.h.bias] if "bias" in head else [])]
+        check(opt, model, shared=shared, heads=heads, gram_from=subset if with_subset else None)
+
+    checked()
     model.a.requires_grad_(False)
+    checked("b")
     del opt.param_groups[0]
-    check(opt, model, shared=of(model.b), heads=of(model.h))
-    assert opt.report.cosines is not None
-
-
-def test_removed_group_before_the_first_step():
-    model = Net()
-    opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
-    model.a.requires_grad_(False)
-    del opt.param_groups[0]
-    check(opt, model, shared=of(model.b), heads=of(model.h))
-
-
-def test_frozen_in_place_and_thawed():
-    model = Net()
-    opt = wrapped(of(model), of(model.a, model.b))
-    model.a.requires_grad_(False)
-    check(opt, model, shared=of(model.b), heads=of(model.h))
-    model.a.requires_grad_(True)
-    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
-    model.h.bias.requires_grad_(False)
-    check(opt, model, shared=of(model.a, model.b), heads=[model.h.weight])
-
-
-@pytest.mark.parametrize("steps_between", [0, 1])
-def test_tensors_that_leave_and_come_back(steps_between):
-    model = Net()
-    opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
-    gone = opt.param_groups.pop(0)
-    gone_head = opt.param_groups.pop(1)
-    for _ in range(steps_between):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that nobody holds the others
-            check(opt, model, shared=of(model.b), heads=[])
-    opt.add_param_group({"params": gone_head["params"]})
-    opt.add_param_group({"params": gone["params"]})
-    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
-
-
-def test_groups_in_another_order():
-    model = Net()
-    opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
+    checked("b")
     opt.param_groups.reverse()
-    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    checked("b")
+    opt.add_param_group({"params": model.a.requires_grad_(True).parameters()})
+    checked()
     for group in opt.param_groups:
         group["params"] = group["params"][::-1]
-    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    checked()
+    for name in ("b.weight", "a.weight"):
+        replace(model, name, opt)
+        checked()
+    opt.load_state_dict(opt.state_dict())
+    checked()
+    model.h.bias.requires_grad_(False)
+    checked(head=["weight"])
+    model.h.bias.requires_grad_(True)
+    model, opt = copy.deepcopy((model, opt))
+    checked()
+    model, opt = pickle.loads(pickle.dumps((model, opt)))
+    checked()
+    (k,) = (k for k, g in enumerate(opt.param_groups) if g["params"][-1] is model.h.weight)
+    gone = opt.param_groups.pop(k)
+    if not with_subset:
+        checked(head=())
+    opt.add_param_group({"params": gone["params"]})
+    checked()
+
+
+@pytest.mark.parametrize("come_back", [False, True])
+def test_groups_that_leave_before_the_first_step(come_back):
+    model, opt = three_groups()
+    gone, gone_head = opt.param_groups[::2]
+    model.a.requires_grad_(come_back)
+    del opt.param_groups[0]
+    if come_back:
+        del opt.param_groups[1]
+        opt.add_param_group({"params": gone_head["params"]})
+        opt.add_param_group({"params": gone["params"]})
+    check(opt, model, shared=of(model.a, model.b) if come_back else of(model.b), heads=of(model.h))
+    assert opt.report.cosines is not None
 
 
 def test_tensors_that_change_places_between_groups():
@@ -159,19 +181,18 @@ def test_tensors_that_change_places_between_groups():
     losses = model.losses
     model.losses = lambda: losses()[:2]
     opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
-    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    whole_trunk(opt, model)
     _, first, second = opt.param_groups
     first["params"], second["params"] = second["params"], first["params"]
-    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    whole_trunk(opt, model)
 
 
+@UNHELD
 def test_a_list_of_the_groups_parameters_is_assigned():
     model = Net()
     opt = wrapped([{"params": of(model)}], of(model.a, model.b))
     opt.param_groups[0]["params"] = [model.h.weight, model.h.bias, model.b.weight]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        check(opt, model, shared=[model.b.weight], heads=of(model.h))
+    check(opt, model, shared=[model.b.weight], heads=of(model.h))
 
 
 def test_groups_assigned_as_a_whole():
@@ -181,10 +202,7 @@ def test_groups_assigned_as_a_whole():
     model.a.requires_grad_(True)
     rest = {key: x for key, x in opt.param_groups[0].items() if key != "params"}
     opt.param_groups = [{**rest, "params": of(module)} for module in (model.h, model.a, model.b)]
-    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
-
-
-# --- Parameters that join ------------------------------------------------------------------------
+    whole_trunk(opt, model)
 
 
 def late(key=None, params=list, shared="listed"):
@@ -205,14 +223,14 @@ def late(key=None, params=list, shared="listed"):
 @pytest.mark.parametrize("params", [list, iter, tuple], ids=["list", "generator", "tuple"])
 def test_frozen_ones_that_were_listed_join_later(params):
     model, opt = late(params=params)
-    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    whole_trunk(opt, model)
 
 
 @pytest.mark.parametrize("key", [True, False])
 def test_a_new_group_says_whether_it_is_shared(key):
     model, opt = late(key, shared="not listed")
     if key:
-        check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+        whole_trunk(opt, model)
     else:
         check(opt, model, shared=of(model.b), heads=of(model.a, model.h))
 
@@ -223,25 +241,15 @@ def test_where_nothing_says_it_is_an_error_and_nothing_changes():
     opt = wrapped(of(model.b, model.h), of(model.b))
     model.a.requires_grad_(True)
     for params in (model.a.parameters(), of(model.a), model.a.weight):
-        group = {"params": params}
         with pytest.raises(ValueError, match=r'"shared": True.*False, for a head'):
-            opt.add_param_group(group)
+            opt.add_param_group({"params": params})
         assert len(opt.param_groups) == 1
-    model.a.requires_grad_(False)
-    check(opt, model, shared=of(model.b), heads=of(model.h))
-
-
-def test_behind_the_wrappers_back_it_is_an_error_too():
-    model = Net()
-    model.a.requires_grad_(False)
-    opt = wrapped(of(model.b, model.h), of(model.b))
-    model.a.requires_grad_(True)
-    opt.optimizer.add_param_group({"params": of(model.a)})
+    opt.optimizer.add_param_group({"params": of(model.a)})  # behind the wrapper's back
     with pytest.raises(ValueError, match="got a new parameter"):
         opt.backward(model.losses())
     assert all(p.grad is None for p in model.parameters())
     opt.param_groups[1]["shared"] = True  # the remedy
-    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    whole_trunk(opt, model)
 
 
 def test_a_single_tensor_and_named_parameters():
@@ -252,7 +260,7 @@ def test_a_single_tensor_and_named_parameters():
     check(opt, model, shared=of(model.b), heads=of(model.h))
     model.a.requires_grad_(True)
     opt.add_param_group({"params": model.a.named_parameters(prefix="a"), "shared": True})
-    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    whole_trunk(opt, model)
     assert opt.param_groups[2]["param_names"] == ["a.weight", "a.bias"]
 
     model = Net()
@@ -293,23 +301,16 @@ def test_all_frozen_at_first():
     check(opt, model, shared=of(trunk), heads=of(model.h))
 
 
-# --- The key "shared" ----------------------------------------------------------------------------
-
-
-def test_the_key_alone_decides():
-    model = Net()
-    opt = wrapped([*per_module(model.a, model.b), *per_module(model.h, shared=False)])
-    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
-
-
 def test_the_key_is_set_later_and_taken_away():
     model = Net()
+    opt = wrapped([*per_module(model.a, model.b), *per_module(model.h, shared=False)])
+    whole_trunk(opt, model)
     opt = wrapped(per_module(model.a, model.b, model.h))
     check(opt, model, shared=of(model), heads=[])
     opt.param_groups[2]["shared"] = False
-    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    whole_trunk(opt, model)
     del opt.param_groups[2]["shared"]  # a parameter keeps the role that it was given
-    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    whole_trunk(opt, model)
     opt.param_groups[2]["shared"] = True
     check(opt, model, shared=of(model), heads=[])
 
@@ -317,13 +318,9 @@ def test_the_key_is_set_later_and_taken_away():
 def test_a_parameter_moves_into_a_group_with_another_key():
     """The order of all parameters and the keys of all groups stay as they are."""
     model = Net()
-    opt = wrapped(
-        [
-            {"params": of(model.a, model.b), "shared": True},
-            {"params": of(model.h), "shared": False},
-        ]
-    )
-    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    trunk = {"params": of(model.a, model.b), "shared": True}
+    opt = wrapped([trunk, *per_module(model.h, shared=False)])
+    whole_trunk(opt, model)
     first, second = opt.param_groups
     second["params"] = [*first["params"][2:], *second["params"]]
     first["params"] = first["params"][:2]
@@ -352,20 +349,6 @@ def test_key_and_list_must_agree():
     check(opt, model, shared=of(model.a, model.h), heads=of(model.b))  # the key adds
 
 
-# --- Tensors that are replaced -------------------------------------------------------------------
-
-
-def replace(model, name, opt):
-    """Puts a new tensor in the place of another one, in the module and in its group."""
-    module, attribute = model.get_submodule(name.split(".")[0]), name.split(".")[1]
-    old = getattr(module, attribute)
-    new = nn.Parameter(old.detach().clone())
-    setattr(module, attribute, new)
-    for group in opt.param_groups:
-        group["params"] = [new if p is old else p for p in group["params"]]
-    return weakref.ref(old)
-
-
 @pytest.mark.parametrize("one_group", [True, False])
 def test_replaced_tensors_take_over_the_role(one_group):
     model = Net()
@@ -373,16 +356,15 @@ def test_replaced_tensors_take_over_the_role(one_group):
     opt = wrapped(groups, of(model.a, model.b))
     for name in ("a.weight", "h.bias", "b.weight", "h.weight", "a.weight"):
         replace(model, name, opt)
-        check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+        whole_trunk(opt, model)
 
 
 def test_old_tensors_are_freed_and_their_ids_mean_nothing():
-    model = Net()
-    opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
+    model, opt = three_groups()
     gone = []
     for _ in range(5):
         gone.append(replace(model, "a.weight", opt))
-        check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+        whole_trunk(opt, model)
     last = [weakref.ref(p) for p in opt.param_groups[0]["params"]]
     del opt.param_groups[0]
     model.a = nn.Identity()
@@ -397,37 +379,30 @@ def test_old_tensors_are_freed_and_their_ids_mean_nothing():
 
 
 def test_a_new_tensor_beside_the_old_one_is_no_replacement():
-    """The second goes, and a new one stands where the first was, which is still there."""
+    """A new tensor takes the place of one that is still in the group."""
     model = Net()
-    opt = wrapped(
-        [{"params": [model.a.weight, model.b.weight]}, *per_module(model.h)], [model.a.weight]
-    )
+    trunk = {"params": [model.a.weight, model.b.weight]}
+    opt = wrapped([trunk, *per_module(model.h)], [model.a.weight])
     new = nn.Parameter(torch.zeros(8, 8, dtype=DOUBLE))
     opt.param_groups[0]["params"] = [new, model.a.weight]
     with pytest.raises(ValueError, match=r"shape \[8, 8\]. Add .shared."):
         opt.backward(model.losses())
 
 
-def test_another_shape_in_the_same_place_is_no_replacement():
-    model = Net()
-    opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
-    model.h = nn.Linear(8, 3, dtype=DOUBLE)
-    opt.param_groups[2]["params"] = of(model.h)
-    with pytest.raises(ValueError, match=r"shape \[3, 8\]. Add .shared."):
-        opt.backward(list(model.h(model.x).square().mean(0)[:2]))
-
-
-def test_another_number_of_tensors_is_no_replacement():
+@pytest.mark.parametrize(("size", "bias"), [(3, True), (2, False)])
+def test_another_shape_or_number_of_tensors_is_no_replacement(size, bias):
     """An embedding that was resized, say: nothing tells it from another parameter."""
-    model = Net()
-    opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
-    model.h = nn.Linear(8, 2, bias=False, dtype=DOUBLE)
-    model.h.weight = nn.Parameter(torch.randn(2, 8, dtype=DOUBLE))
-    opt.param_groups[2]["params"] = [model.h.weight]  # another number: no place is the same
-    with pytest.raises(ValueError, match=r"shape \[2, 8\]. Add .shared."):
+    model, opt = three_groups()
+    model.h = nn.Linear(8, size, bias=bias, dtype=DOUBLE)
+    model.y = torch.randn(64, size, dtype=DOUBLE)
+    model.y[:, 1] = 0.3 * model.y[:, 1] - model.y[:, 0]
+    losses = model.losses
+    model.losses = lambda: losses()[:2]
+    opt.param_groups[2]["params"] = of(model.h)
+    with pytest.raises(ValueError, match=rf"shape \[{size}, 8\]. Add .shared."):
         opt.backward(model.losses())
     opt.param_groups[2]["shared"] = False
-    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    whole_trunk(opt, model)
 
 
 @pytest.mark.parametrize("swap", [True, False])
@@ -437,22 +412,18 @@ def test_modules_are_moved_and_cast_as_with_a_stock_optimizer(swap):
     try:
         model = Net()
         opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
-        check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+        whole_trunk(opt, model)
         opt.zero_grad()
         model.float()
         model.double()
-        check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+        whole_trunk(opt, model)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
 
 
-# --- Checkpoints and copies ----------------------------------------------------------------------
-
-
 def test_loaded_checkpoint():
     """Torch makes new group dicts when it loads."""
-    model = Net()
-    opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
+    model, opt = three_groups()
     state = copy.deepcopy(opt.state_dict())
     model.a.requires_grad_(False)
     opt.param_groups.pop(0)
@@ -460,8 +431,8 @@ def test_loaded_checkpoint():
         opt.load_state_dict(state)
     check(opt, model, shared=of(model.b), heads=of(model.h))
     opt.add_param_group({"params": of(model.a.requires_grad_(True))})
-    opt.load_state_dict({**state, "param_groups": state["param_groups"]})
-    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    opt.load_state_dict(state)
+    whole_trunk(opt, model)
 
 
 def test_a_checkpoint_keeps_the_key_of_a_group():
@@ -475,15 +446,22 @@ def test_a_checkpoint_keeps_the_key_of_a_group():
     assert model is not resumed
 
 
-def test_replaced_and_loaded_at_once_is_an_error():
+def test_replaced_before_loading_is_an_error():
     """New tensors in new groups: nothing says what they are, and no position is asked."""
-    model = Net()
-    opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
+    model, opt = three_groups()
     state = opt.state_dict()
     replace(model, "a.weight", opt)
     opt.load_state_dict(state)
     with pytest.raises(ValueError, match="got a new parameter"):
         opt.backward(model.losses())
+
+
+def test_replaced_right_after_loading():
+    model, opt = three_groups()
+    opt.load_state_dict(opt.state_dict())  # makes new groups
+    for name, _ in list(model.named_parameters()):
+        replace(model, name, opt)
+    whole_trunk(opt, model)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
@@ -510,90 +488,40 @@ def test_copies_know_frozen_removed_and_late_parameters(how):
         copied.add_param_group({"params": [nn.Parameter(torch.zeros(2, dtype=DOUBLE))]})
 
 
-# --- The parameters of an approximate Gram matrix ------------------------------------------------
-
-
-def test_subset_through_every_change():
-    """H of `gradients=<parameters>` is that of the same tensors, wherever they are."""
-    model = Net()
-    opt = wrapped(
-        per_module(model.a, model.b, model.h),
-        of(model.a, model.b),
-        gradients=[model.b.weight, model.h.bias],
-    )
-
-    def checked(subset, shared, heads):
-        check(opt, model, shared=shared, heads=heads, gram_from=subset)
-
-    checked([model.b.weight, model.h.bias], of(model.a, model.b), of(model.h))
-    model.a.requires_grad_(False)
-    del opt.param_groups[0]
-    checked([model.b.weight, model.h.bias], of(model.b), of(model.h))
-    opt.param_groups.reverse()
-    checked([model.b.weight, model.h.bias], of(model.b), of(model.h))
-    opt.add_param_group({"params": model.a.requires_grad_(True).parameters()})
-    checked([model.b.weight, model.h.bias], of(model.a, model.b), of(model.h))
-    replace(model, "b.weight", opt)
-    checked([model.b.weight, model.h.bias], of(model.a, model.b), of(model.h))
-    replace(model, "a.weight", opt)
-    checked([model.b.weight, model.h.bias], of(model.a, model.b), of(model.h))
-    opt.load_state_dict(opt.state_dict())
-    checked([model.b.weight, model.h.bias], of(model.a, model.b), of(model.h))
-    model.h.bias.requires_grad_(False)
-    checked([model.b.weight], of(model.a, model.b), [model.h.weight])
-    model.h.bias.requires_grad_(True)
-    model, opt = copy.deepcopy((model, opt))
-    checked([model.b.weight, model.h.bias], of(model.a, model.b), of(model.h))
-    model, opt = pickle.loads(pickle.dumps((model, opt)))
-    checked([model.b.weight, model.h.bias], of(model.a, model.b), of(model.h))
-    gone = [
-        k for k, g in enumerate(opt.param_groups) if any(p is model.b.weight for p in g["params"])
-    ]
-    group = opt.param_groups.pop(gone[0])
-    opt.add_param_group({"params": group["params"]})
-    checked([model.b.weight, model.h.bias], of(model.a, model.b), of(model.h))
-
-
 def test_subset_that_is_gone():
     model = Net()
-    opt = wrapped(
-        per_module(model.a, model.b, model.h), of(model.a, model.b), gradients=of(model.a)
-    )
+    groups = per_module(model.a, model.b, model.h)
+    opt = wrapped(groups, of(model.a, model.b), gradients=of(model.a))
     model.a.requires_grad_(False)
-    for remove in (False, True):
-        if remove:
-            del opt.param_groups[0]
+    for _ in range(2):
         with pytest.raises(ValueError, match="`gradients`"):
             opt.backward(model.losses())
-
-
-# --- Micro-batches -------------------------------------------------------------------------------
+        del opt.param_groups[0]
 
 
 def test_a_group_that_changes_between_micro_batches():
-    model = Net()
-    opt = wrapped(per_module(model.a, model.b, model.h), of(model.a, model.b))
+    model, opt = three_groups()
     opt.backward(model.losses(), accumulate=True)
     replace(model, "a.weight", opt)
     with pytest.raises(RuntimeError, match="parameters must not be frozen, removed or replaced"):
         opt.backward(model.losses())
     opt.zero_grad()
-    check(opt, model, shared=of(model.a, model.b), heads=of(model.h))
+    whole_trunk(opt, model)
 
 
-def test_a_role_that_changes_between_micro_batches():
-    """The gradients are kept per loss; what they are for is asked when they are combined."""
+@pytest.mark.parametrize("change", ["role", "order"])
+def test_roles_and_order_may_change_between_micro_batches(change):
+    """The gradients are kept per loss and tensor; roles count when they are combined."""
     model = Net()
-    opt = wrapped(per_module(model.a, model.b, model.h))
+    listed = of(model.a, model.b) if change == "order" else None
+    opt = wrapped(per_module(model.a, model.b, model.h), listed)
     opt.backward([0.5 * loss for loss in model.losses()], accumulate=True)
-    opt.param_groups[2]["shared"] = False
+    if change == "role":
+        opt.param_groups[2]["shared"] = False
+    else:
+        opt.param_groups.reverse()
     opt.backward([0.5 * loss for loss in model.losses()])
-    J = rows(model, of(model.a, model.b))
-    alpha = clipped_alpha(J, WEIGHTS, C, "hard")
-    torch.testing.assert_close(flat(of(model.a, model.b)), alpha @ J, rtol=1e-8, atol=1e-10)
-
-
-# --- The fine-tuning callbacks of Lightning ------------------------------------------------------
+    check_gradients(model, shared=of(model.a, model.b), heads=of(model.h))
 
 
 @pytest.fixture
@@ -701,32 +629,29 @@ def base_callback(key=None):
 pytest_lightning = pytest.mark.filterwarnings("ignore::Warning:lightning")
 
 
-@pytest_lightning
-@pytest.mark.parametrize("callback", [backbone_callback, base_callback])
-def test_lightning_unfreezes_the_backbone(trainer_of, tmp_path, callback):
+def fitted(trainer_of, tmp_path, callback, epochs, **given):
     module = lightning_module()
-    trainer_of(tmp_path, [callback()], max_epochs=4, enable_checkpointing=False).fit(module)
-    assert [epoch for epoch, *_ in module.seen] == [0, 1, 2, 3]
+    options = {"max_epochs": epochs, "enable_checkpointing": False}
+    trainer = trainer_of(tmp_path, [callback], **options)
+    trainer.fit(module, **given)
     checked_epochs(module, 2)
+    return module, trainer
 
 
 @pytest_lightning
-@pytest.mark.parametrize("epochs", [1, 2, 3], ids=["frozen", "about to unfreeze", "unfrozen"])
 @pytest.mark.parametrize("callback", [backbone_callback, base_callback])
-def test_lightning_resumes_in_the_middle(trainer_of, tmp_path, callback, epochs):
-    whole = lightning_module()
-    trainer_of(tmp_path, [callback()], max_epochs=5, enable_checkpointing=False).fit(whole)
-    first = lightning_module()
-    trainer = trainer_of(tmp_path, [callback()], max_epochs=epochs, enable_checkpointing=False)
-    trainer.fit(first)
-    trainer.save_checkpoint(tmp_path / "middle.ckpt")
-    resumed = lightning_module()
-    trainer = trainer_of(tmp_path, [callback()], max_epochs=5, enable_checkpointing=False)
-    trainer.fit(resumed, ckpt_path=tmp_path / "middle.ckpt", weights_only=False)
-    checked_epochs(resumed, 2)
-    assert [epoch for epoch, *_ in resumed.seen] == list(range(epochs, 5))
-    for p, q in zip(whole.net.parameters(), resumed.net.parameters(), strict=True):
-        assert torch.equal(p, q)
+def test_lightning_unfreezes_the_backbone_and_resumes(trainer_of, tmp_path, callback):
+    whole, _ = fitted(trainer_of, tmp_path, callback(), 5)
+    assert [epoch for epoch, *_ in whole.seen] == [0, 1, 2, 3, 4]
+    file = tmp_path / "middle.ckpt"
+    for epochs in (1, 2, 3):  # frozen, about to unfreeze, unfrozen
+        _, trainer = fitted(trainer_of, tmp_path, callback(), epochs)
+        trainer.save_checkpoint(file)
+        given = {"ckpt_path": file, "weights_only": False}
+        resumed, _ = fitted(trainer_of, tmp_path, callback(), 5, **given)
+        assert [epoch for epoch, *_ in resumed.seen] == list(range(epochs, 5))
+        for p, q in zip(whole.net.parameters(), resumed.net.parameters(), strict=True):
+            assert torch.equal(p, q)
 
 
 @pytest_lightning
@@ -739,40 +664,4 @@ def test_lightning_where_nothing_says_it(trainer_of, tmp_path, callback):
 
 @pytest_lightning
 def test_lightning_with_the_key(trainer_of, tmp_path):
-    module = lightning_module(shared="backbone")
-    callback = base_callback(key=True)
-    trainer_of(tmp_path, [callback], max_epochs=4, enable_checkpointing=False).fit(module)
-    checked_epochs(module, 2)
-
-
-def _trunk_and_head():
-    """The losses' gradients are (1, 0) and (0, 1) in the trunk, (3,) and (5,) in the head."""
-    trunk, head = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1))
-    opt = CAGradClip(
-        torch.optim.SGD([{"params": [trunk]}, {"params": [head]}], 0.1),
-        [0.5, 0.5],
-        c=0.0,
-        shared_parameters=[trunk],
-    )
-    return opt, lambda trunk, head: [trunk[0] + 3 * head.sum(), trunk[1] + 5 * head.sum()]
-
-
-def test_tensors_replaced_right_after_loading_keep_their_roles():
-    opt, losses = _trunk_and_head()
-    opt.load_state_dict(opt.state_dict())  # makes new groups
-    for group in opt.param_groups:
-        group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
-    trunk, head = (group["params"][0] for group in opt.param_groups)
-    opt.backward(losses(trunk, head))
-    assert opt.report.gram.tolist() == [[1, 0], [0, 1]]
-
-
-def test_groups_may_change_places_between_micro_batches():
-    opt, losses = _trunk_and_head()
-    trunk, head = (group["params"][0] for group in opt.param_groups)
-    opt.backward(losses(trunk, head), accumulate=True)
-    opt.param_groups.reverse()
-    opt.backward(losses(trunk, head))
-    assert opt.report.gram.tolist() == [[4, 0], [0, 4]]
-    assert trunk.grad.tolist() == [1, 1]
-    assert head.grad.tolist() == [8]
+    fitted(trainer_of, tmp_path, base_callback(key=True), 4)

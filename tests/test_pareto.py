@@ -62,44 +62,24 @@ def test_front_is_what_pairwise_comparison_says(points):
     assert pareto_front(points).tolist() == expected
 
 
-@given(integer_points(), st.randoms(use_true_random=False))
-def test_front_does_not_depend_on_the_order_of_points_or_objectives(points, random):
-    rows = random.sample(range(len(points)), len(points))
-    columns = random.sample(range(points.shape[1]), points.shape[1])
-    assert torch.equal(pareto_front(points[rows][:, columns]), pareto_front(points)[rows])
-
-
-@given(integer_points())
-def test_front_is_invariant_under_increasing_transformations(points):
-    assert torch.equal(pareto_front(points.exp() - 7), pareto_front(points))
-
-
-@given(integer_points())
-def test_front_of_the_front_is_itself_and_covers_the_rest(points):
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([[1, 2], [2, 1], [1, 2], [2, 2], [2, 2]], [True, True, True, False, False]),
+        ([[0.0, 1.0], [-0.0, 1.0]], [True, True]),
+        (torch.zeros(0, 3), []),
+    ],
+    ids=["copies", "negative zero", "no points"],
+)
+def test_front_of_special_points(points, expected):
     mask = pareto_front(points)
-    front = points[mask]
-    assert pareto_front(front).all()
-    assert all((front <= point).all(dim=1).any() for point in points)
-
-
-def test_every_copy_of_a_front_point_is_on_the_front():
-    points = [[1, 2], [2, 1], [1, 2], [2, 2], [2, 2]]
-    assert pareto_front(points).tolist() == [True, True, True, False, False]
-
-
-def test_negative_zero_is_zero():
-    assert pareto_front([[0.0, 1.0], [-0.0, 1.0]]).tolist() == [True, True]
+    assert mask.dtype == torch.bool
+    assert mask.tolist() == expected
 
 
 def test_points_on_a_sphere_are_all_non_dominated():
     points = random_points(0, 500, 8)
     assert pareto_front(points / points.norm(dim=1, keepdim=True)).all()
-
-
-def test_front_of_no_points_is_empty():
-    mask = pareto_front(torch.zeros(0, 3))
-    assert mask.shape == (0,)
-    assert mask.dtype == torch.bool
 
 
 # hypervolume
@@ -118,34 +98,11 @@ def test_hypervolume_is_the_inclusion_exclusion_sum(m, seed):
     assert hypervolume(points, reference).item() == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("m", [2, 3, 4])
-def test_hypervolume_is_a_monte_carlo_share_of_the_box(m):
-    points, samples = random_points(m, 15, m), random_points(100 + m, 50_000, m)
-    dominated = torch.zeros(len(samples), dtype=torch.bool)
-    for point in points:
-        dominated |= (samples >= point).all(dim=1)
-    share = dominated.double().mean().item()
-    deviation = math.sqrt(share * (1 - share) / len(samples))
-    assert hypervolume(points, [1.0] * m).item() == pytest.approx(share, abs=5 * deviation)
-
-
 def test_hypervolume_of_a_dense_circular_front_is_what_geometry_says():
     angle = torch.linspace(0, math.pi / 2, 20_001, dtype=torch.float64)
     front = torch.stack([angle.cos(), angle.sin()], dim=1)
     # The unit square above the quarter disc. The staircase of n steps lies below it by O(1 / n).
     assert hypervolume(front, [1.0, 1.0]).item() == pytest.approx(1 - math.pi / 4, abs=1e-4)
-
-
-@given(integer_points(), st.randoms(use_true_random=False))
-def test_hypervolume_ignores_order_duplicates_and_dominated_points(points, random):
-    m = points.shape[1]
-    rows = [random.randrange(len(points)) for _ in range(5)] + list(range(len(points)))
-    columns = random.sample(range(m), m)
-    repeated = torch.cat([points[rows], points + 1])[:, columns]
-    reference = torch.arange(CELLS, CELLS + m)
-    volume = hypervolume(points, reference).item()
-    assert hypervolume(repeated, reference[columns]).item() == volume
-    assert hypervolume(points[pareto_front(points)], reference).item() == volume
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4])
@@ -167,13 +124,6 @@ def test_points_beyond_or_on_the_reference_add_nothing(m):
     outside[0, 0], outside[1, 0] = 1, 2
     assert hypervolume(torch.cat([inside, outside]), [1.0] * m).item() == 0.5**m
     assert hypervolume(outside, [1.0] * m).item() == 0
-
-
-@given(integer_points(), integer_points())
-def test_more_points_never_have_less_hypervolume(points, more):
-    m = min(points.shape[1], more.shape[1])
-    both = torch.cat([points[:, :m], more[:, :m]])
-    assert hypervolume(both, [CELLS] * m) >= hypervolume(points[:, :m], [CELLS] * m)
 
 
 @pytest.mark.parametrize("m", [1, 2, 3])
@@ -210,14 +160,6 @@ def test_distance_keeps_its_digits_far_from_the_origin():
     offset = torch.tensor([3.0, 4.0, 0.0], dtype=torch.float64) * 2**-20
     distances = distance_to_front(front + offset, front)
     torch.testing.assert_close(distances, torch.full_like(distances, 5 * 2**-20), rtol=1e-3, atol=0)
-
-
-def test_distance_moves_with_a_translation_and_is_zero_on_the_front():
-    points, front = random_points(1, 40, 4), random_points(2, 30, 4)
-    torch.testing.assert_close(
-        distance_to_front(points + 5, front + 5), distance_to_front(points, front)
-    )
-    assert distance_to_front(front, front).tolist() == [0.0] * 30
 
 
 def test_swapped_arguments_give_the_inverted_generational_distance():
@@ -264,24 +206,6 @@ def test_criticality_is_the_least_norm_to_40_digits(seed):
     assert pareto_criticality(gram).item() == pytest.approx(exact_min_norm(gram), abs=tolerance)
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_criticality_lies_between_a_grid_of_mixtures_and_a_common_descent_direction(seed):
-    gradients = torch.randn(
-        3, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
-    criticality = pareto_criticality(gradients @ gradients.T).item()
-    steps = 200
-    grid = torch.tensor(
-        [(i, j, steps - i - j) for i in range(steps + 1) for j in range(steps + 1 - i)],
-        dtype=torch.float64,
-    )
-    mixtures = (grid / steps) @ gradients
-    best = mixtures[mixtures.norm(dim=1).argmin()]
-    # Duality: any unit direction d bounds M from below by min_i <d, g_i>, any mixture from above.
-    assert criticality <= best.norm().item() * (1 + 1e-12)
-    assert criticality >= (gradients @ best / best.norm()).min().item() * (1 - 1e-12)
-
-
 @pytest.mark.parametrize("scale", [1e-16, 1e-8, 1.0, 1e8, 1e16])
 def test_criticality_has_the_unit_of_a_gradient(scale):
     gram = two_gradients(1.0, 2.0, 2.0)
@@ -297,18 +221,6 @@ def test_criticality_vanishes_where_gradients_oppose_and_is_the_norm_where_they_
     assert pareto_criticality(agreeing @ agreeing.T).item() == pytest.approx(5.0)
     assert pareto_criticality([[25.0]]).item() == pytest.approx(5.0)
     assert pareto_criticality([[0.0, 0.0], [0.0, 25.0]]).item() == 0
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_criticality_does_not_depend_on_the_order_of_objectives(seed):
-    generator = torch.Generator().manual_seed(seed)
-    gradients = torch.randn(6, 5, generator=generator, dtype=torch.float64)
-    order = torch.randperm(6, generator=generator)
-    expected = pareto_criticality(gradients @ gradients.T).item()
-    shuffled = gradients[order]
-    assert pareto_criticality(shuffled @ shuffled.T).item() == pytest.approx(
-        expected, rel=1e-6, abs=1e-7
-    )
 
 
 # What goes in and out
@@ -337,6 +249,10 @@ def test_array_likes_of_any_real_type_go_in_and_plain_float64_comes_out(convert)
 
 
 PAIR = [[1.0, 2.0], [2.0, 1.0]]
+SHAPE = (
+    "`{0}` must have shape [n, m], one row per point and m >= 1 objectives; got {1}. "
+    "Pass a single point as `{0}[None]`."
+)
 
 
 @pytest.mark.parametrize(
@@ -344,13 +260,11 @@ PAIR = [[1.0, 2.0], [2.0, 1.0]]
     [
         (
             lambda: pareto_front([1.0, 2.0]),
-            "`points` must have shape [n, m], one row per point and m >= 1 objectives; got [2]. "
-            "Pass a single point as `points[None]`.",
+            SHAPE.format("points", [2]),
         ),
         (
             lambda: pareto_front(torch.zeros(3, 0)),
-            "`points` must have shape [n, m], one row per point and m >= 1 objectives; got [3, 0]. "
-            "Pass a single point as `points[None]`.",
+            SHAPE.format("points", [3, 0]),
         ),
         (
             lambda: pareto_front([[1.0, 2.0], [3.0]]),
@@ -397,8 +311,7 @@ PAIR = [[1.0, 2.0], [2.0, 1.0]]
         ),
         (
             lambda: distance_to_front(PAIR, [1.0, 2.0]),
-            "`front` must have shape [n, m], one row per point and m >= 1 objectives; got [2]. "
-            "Pass a single point as `front[None]`.",
+            SHAPE.format("front", [2]),
         ),
         (
             lambda: distance_to_front(PAIR, [[1.0, math.nan]]),

@@ -1,4 +1,6 @@
-"""The projected-gradient solver: what it adds to the contract that `test_simplex` holds it to."""
+"""The projected-gradient solver: batches and devices; `test_simplex` tests its solutions."""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from tests.oracles import certificate, excess_gap, phi
 from tests.samplers import SAMPLERS, problem
 
 KINDS = sorted(SAMPLERS)
+ORDINARY = ("random", "conflicting", "aligned", "vertex", "interior")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
@@ -31,9 +34,6 @@ def even(m: int) -> list[float]:
     return [1 / m] * m
 
 
-# --- Batches -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("m", [1, 2, 3, 6])
 def test_a_batch_is_solved_one_by_one(m):
     grams = batch(m)
@@ -41,28 +41,25 @@ def test_a_batch_is_solved_one_by_one(m):
     assert together.p.shape == (len(grams), m)
     assert together.value.shape == together.gap.shape == (len(grams),)
     assert float(together.gap.max()) <= 1e-9
-    for i, gram in enumerate(grams):
+    for gram, value in zip(grams, together.value, strict=True):
         alone = pgd(gram, even(m), 0.4)
         # A batched product may sum in another order, which p forgives where it is unique.
         assert float(alone.gap) <= 1e-9
-        assert float(together.value[i]) == pytest.approx(
-            float(alone.value), abs=1e-8 * float(gram.diagonal().max())
-        )
+        assert float(value - alone.value) == pytest.approx(0, abs=1e-8 * float(gram.max()))
 
 
 def test_a_batch_may_have_any_shape():
-    grams = batch(3)[:12].reshape(2, 3, 2, 3, 3)
-    solution = pgd(grams, [0.2, 0.3, 0.5], 0.4)
+    grams = batch(3)[:12]
+    solution, flat = (pgd(x, [0.2, 0.3, 0.5], 0.4) for x in (grams.view(2, 3, 2, 3, 3), grams))
     assert solution.p.shape == (2, 3, 2, 3)
     assert solution.value.shape == solution.gap.shape == (2, 3, 2)
-    flat = pgd(grams.reshape(12, 3, 3), [0.2, 0.3, 0.5], 0.4)
     assert torch.equal(solution.p.reshape(12, 3), flat.p)
-
-
-def test_an_empty_batch_is_empty():
-    solution = pgd(torch.zeros(0, 3, 3), [0.2, 0.3, 0.5], 0.4)
-    assert solution.p.shape == (0, 3)
-    assert solution.gap.shape == (0,)
+    empty = pgd(torch.zeros(0, 3, 3), [0.2, 0.3, 0.5], 0.4)
+    assert empty.p.shape == (0, 3)
+    assert empty.gap.shape == (0,)
+    for solver in ("exact", "slsqp"):
+        with pytest.raises(ValueError, match=r"`gram` must have shape \[m, m\]"):
+            solve_subproblem(torch.zeros(2, 3, 3), [0.2, 0.3, 0.5], 0.4, solver=solver)
 
 
 def test_one_bad_matrix_leaves_the_others_alone():
@@ -73,16 +70,7 @@ def test_one_bad_matrix_leaves_the_others_alone():
     spoilt = pgd(grams, [0.2, 0.3, 0.5], 0.4)
     others = [0, 2, 3]
     assert torch.equal(spoilt.p[others], clean.p[others])
-    assert not spoilt.gap[1] <= 1e-9  # no certificate for what is no number
-
-
-@pytest.mark.parametrize("solver", ["exact", "slsqp"])
-def test_the_other_solvers_refuse_a_batch(solver):
-    with pytest.raises(ValueError, match=r"`gram` must have shape \[m, m\]"):
-        solve_subproblem(torch.zeros(2, 3, 3), [0.2, 0.3, 0.5], 0.4, solver=solver)
-
-
-# --- Accuracy ------------------------------------------------------------------------------------
+    assert not spoilt.gap[1] <= 1e-9  # NaN has no certificate
 
 
 @given(st.sampled_from(KINDS), st.integers(1, 8), st.integers(0, 2**32))
@@ -97,10 +85,10 @@ def test_any_problem(kind, m, seed):
     assert excess_gap(case.gram, case.weights, case.c, p, rounding=rounding) <= 1e-9
 
 
-@pytest.mark.parametrize("m", [10, 20, 40, 64])
+@pytest.mark.parametrize("m", [10, 20, 64])
 def test_many_losses(m):
-    for kind in ("random", "conflicting", "aligned", "vertex", "interior"):
-        grams = torch.from_numpy(np.stack([problem(kind, m, seed).gram for seed in range(4)]))
+    for kind in ORDINARY:
+        grams = torch.from_numpy(np.stack([problem(kind, m, seed).gram for seed in range(2)]))
         solution = pgd(grams, even(m), 0.4)
         assert float(solution.gap.max()) <= 1e-9
         for gram, p in zip(grams, solution.p, strict=True):
@@ -108,21 +96,19 @@ def test_many_losses(m):
             np.testing.assert_allclose(p, exact.p, atol=1e-6)
 
 
-# --- On the device of the Gram matrix ------------------------------------------------------------
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_device_and_type_of_the_result(device, dtype):
-    gram = torch.tensor([[2.0, -1.0], [-1.0, 3.0]], dtype=dtype, device=device)
+    gram = torch.tensor([[2.0, -1.0], [-1.0, 3.0]], dtype=dtype, device=device, requires_grad=True)
     solution = pgd(gram, [0.5, 0.5], 0.4)
     for tensor in (solution.p, solution.value, solution.gap):
         assert tensor.device.type == device
         assert tensor.dtype == torch.float64
+        assert not tensor.requires_grad
 
 
 class Syncs(torch.overrides.TorchFunctionMode):
-    """Fails on what would wait for an accelerator: numbers and control flow taken from tensors."""
+    """Fails on operations that wait for an accelerator: numbers and control flow from tensors."""
 
     WAITING = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"}
     WAITING |= {"nonzero", "equal", "allclose", "unique", "masked_select"}
@@ -138,14 +124,18 @@ class Syncs(torch.overrides.TorchFunctionMode):
 
 
 def test_nothing_waits_for_the_device():
-    gram = batch(4)[0]
+    grams = batch(4)
     w = torch.tensor(even(4), dtype=torch.float64)
     for c in (0.0, 0.4, 1.5):
         with Syncs():  # here a CPU plays the device
-            projected_gradient(gram, w, c)
-        on_device = gram.to("meta")  # which raises where a value is needed
+            projected_gradient(grams[0], w, c)
+        on_device = grams[0].to("meta")  # which raises where a value is needed
         assert pgd(on_device, even(4), c).p.is_meta
         assert CAGradRule(c, solver="pgd", below_one=False)(on_device, even(4)).coefficients.is_meta
+    assert pgd(grams.to("meta"), even(4), 0.4).p.shape == (len(grams), 4)
+    for solver in ("exact", "slsqp"):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            solve_subproblem(on_device, even(4), 0.4, solver=solver)
 
 
 class Count(TorchDispatchMode):
@@ -166,30 +156,25 @@ def test_few_hundred_operations_for_few_losses(m):
         assert count.number <= 400
 
 
-@pytest.mark.parametrize("m", [3, 10, 20, 40])
+@pytest.mark.parametrize("m", [3, 10, 40])
 def test_ordinary_problems_are_certified_without_the_host(m):
-    for kind in ("random", "conflicting", "aligned", "vertex", "interior"):
-        for seed in range(4):
-            case = problem(kind, m, seed)
-            p, _, gap = projected_gradient(
-                *map(torch.from_numpy, (case.gram, case.weights)), case.c
-            )
-            assert float(gap) <= 1e-9
-            assert certificate(case.gram, case.weights, case.c, p.numpy()) <= 1e-9
+    for kind, seed in itertools.product(ORDINARY, range(2)):
+        H, w, c = (case := problem(kind, m, seed)).gram, case.weights, case.c
+        p, _, gap = projected_gradient(*map(torch.from_numpy, (H, w)), c)
+        assert float(gap) <= 1e-9
+        assert certificate(H, w, c, p.numpy()) <= 1e-9
 
 
 @given(st.sampled_from(KINDS), st.integers(1, 20), st.integers(0, 2**32))
 def test_the_certificate_is_never_false(kind, m, seed):
     """On a device a degenerate Gram may have a larger gap: p is no farther off than it says."""
-    case = problem(kind, m, seed)
-    p, _, gap = projected_gradient(*map(torch.from_numpy, (case.gram, case.weights)), case.c)
+    H, w, c = (case := problem(kind, m, seed)).gram, case.weights, case.c
+    p, _, gap = projected_gradient(*map(torch.from_numpy, (H, w)), c)
     rounding = max(case.rounding, 2.0**-52)
-    if excess_gap(case.gram, case.weights, case.c, p.numpy(), rounding=rounding) <= 1e-9:
+    if excess_gap(H, w, c, p.numpy(), rounding=rounding) <= 1e-9:
         return
-    least = solve_subproblem(case.gram, case.weights, case.c).p.numpy()
-    found, best = (phi(case.gram, case.weights, case.c, x) for x in (p.numpy(), least))
-    scale = np.sqrt(case.weights @ case.gram @ case.weights * case.gram.diagonal().max())
-    assert (found - best) / scale <= float(gap) + 1e-9
+    found, best = (phi(H, w, c, x) for x in (p.numpy(), solve_subproblem(H, w, c).p.numpy()))
+    assert (found - best) / np.sqrt(w @ H @ w * H.diagonal().max()) <= float(gap) + 1e-9
 
 
 @pytest.mark.parametrize(
@@ -197,36 +182,13 @@ def test_the_certificate_is_never_false(kind, m, seed):
     [
         lambda gram: solve_subproblem(gram, even(4), 0.4),
         lambda gram: gram[0, 0].item(),
-        lambda gram: gram.tolist(),
         lambda gram: bool(gram.sum() > 0),
-        lambda gram: float(gram.sum()),
-        lambda gram: int(gram.sum()),
         lambda gram: gram[gram > 0],
         lambda gram: gram.nonzero(),
-        lambda gram: gram.numpy(),
-        lambda gram: gram.cpu(),
         lambda gram: gram.to("cpu"),
-        lambda gram: torch.equal(gram, gram),
     ],
 )
-def test_what_waits_is_seen(look):
-    """The control of the tests around it: the exact solver, and what else looks at values."""
+def test_operations_that_wait_are_seen(look):
+    """The control of the tests around it: the exact solver, and others that look at values."""
     with Syncs(), pytest.raises(AssertionError, match="waits for the device"):
         look(batch(4)[0])
-
-
-def test_nothing_needs_data():
-    """On the meta device there is none: any look at a value raises."""
-    gram = torch.empty(5, 4, 4, device="meta")
-    solution = pgd(gram, even(4), 0.4)
-    assert solution.p.shape == (5, 4)
-    assert solution.p.device.type == "meta"
-    assert CAGradRule(0.4, solver="pgd")(gram[0], even(4)).coefficients.device.type == "meta"
-    for solver in ("exact", "slsqp"):
-        with pytest.raises((RuntimeError, NotImplementedError)):
-            solve_subproblem(gram[0], even(4), 0.4, solver=solver)
-
-
-def test_no_gradient_is_recorded():
-    gram = torch.tensor([[2.0, -1.0], [-1.0, 3.0]], requires_grad=True)
-    assert not pgd(gram, [0.5, 0.5], 0.4).p.requires_grad

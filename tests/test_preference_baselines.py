@@ -1,4 +1,4 @@
-"""AMoPO and MODPO: the formulas of their authors, their limits, what is refused."""
+"""AMoPO and MODPO: the formulas of their authors, limits, bad input."""
 
 import math
 
@@ -6,14 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from raco_optim.alignment import (
-    PairLogProbs,
-    amopo_losses,
-    modpo_loss,
-    preference_losses,
-)
-from raco_optim.alignment.losses import pair_losses
-from tests.preference_pairs import changed, gradients, random_pairs, random_signs
+from raco_optim.alignment import PairLogProbs, amopo_losses, modpo_loss, preference_losses
+from tests.preference_pairs import changed, gradients, random_pairs, random_signs, refused
 
 DOUBLE = torch.float64
 SIZE, M = 12, 3
@@ -43,13 +37,6 @@ def test_amopo_by_its_formula():
         assert loss.item() == pytest.approx(np.mean(terms), rel=1e-12)
 
 
-def test_amopo_pinned():
-    """Averages -1 and -2: a margin of 1 for the first objective, of -1 for the second."""
-    log_probs = PairLogProbs(*(torch.tensor([x], dtype=DOUBLE) for x in (-10, -12, 0, 0, 10, 6)))
-    losses = amopo_losses(log_probs, torch.tensor([[1, -1]]), beta=math.log(3))
-    assert [x.item() for x in losses] == pytest.approx([math.log(4 / 3), math.log(4)], rel=1e-14)
-
-
 def test_amopo_is_simpo_without_a_margin_and_asks_no_reference():
     log_probs, signs = random_pairs(), random_signs()
     alone = changed(log_probs, ref_chosen=None, ref_rejected=None)
@@ -58,20 +45,7 @@ def test_amopo_is_simpo_without_a_margin_and_asks_no_reference():
     assert all(torch.equal(a, b) for a, b in zip(ours, simpo, strict=True))
 
 
-def test_amopo_of_opposite_objectives_with_equal_weights_is_stationary_at_equal_averages():
-    """Where both completions are as likely per token, what one objective gains the other loses."""
-    log_probs = random_pairs(4)
-    log_probs = changed(
-        log_probs,
-        chosen=(-2.0 * log_probs.chosen_tokens).double().requires_grad_(),
-        rejected=(-2.0 * log_probs.rejected_tokens).double().requires_grad_(),
-    )
-    a, b = amopo_losses(log_probs, torch.tensor([[1, -1]]).repeat(4, 1), beta=1.0)
-    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients(a / 2 + b / 2, log_probs))
-    assert gradients(0.7 * a + 0.3 * b, log_probs)[0].abs().min() > 0
-
-
-def test_amopo_s_counts_and_objectives_without_a_label():
+def test_micro_batches_of_amopo_add_up():
     log_probs, signs = random_pairs(), random_signs()
     signs[:, 1] = 0
     counts = signs.count_nonzero(dim=0)
@@ -85,12 +59,12 @@ def test_amopo_s_counts_and_objectives_without_a_label():
         torch.testing.assert_close(parts[0][k] + parts[1][k], whole[k], rtol=1e-12, atol=0)
 
 
-def test_amopo_needs_lengths():
+def test_bad_input_of_amopo():
     log_probs = changed(random_pairs(), chosen_tokens=None, rejected_tokens=None)
-    with pytest.raises(ValueError, match=r"`chosen_tokens` and `rejected_tokens` .*got None"):
-        amopo_losses(log_probs, random_signs(), beta=1.0)
-    with pytest.raises(ValueError, match=r"`beta` must be a number above 0"):
-        amopo_losses(random_pairs(), random_signs(), beta=0.0)
+    fragments = ["`chosen_tokens` and `rejected_tokens`", "got None"]
+    refused(fragments, amopo_losses, log_probs, random_signs(), beta=1.0)
+    fragments = ["`beta` must be a number above 0"]
+    refused(fragments, amopo_losses, random_pairs(), random_signs(), beta=0.0)
 
 
 # --- MODPO ---------------------------------------------------------------------------------------
@@ -106,42 +80,30 @@ def test_modpo_by_the_formula_of_its_authors(weights, objective):
     rewards = {side: rng.normal(0, 2, (SIZE, M)) for side in ("chosen", "rejected")}
     w_rest = np.delete(WEIGHTS, k)
     sign = random_signs()[:, k]
-    terms = []
-    for b in np.flatnonzero(sign.numpy()):
-        sides = ("chosen", "rejected") if sign[b] > 0 else ("rejected", "chosen")
-        winner, loser = (
-            (1 / WEIGHTS[k])
-            * (
-                beta * (values[side][b] - values[f"ref_{side}"][b])
-                - np.delete(rewards[side][b], k) @ w_rest
-            )
-            for side in sides
-        )
-        terms.append(softplus(loser - winner))
+
+    def term(side, b):
+        ratio = values[side][b] - values[f"ref_{side}"][b]
+        return (beta * ratio - np.delete(rewards[side][b], k) @ w_rest) / WEIGHTS[k]
+
+    terms = [
+        softplus(-sign[b].item() * (term("chosen", b) - term("rejected", b)))
+        for b in np.flatnonzero(sign.numpy())
+    ]
     margins = torch.from_numpy(rewards["chosen"] - rewards["rejected"])
     loss = modpo_loss(log_probs, sign, margins, weights, objective, beta=beta)
     assert loss.item() == pytest.approx(np.mean(terms), rel=1e-12)
 
 
-def test_modpo_pinned():
-    """Delta 2, the other's margin 1: (2 - 0.5) / 0.5 = 3; against it, (2 + 0.5) / 0.5 = 5."""
-    log_probs = PairLogProbs(*(torch.tensor([x], dtype=DOUBLE) for x in (-10, -12, -11, -11)))
-    for margin, sign, expected in ((1.0, 1, 3.0), (-1.0, 1, 5.0), (1.0, -1, -3.0)):
-        margins = torch.tensor([[math.nan, margin]], dtype=DOUBLE)
-        loss = modpo_loss(log_probs, torch.tensor([sign]), margins, [0.5, 0.5], 0, beta=1.0)
-        assert loss.item() == pytest.approx(math.log1p(math.exp(-expected)), rel=1e-13)
-
-
 def test_modpo_with_all_weight_on_one_objective_is_dpo():
     log_probs, sign = random_pairs(), random_signs()[:, 0]
-    margins = torch.full((SIZE, M), math.nan)  # nothing of it is read
+    margins = torch.full((SIZE, M), math.nan)  # not read
     ours = modpo_loss(log_probs, sign, margins, [1.0, 0.0, 0.0], 0, beta=0.2)
     [dpo] = preference_losses(log_probs, sign[:, None], beta=0.2)
     assert torch.equal(ours, dpo)
 
 
-def test_modpo_at_the_policy_of_the_weighted_reward_is_the_loss_of_the_reward_itself():
-    """There beta Delta = sum_j w_j r_j, and what is left in the sigmoid is r_k."""
+def test_modpo_at_the_optimal_policy_is_the_loss_of_the_reward():
+    """There beta Delta = sum_j w_j r_j, so r_k remains in the sigmoid."""
     margins, sign, beta, k = random_margins(), torch.ones(SIZE), 0.1, 1
     zero = torch.zeros(SIZE, dtype=DOUBLE)
     best = PairLogProbs(margins @ torch.tensor(WEIGHTS, dtype=DOUBLE) / beta, zero, zero, zero)
@@ -149,7 +111,7 @@ def test_modpo_at_the_policy_of_the_weighted_reward_is_the_loss_of_the_reward_it
     assert loss.item() == pytest.approx(softplus(-margins[:, k].numpy()).mean(), rel=1e-12)
 
 
-def test_modpo_does_not_care_which_completion_is_called_chosen():
+def test_swapping_chosen_and_rejected_changes_no_bit_of_modpo():
     log_probs, sign, margins = random_pairs(), random_signs()[:, 0], random_margins()
     p = log_probs
     swapped = PairLogProbs(p.rejected, p.chosen, p.ref_rejected, p.ref_chosen)
@@ -222,57 +184,30 @@ def test_modpo_stays_finite_far_out(beta):
         assert all(g.isfinite().all() for g in gradients(loss, log_probs))
 
 
-BAD = {
-    "weight 0 on the objective": (
-        {"objective": 2, "weights": [0.5, 0.5, 0.0]},
-        ["`weights`", "divides", "[0.5, 0.5, 0.0]", "objective 2"],
-    ),
-    "weights": ({"weights": [0.5, 0.3, 0.3]}, ["`weights`", "sum to 1"]),
-    "too few weights": ({"weights": [0.5, 0.5]}, ["`margins`", "m = 2", "[12, 3]"]),
-    "objective": ({"objective": 3}, ["`objective`", "3 weights", "got 3"]),
-    "objective < 0": ({"objective": -1}, ["`objective`", "got -1"]),
-    "objective by name": ({"objective": "a"}, ["`objective`", "'a'"]),
-    "margins": ({"margins": random_margins(11)}, ["`margins`", "B = 12", "[11, 3]"]),
-    "sign": ({"sign": torch.full((SIZE,), 2)}, ["`sign`", "got 2 at [0]"]),
-    "beta": ({"beta": -1}, ["`beta`", "above 0", "-1"]),
-    "no reference": (
-        {"log_probs": changed(random_pairs(), ref_chosen=None, ref_rejected=None)},
-        ["`ref_chosen`", "got None"],
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_of_modpo(case):
-    kwargs, fragments = BAD[case]
-    good = {
-        "log_probs": random_pairs(),
-        "sign": random_signs()[:, 0],
-        "margins": random_margins(),
-        "weights": WEIGHTS,
-        "objective": 0,
-        "beta": 0.1,
-    }
-    with pytest.raises(ValueError) as caught:
-        modpo_loss(**(good | kwargs))
-    assert [f for f in fragments if f not in str(caught.value)] == []
-
-
-def test_margins_that_are_no_tensor():
-    with pytest.raises(TypeError, match=r"`margins` must be a tensor; got list"):
-        modpo_loss(random_pairs(), random_signs()[:, 0], [[0.0] * M] * SIZE, WEIGHTS, 0, beta=0.1)
-
-
-# --- How the baselines differ --------------------------------------------------------------------
-
-
-def test_the_baselines_are_different_losses():
-    """So that a table with all of them compares what it says."""
-    log_probs, signs, margins = random_pairs(), random_signs(), random_margins()
-    values = [
-        amopo_losses(log_probs, signs, beta=0.1)[0].item(),
-        modpo_loss(log_probs, signs[:, 0], margins, WEIGHTS, 0, beta=0.1).item(),
-        preference_losses(log_probs, signs, beta=0.1)[0].item(),
-    ]
-    assert len({round(x, 3) for x in values}) == 3
-    assert pair_losses(log_probs, signs[:, 0]).count_nonzero() == signs[:, 0].count_nonzero()
+@pytest.mark.parametrize(
+    ("wrong", "fragments"),
+    [
+        (
+            {"objective": 2, "weights": [0.5, 0.5, 0.0]},
+            ["`weights`", "divides", "[0.5, 0.5, 0.0]", "objective 2"],
+        ),
+        ({"weights": [0.5, 0.3, 0.3]}, ["`weights`", "sum to 1"]),
+        ({"weights": [0.5, 0.5]}, ["`margins`", "m = 2", "[12, 3]"]),
+        ({"objective": 3}, ["`objective`", "3 weights", "got 3"]),
+        ({"objective": -1}, ["`objective`", "got -1"]),
+        ({"objective": "a"}, ["`objective`", "'a'"]),
+        ({"margins": random_margins(11)}, ["`margins`", "B = 12", "[11, 3]"]),
+        ({"margins": [[0.0] * M] * SIZE, "exception": TypeError}, ["`margins`", "tensor", "list"]),
+        ({"sign": torch.full((SIZE,), 2)}, ["`sign`", "got 2 at [0]"]),
+        ({"beta": -1}, ["`beta`", "above 0", "-1"]),
+        (
+            {"log_probs": changed(random_pairs(), ref_chosen=None, ref_rejected=None)},
+            ["`ref_chosen`", "got None"],
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_input_of_modpo(wrong, fragments):
+    pairs = {"log_probs": random_pairs(), "sign": random_signs()[:, 0]}
+    good = {"margins": random_margins(), "weights": WEIGHTS, "objective": 0, "beta": 0.1}
+    refused(fragments, modpo_loss, **(pairs | good | wrong))

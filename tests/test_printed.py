@@ -7,13 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from raco_optim import (
-    MGDA,
-    CAGradClip,
-    LinearScalarization,
-    MultiObjectiveOptimizer,
-    Outcome,
-)
+from raco_optim import MGDA, CAGradClip, LinearScalarization, MultiObjectiveOptimizer
 
 NAMES = ("helpful", "harmless", "brief")
 
@@ -64,10 +58,12 @@ def test_three_losses_to_the_letter():
     ]
     rows = table(report)
     assert list(rows) == list(NAMES), "in the order of the weights"
-    assert [row["value"] for row in rows.values()] == ["3", "-1", "2"]
-    assert [row["weight"] for row in rows.values()] == ["0.5", "0.25", "0.25"]
-    assert [row["alpha"] for row in rows.values()] == ["0.5", "0.25", "0.25"]
-    assert [row["norm"] for row in rows.values()] == ["3", "5", "2"]
+    shown = [[row[x] for x in ("value", "weight", "alpha", "norm")] for row in rows.values()]
+    assert shown == [
+        ["3", "0.5", "0.5", "3"],
+        ["-1", "0.25", "0.25", "5"],
+        ["2", "0.25", "0.25", "2"],
+    ]
     assert float(p) == pytest.approx(float(opt.report.p[1]), rel=1e-3)
 
 
@@ -139,19 +135,15 @@ def test_what_is_not_finite_stands_first_where_rows_are_cut(nonfinite, outcome, 
 
 
 def test_columns_that_a_rule_does_not_have_are_left_out():
-    gradients = torch.eye(2)
-    weights = {"a": 0.5, "b": 0.5}
-    linear = table(str(stepped(gradients, weights, method=LinearScalarization).report))
-    assert list(linear["a"]) == ["value", "weight", "alpha", "norm"]
-    mgda = table(str(stepped(gradients, weights, method=MGDA).report))
-    assert list(mgda["a"]) == ["value", "weight", "p", "alpha", "norm"]
+    for method, p in ((LinearScalarization, []), (MGDA, ["p"])):
+        rows = table(str(stepped(torch.eye(2), {"a": 0.5, "b": 0.5}, method=method).report))
+        assert list(rows["a"]) == ["value", "weight", *p, "alpha", "norm"]
 
 
 def test_very_small_and_large_numbers_are_aligned():
-    text = str(stepped([[1e-150, 0], [0, -1e150], [3, 4]], dict.fromkeys(NAMES, 1 / 3)).report)
-    rows = table(text)
-    assert rows["helpful"]["norm"] == "1e-150"
-    assert rows["harmless"]["value"] == "-1e+150"
+    rows = table(str(stepped([[1e-150, 0], [0, -1e150], [3, 4]]).report))
+    assert rows["0"]["norm"] == "1e-150"
+    assert rows["1"]["value"] == "-1e+150"
 
 
 def test_long_and_odd_names():
@@ -188,20 +180,13 @@ def test_optimizer_with_long_names_fits_the_screen(m):
     assert ("... 200 in all" in text) == (m == 200)
 
 
-def test_optimizer_without_settings_shows_no_empty_line():
-    opt = MGDA(torch.optim.SGD([nn.Parameter(torch.ones(3))]))
-    assert repr(opt).startswith("MGDA(\n  SGD (\n")
-
-
 @pytest.mark.parametrize("m", [1, 3, 200])
 def test_repr_of_a_report_is_one_line(m):
     """A debugger or a failed assertion shows it; it must not print m x m numbers."""
-    report = stepped(torch.eye(m)).report
-    assert repr(report) == f"<StepReport: m = {m}, CORRECTED>"
-    assert report.outcome is Outcome.CORRECTED
+    assert repr(stepped(torch.eye(m)).report) == f"<StepReport: m = {m}, CORRECTED>"
 
 
-def test_a_long_word_is_printed_whole():
+def test_a_rule_is_printed_whole():
     class Rule:
         def __call__(self, gram):
             return torch.ones(len(gram))
@@ -209,6 +194,7 @@ def test_a_long_word_is_printed_whole():
         def __repr__(self):
             return "-".join(["word"] * 40)
 
-    x = nn.Parameter(torch.ones(1))
-    opt = MultiObjectiveOptimizer(torch.optim.SGD([x], 0.1), Rule())
+    sgd = torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1)
+    opt = MultiObjectiveOptimizer(sgd, Rule())
     assert f"rule={Rule()!r}," in repr(opt)
+    assert repr(MGDA(sgd)).startswith("MGDA(\n  SGD (\n"), "without settings, no empty line"

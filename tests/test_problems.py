@@ -20,7 +20,7 @@ WEIGHTED = {
     "CAGrad": lambda inner, weights: CAGrad(inner, weights, c=0.4),
     "LinearScalarization": LinearScalarization,
 }
-PAIRS = [[0.1, 0.9], [0.3, 0.7], [0.5, 0.5], [0.7, 0.3], [0.9, 0.1]]
+PAIRS = [[0.1, 0.9], [0.5, 0.5], [0.7, 0.3]]
 PAIR, PAIR_SMOOTHNESS = convex_quadratics(), 4.0
 TRIPLE_SMOOTHNESS = 5.0
 TRIPLE = convex_quadratics(
@@ -88,13 +88,9 @@ def test_shapes_are_those_of_the_interface(problem):
 
 
 @by_name
-def test_no_point_of_the_front_dominates_another(problem):
+def test_no_point_of_the_front_dominates_another_and_starts_are_off_it(problem):
     assert pareto_front(problem.front(501)).all()
     assert problem.distance(problem.front(501)).max().item() <= 0.01
-
-
-@by_name
-def test_starts_are_off_the_front_and_not_critical(problem):
     for start in problem.starts:
         assert distance_at(problem, start) > 0.01
         assert criticality_at(problem, start) > 0.001
@@ -232,10 +228,9 @@ def fast_forgetting_adam(parameters, lr):
     return torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.95))
 
 
-@pytest.mark.parametrize("start", range(3))
 @pytest.mark.parametrize(
-    ("name", "weights"),
-    [("CAGradClip", [0.5, 0.5]), ("CAGradClip", [0.2, 0.8]), ("CAGrad", [0.5, 0.5])],
+    ("name", "weights", "start"),
+    [*(("CAGradClip", [0.2, 0.8], start) for start in range(3)), ("CAGrad", [0.5, 0.5], 0)],
 )
 def test_from_every_start_of_the_cagrad_toy_adam_reaches_the_solution_of_the_weights(
     name, weights, start
@@ -275,14 +270,13 @@ def test_on_fonseca_fleming_mgda_stops_in_the_middle_of_the_front():
 
 
 @by_weighted_method
-@pytest.mark.parametrize("m", [3, 8])
-def test_on_dtlz2_the_limit_is_on_the_sphere_whatever_the_weights(method, m):
+@pytest.mark.parametrize(("m", "first"), [(3, 0.6), (8, 1 / 8)])
+def test_on_dtlz2_the_limit_is_on_the_sphere_whatever_the_weights(method, m, first):
     problem = dtlz2(m)
-    for first in (1 / m, 0.6):
-        weights = [first] + [(1 - first) / (m - 1)] * (m - 1)
-        end = descend(problem, problem.starts[0], method, weights, 250, rate=4.0)[-1]
-        assert distance_at(problem, end) <= 1e-5
-        assert criticality_at(problem, end) <= 1e-3
+    weights = [first] + [(1 - first) / (m - 1)] * (m - 1)
+    end = descend(problem, problem.starts[0], method, weights, 250, rate=4.0)[-1]
+    assert distance_at(problem, end) <= 1e-5
+    assert criticality_at(problem, end) <= 1e-3
 
 
 @pytest.mark.parametrize("m", [3, 8])

@@ -78,49 +78,27 @@ def test_random_step(case):
     }
 
     def loss(k, i):
-        reached = [j for j in range(n) if reach[k, i, j]]
-        parts = [
-            (terms[k, i, j][0] * xs[j]).sum() + terms[k, i, j][1] * xs[j].square().sum() / 2
-            for j in reached
-        ]
-        return sum(parts)
+        reached = [(xs[j], *terms[k, i, j]) for j in range(n) if reach[k, i, j]]
+        return sum((A * x).sum() + b * x.square().sum() / 2 for x, A, b in reached)
 
     def losses(k):
-        return [
-            None
-            if not reach[k, i].any()
-            else ((lambda i=i: loss(k, i)) if case.callables else loss(k, i))
-            for i in range(m)
-        ]
+        given = [(lambda i=i: loss(k, i)) if case.callables else loss(k, i) for i in range(m)]
+        return [x if reach[k, i].any() else None for i, x in enumerate(given)]
 
-    if not reach.any():
+    if not reach.any() or (not reach[-1].any() and micro == 1):
         return
-    opt = CAGradClip(
-        torch.optim.SGD(xs, 1.0),
-        case.weights,
-        case.c,
-        clip=case.clip,
-        shared_parameters=(
-            None if case.shared is None else [x for x, s in zip(xs, case.shared, strict=True) if s]
-        ),
-    )
-    if not reach[-1].any() and micro == 1:
-        return
+    in_gram = [j for j in range(n) if case.shared is None or case.shared[j]]
+    shared = None if case.shared is None else [xs[j] for j in in_gram]
+    inner = torch.optim.SGD(xs, 1.0)
+    opt = CAGradClip(inner, case.weights, case.c, clip=case.clip, shared_parameters=shared)
     for k in range(micro):
         opt.backward(losses(k), accumulate=k < micro - 1)
 
-    g = [
-        [
-            sum(
-                (A + b * xs[j].detach()) * bool(reach[k, i, j])
-                for k in range(micro)
-                for A, b in [terms[k, i, j]]
-            )
-            for j in range(n)
-        ]
-        for i in range(m)
-    ]
-    in_gram = [j for j in range(n) if case.shared is None or case.shared[j]]
+    def gradient(i, j):
+        reached = [terms[k, i, j] for k in range(micro) if reach[k, i, j]]
+        return sum((A + b * xs[j].detach() for A, b in reached), torch.zeros_like(xs[j]))
+
+    g = [[gradient(i, j).detach() for j in range(n)] for i in range(m)]
     J = torch.stack([torch.cat([g[i][j].reshape(-1) for j in in_gram]) for i in range(m)])
     torch.testing.assert_close(opt.report.gram, J @ J.T, rtol=0, atol=0)
     present = reach.any((0, 2)).tolist()
@@ -134,3 +112,8 @@ def test_random_step(case):
         expected = expected + (0 if before[j] is None else before[j])
         torch.testing.assert_close(x.grad, expected, rtol=1e-6, atol=1e-6)
     assert opt.report.absent == tuple(str(i) for i in range(m) if not reach[:, i].any())
+    values = torch.full((m,), torch.nan, dtype=DOUBLE)
+    for i in range(m):
+        if present[i]:
+            values[i] = sum(loss(k, i) for k in range(micro) if reach[k, i].any()).detach()
+    torch.testing.assert_close(opt.report.losses, values, equal_nan=True)

@@ -18,10 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from raco_optim import MGDA, CAGradClip, LinearScalarization, MultiObjectiveOptimizer
 from raco_optim.distributed import replicated
 from tests.oracles import exact_minimum
-from tests.ranks import Ranks, slices
+from tests.ranks import WEIGHTS, OneBuffer, Ranks, copies, equal, losses_of, relative, slices
 
-STEPS = 20
-WEIGHTS = {"a": 0.5, "b": 0.3, "c": 0.2}
+STEPS = 10
 
 
 class Model(nn.Module):
@@ -40,7 +39,7 @@ class Model(nn.Module):
 
 
 class Uneven(Model):
-    """With a part for each process, and one for none."""
+    """With a part for each process, and one that no process uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +52,7 @@ class Uneven(Model):
 
 
 class Odd(nn.Module):
-    """Two dtypes, strides that are not the usual ones, no dimension, no element."""
+    """Two dtypes, unusual strides, a scalar and an empty tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,11 +68,6 @@ class Odd(nn.Module):
         return {"a": out, "b": out * self.scalar, "c": z[:, :2]}
 
 
-def losses_of(outputs: dict[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
-    scales = {"a": 1.0, "b": 3.0, "c": -2.0}
-    return {name: (out - scales[name] * targets).square().mean() for name, out in outputs.items()}
-
-
 def batches(number: int = STEPS, size: int = 8) -> list[list[Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [
@@ -82,7 +76,7 @@ def batches(number: int = STEPS, size: int = 8) -> list[list[Tensor]]:
     ]
 
 
-# --- What a process does in step t: its micro-batches, each a mapping from names to losses -------
+# --- The micro-batches of a process in step t: mappings from names to losses ---------------------
 
 
 def whole(model, t, rank, number):
@@ -150,6 +144,20 @@ def joint(feed, model, t, number):
     return {name: sum(losses) / number if losses else None for name, losses in found.items()}
 
 
+def with_representation(model, t, rank, number):
+    x, y = slices(batches()[t], rank, number)
+    z = model.trunk(x)
+    return [losses_of(model.read(z), y) | {"representation": z}]
+
+
+def of_scalars(model, t, rank, number, k=1, passed=True):
+    """Losses of one scalar per example."""
+    for x, y in zip(*(z.chunk(k) for z in slices(batches()[t], rank, number)), strict=True):
+        s = sum((out - y).square().sum(1) for out in model(x).values())
+        losses = {"a": s.mean() / k, "b": (3 - s).sigmoid().mean() / k, "c": s.cos().mean() / k}
+        yield losses | ({"scalars": s} if passed else {})
+
+
 # --- Training ------------------------------------------------------------------------------------
 
 ddp = DistributedDataParallel
@@ -162,7 +170,11 @@ def unwrapped(model):
     return model
 
 
-def clipped(model, **settings):
+def compiled(model):
+    return torch.compile(ddp(model), backend="aot_eager")
+
+
+def clipped(model, /, **settings):
     return CAGradClip(torch.optim.AdamW(model.parameters(), lr=1e-2), WEIGHTS, c=0.4, **settings)
 
 
@@ -170,20 +182,21 @@ def with_heads(model, **settings):
     return clipped(model, shared_parameters=model.trunk.parameters(), **settings)
 
 
+every_third = partial(clipped, gram_every=3)
+ghost = partial(clipped, gradients="ghost")
+by_representation = partial(with_heads, gradients="representation")
+
+
 def min_norm(model):
     return MGDA(torch.optim.AdamW(model.parameters(), lr=1e-2))
-
-
-def every_third(model):
-    return clipped(model, gram_every=3)
 
 
 def of_a_layer(model):
     return clipped(model, gradients=model.trunk[2].parameters())
 
 
-def ghost(model):
-    return clipped(model, gradients="ghost")
+def per_example(model):
+    return clipped(model, gradients="per_example", model=model)
 
 
 def two_inner(model):
@@ -193,8 +206,16 @@ def two_inner(model):
     return CAGradClip([trunk, heads], WEIGHTS, shared_parameters=model.trunk.parameters())
 
 
+def fused(model):
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    return CAGradClip(adamw, WEIGHTS, shared_parameters=model.trunk.parameters())
+
+
 def run(rank, number, feed, wrap=unwrapped, method=clipped, kind=Model):
-    """Trains and returns parameters, reports, and for which parameters .grad is None."""
+    """Trains; returns parameters, reports, and for which parameters .grad is None.
+
+    As rank None, one process takes the batches of all.
+    """
     torch.manual_seed(0)
     model = kind()
     opt = method(model)
@@ -203,30 +224,13 @@ def run(rank, number, feed, wrap=unwrapped, method=clipped, kind=Model):
     for t in range(STEPS):
         opt.zero_grad()
         mine = [joint(feed, model, t, number)] if rank is None else feed(seen, t, rank, number)
-        *earlier, last = mine
-        for losses in earlier:
-            opt.backward(losses, accumulate=True)
-        opt.backward(last)
+        mine = list(mine)
+        for k, losses in enumerate(mine):
+            options = {key: losses.pop(key) for key in set(losses) & {"representation", "scalars"}}
+            opt.backward(losses, accumulate=k < len(mine) - 1, **options)
         opt.step()
         reports.append(opt.report)
-    found = [p.detach().clone() for p in model.parameters()]
-    return found, reports, [p.grad is None for p in model.parameters()]
-
-
-def train(rank, number, settings, ddp=True, heads=False):
-    """For the tests of other modules: `run` in its most usual form."""
-    wrap = DistributedDataParallel if ddp else unwrapped
-    method = partial(with_heads if heads else clipped, **settings)
-    return run(rank, 1 if rank is None else number, whole, wrap, method)[:2]
-
-
-def relative(a, b) -> float:
-    difference = sum(float((x - y).square().sum()) for x, y in zip(a, b, strict=True))
-    return (difference / sum(float(y.square().sum()) for y in b)) ** 0.5
-
-
-def equal(a, b) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    return copies(model.parameters()), reports, [p.grad is None for p in model.parameters()]
 
 
 def same_bits(a, b) -> bool:
@@ -234,7 +238,7 @@ def same_bits(a, b) -> bool:
 
 
 def check(results, expected) -> None:
-    """All processes have every bit in common, and what one process has to rounding."""
+    """All processes have the same bits; they differ from one process by rounding alone."""
     (truth, witnesses, unreached), (first, reports, _) = expected, results[0]
     for found, mine, missing in results:
         assert equal(found, first)
@@ -259,6 +263,7 @@ CASES = {
     "find_unused_parameters": (whole, ddp_with_unused, with_heads),
     "static_graph": (whole, ddp_static, clipped),
     "gradient_as_bucket_view": (whole, ddp_views, clipped),
+    "torch.compile": (whole, compiled, clipped),
     "no_sync": (in_no_sync, ddp, clipped),
     "callables": (callables, ddp, clipped),
     "callables, static_graph": (callables, ddp_static, with_heads),
@@ -272,7 +277,6 @@ CASES = {
     "an objective absent everywhere": (absent_everywhere, ddp, clipped),
     "a process without any": (idle_in_turn, ddp, with_heads),
     "MGDA without weights": (whole, ddp, min_norm),
-    "ghost": (whole, ddp, ghost),
     "the Gram matrix of a layer": (whole, ddp, of_a_layer),
     "the Gram matrix of an earlier step": (whole, ddp, every_third),
     "the same, an objective absent everywhere": (absent_everywhere, ddp, every_third),
@@ -295,77 +299,69 @@ def test_so_do_four(four_ranks: Ranks, case: str) -> None:
     check(four_ranks.run(run, 4, feed, wrap, method), run(None, 4, feed, method=method))
 
 
+def test_a_representation_is_that_of_the_joint_batch(two_ranks: Ranks) -> None:
+    settings = with_representation, unwrapped, by_representation
+    check(two_ranks.run(run, 2, *settings), run(0, 1, *settings))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_per_example_gradients_are_those_of_the_joint_batch(two_ranks: Ranks, parts: int) -> None:
+    results = two_ranks.run(run, 2, partial(of_scalars, k=parts), ddp, per_example)
+    check(results, run(0, 1, partial(of_scalars, passed=False)))
+    assert {report.gradients for _, reports, _ in results for report in reports} == {"per_example"}
+
+
+def test_ghost_is_dense(two_ranks: Ranks) -> None:
+    exact, ghosts = (two_ranks.run(run, 2, whole, ddp, method) for method in (clipped, ghost))
+    assert equal(exact[0][0], ghosts[0][0])
+    check(ghosts, run(None, 2, whole))
+
+
 # --- Parameters ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrap", [unwrapped, ddp, ddp_with_unused])
-@pytest.mark.parametrize("method", [clipped, with_heads])
+@pytest.mark.parametrize(
+    ("wrap", "method"), [(unwrapped, with_heads), (ddp, clipped), (ddp_with_unused, with_heads)]
+)
 def test_parameters_that_one_process_or_none_reaches(four_ranks: Ranks, wrap, method) -> None:
-    expected = run(None, 4, own_part, method=method, kind=Uneven)
     results = four_ranks.run(run, 4, own_part, wrap, method, Uneven)
-    check(results, expected)
+    check(results, run(None, 4, own_part, method=method, kind=Uneven))
     torch.manual_seed(0)
     unused, missing = list(Uneven().unused.parameters()), results[0][2]
     assert equal(results[0][0][-2:], unused), "weight decay did not move them"
     assert missing == [False] * (len(missing) - 2) + [True] * 2
 
 
-def in_small_buckets(rank, number, method, kind):
-    replicated._BUCKET, before = 64, replicated._BUCKET
+def in_buckets(rank, size, *settings):
+    before = replicated._BUCKET
+    replicated._BUCKET = size or before
     try:
-        return run(rank, number, whole, unwrapped, method, kind)
+        return run(rank, 2, whole, unwrapped, *settings)
     finally:
         replicated._BUCKET = before
 
 
-def fused(model):
-    adamw = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-    return CAGradClip(adamw, WEIGHTS, shared_parameters=model.trunk.parameters())
-
-
-@pytest.mark.parametrize("kind", [Model, Odd])
-@pytest.mark.parametrize("buckets", ["small", "large"])
-def test_parameters_of_any_form_in_buckets_of_any_size(two_ranks: Ranks, kind, buckets) -> None:
+@pytest.mark.parametrize(("kind", "size"), [(Model, 64), (Odd, 64), (Odd, None)])
+def test_parameters_of_any_form_in_buckets_of_any_size(two_ranks: Ranks, kind, size) -> None:
     expected = run(None, 2, whole, method=with_heads, kind=kind)
-    if buckets == "small":
-        results = two_ranks.run(in_small_buckets, 2, fused, kind)
-    else:
-        results = two_ranks.run(run, 2, whole, unwrapped, fused, kind)
-    check(results, expected)
-
-
-def large(rank):
-    """A model that fills several buckets of the usual size; .grad after a backward, and H."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(1500, 5000), nn.Linear(5000, 3))
-    opt = CAGradClip(torch.optim.SGD(model.parameters(), lr=0.1), [0.5, 0.3, 0.2])
-    x = torch.randn(4, 1500)
-    opt.backward(list(model(x if rank is None else x.chunk(2)[rank]).square().mean(0)))
-    return [p.grad for p in model.parameters()], opt.report.gram
-
-
-def test_several_buckets_of_the_usual_size(two_ranks: Ranks) -> None:
-    gradients, gram = large(None)
-    for found, found_gram in two_ranks.run(large):
-        assert relative(found, gradients) < 1e-6
-        norms = gram.diagonal().sqrt()
-        assert float(((found_gram - gram) / norms / norms[:, None]).abs().max()) < 1e-5
+    check(two_ranks.run(in_buckets, size, fused, kind), expected)
 
 
 # --- Numbers from a formula ----------------------------------------------------------------------
 
-SYMMETRIC = 12
 
-
-def gram_matrices(rank, mode):
+def gram_matrices(rank, number, mode):
     """H of losses that are linear in x: their gradients are rows of a random matrix."""
+    group = dist.new_group(range(number))
+    if number < 4:
+        dist.new_group(range(number, 4))  # all are in as many groups, so names of groups agree
     found = []
-    for draw in range(SYMMETRIC):
+    for draw in range(12 if rank < number else 0):
         generator = torch.Generator().manual_seed(100 * draw + rank)
         rows = torch.randn(4, 50, generator=generator)
-        x = nn.Parameter(torch.ones(50))
-        opt = CAGradClip(torch.optim.SGD([x], lr=0.1), [0.25] * 4, gradients=mode)
-        z = 1 * x
+        z = 1 * (x := nn.Parameter(torch.ones(50)))
+        sgd = torch.optim.SGD([x], lr=0.1)
+        opt = CAGradClip(sgd, [0.25] * 4, gradients=mode, process_group=group)
         opt.backward(list(rows @ z), representation=z if mode == "representation" else None)
         found.append(opt.report.gram)
     return found
@@ -375,10 +371,8 @@ def gram_matrices(rank, mode):
 @pytest.mark.parametrize("number", [3, 4])
 def test_gram_matrix_is_symmetric_to_the_bit(four_ranks: Ranks, number: int, mode: str) -> None:
     """An all-reduce over three processes or more adds each entry in another order."""
-    with contextlib.ExitStack() as stack:
-        ranks = four_ranks if number == 4 else stack.enter_context(Ranks(number))
-        for matrices in ranks.run(gram_matrices, mode):
-            assert all(torch.equal(gram, gram.T) for gram in matrices)
+    for matrices in four_ranks.run(gram_matrices, number, mode):
+        assert all(torch.equal(gram, gram.T) for gram in matrices)
 
 
 # Which losses are there: by process and micro-batch.
@@ -397,32 +391,28 @@ def linear_losses(rank, micro_batch):
     return torch.randn(3, 5, generator=generator, dtype=torch.float64)
 
 
-def with_absent_losses(rank, case, method):
+def with_absent_losses(rank, present, method):
     x = nn.Parameter(torch.ones(5, dtype=torch.float64))
     weights = {"weights": WEIGHTS} if method is CAGradClip else {}
     opt = method(torch.optim.SGD([x], lr=1.0), **weights)
     for k in range(2):
-        there = PRESENT[case][2 * rank + k]
         pairs = zip(WEIGHTS, linear_losses(rank, k), strict=True)
-        losses = {name: row @ x if name in there else None for name, row in pairs}
+        losses = {name: row @ x if name in present[2 * rank + k] else None for name, row in pairs}
         opt.backward(losses, accumulate=k == 0)
     return x.grad, opt.report
 
 
-@pytest.mark.parametrize("case", PRESENT)
+@pytest.mark.parametrize("present", PRESENT.values(), ids=PRESENT)
 @pytest.mark.parametrize("method", [CAGradClip, MGDA])
-def test_absent_losses_leave_the_others_their_correction(
-    two_ranks: Ranks, case: str, method
-) -> None:
+def test_absent_losses_leave_the_others_their_correction(two_ranks, present, method) -> None:
     """One that is there in one process and micro-batch is present; its mean counts zeros."""
     rows = np.zeros((3, 5))
-    for place, there in enumerate(PRESENT[case]):
+    for place, there in enumerate(present):
         for i, name in enumerate(WEIGHTS):
             if name in there:
                 rows[i] += linear_losses(*divmod(place, 2))[i].numpy() / 2
-    index = [i for i, name in enumerate(WEIGHTS) if name in "".join(PRESENT[case])]
-    some = rows[index]
-    gram, alpha, p_clipped = some @ some.T, np.zeros(3), np.full(3, np.nan)
+    index = [i for i, name in enumerate(WEIGHTS) if name in "".join(present)]
+    gram, alpha, p_clipped = rows[index] @ rows[index].T, np.zeros(3), np.full(3, np.nan)
     if method is CAGradClip:
         given = np.array(list(WEIGHTS.values()))[index]
         w = given / given.sum()
@@ -434,37 +424,20 @@ def test_absent_losses_leave_the_others_their_correction(
         uniform = np.full(len(index), 1 / len(index))
         # min |G_p| is min <G_p, g0> + s |G_p| for a radius so large that the rest does not count.
         alpha[index] = np.array(exact_minimum(gram, uniform, 1e9).p, dtype=float)
-        p_clipped = None
-    for grad, report in two_ranks.run(with_absent_losses, case, method):
-        assert report.absent == tuple(n for n in WEIGHTS if n not in "".join(PRESENT[case]))
+    for grad, report in two_ranks.run(with_absent_losses, present, method):
+        assert report.absent == tuple(n for n in WEIGHTS if n not in "".join(present))
         np.testing.assert_allclose(report.coefficients, alpha, rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose(grad, alpha @ rows, rtol=1e-6, atol=1e-7)
-        if p_clipped is not None:
+        if method is CAGradClip:
             np.testing.assert_allclose(report.p_clipped, p_clipped, rtol=1e-6, atol=1e-7)
 
 
-class OneBuffer(torch.autograd.Function):
-    """Returns, as a gradient, memory that it fills anew in every backward pass."""
-
-    memory = torch.zeros(5, dtype=torch.float64)
-
-    @staticmethod
-    def forward(ctx, x, row):
-        ctx.save_for_backward(row)
-        return x @ row
-
-    @staticmethod
-    def backward(ctx, grad):
-        return OneBuffer.memory.copy_(grad * ctx.saved_tensors[0]), None
-
-
-def from_one_buffer(rank, how):
+def from_one_buffer(rank):
     x = nn.Parameter(torch.ones(5, dtype=torch.float64))
     opt = LinearScalarization(torch.optim.SGD([x], lr=1.0), [0.5, 0.3, 0.2])
     for k in range(3):
-        rows = linear_losses(rank, k)
-        losses = [partial(OneBuffer.apply, x, row) for row in rows]
-        opt.backward(losses if how == "callables" else [f() for f in losses], accumulate=k < 2)
+        losses = [partial(OneBuffer.apply, x, row) for row in linear_losses(rank, k)]
+        opt.backward(losses, accumulate=k < 2)
     return x.grad
 
 
@@ -472,26 +445,25 @@ def test_kept_gradients_are_not_the_users_memory(two_ranks: Ranks) -> None:
     """With tensors, torch.autograd.grad itself leaves the memory with the user."""
     rows = sum(linear_losses(rank, k) for rank in range(2) for k in range(3)) / 2
     expected = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64) @ rows
-    for found in two_ranks.run(from_one_buffer, "callables"):
+    for found in two_ranks.run(from_one_buffer):
         assert torch.allclose(found, expected, rtol=1e-12)
 
 
 def with_wider_gradients(rank):
-    """Parameters of low precision whose gradients are of float32, and what hooks see of them."""
+    """Parameters of low precision with float32 gradients, and the gradients that hooks see."""
     torch.manual_seed(0)
     model = Model().to(torch.bfloat16)
-    for p in model.parameters():
-        p.grad_dtype = torch.float32
     seen: list[Tensor] = []
     for p in model.parameters():
+        p.grad_dtype = torch.float32
         p.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
-    x, y = (z.bfloat16() for z in slices(batches()[0], rank or 0, 2))
-    losses = losses_of(model(x), y)
+    x, y = (z.bfloat16() for z in batches()[0])
+    parts = range(2) if rank is None else [rank]
+    losses = [losses_of(model(x.chunk(2)[k]), y.chunk(2)[k]) for k in parts]
     if rank is None:
-        other = losses_of(model(batches()[0][0].bfloat16()[4:]), batches()[0][1].bfloat16()[4:])
-        sum(WEIGHTS[name] * (losses[name] + other[name]) / 2 for name in losses).backward()
+        sum(WEIGHTS[name] * part[name] / 2 for part in losses for name in part).backward()
     else:
-        LinearScalarization(torch.optim.SGD(model.parameters(), 0.1), WEIGHTS).backward(losses)
+        LinearScalarization(torch.optim.SGD(model.parameters(), 0.1), WEIGHTS).backward(losses[0])
     return [p.grad for p in model.parameters()], seen
 
 
@@ -505,7 +477,7 @@ def test_gradients_have_the_dtype_of_backward_and_hooks_run_once(two_ranks: Rank
         assert equal(seen, found)
 
 
-def with_parameters_that_nobody_holds(rank):
+def with_parameters_that_no_optimizer_holds(rank):
     model = Model()
     opt = CAGradClip(torch.optim.SGD(model.trunk.parameters(), lr=0.1), WEIGHTS)
     with warnings.catch_warnings(record=True) as found:
@@ -515,14 +487,14 @@ def with_parameters_that_nobody_holds(rank):
     return [str(warning.message) for warning in found if warning.category is UserWarning]
 
 
-def test_parameters_that_nobody_holds_are_named_once_by_every_process(two_ranks: Ranks) -> None:
-    for messages in two_ranks.run(with_parameters_that_nobody_holds):
+def test_every_process_warns_once_of_parameters_that_no_optimizer_holds(two_ranks: Ranks) -> None:
+    for messages in two_ranks.run(with_parameters_that_no_optimizer_holds):
         assert len(messages) == 1
         assert "the losses depend on 6 parameters, with 60 numbers" in messages[0]
 
 
 class Remembers:
-    """A rule with a state and draws at random: a running mean of H."""
+    """A rule with a state that draws at random: a running mean of H."""
 
     def __init__(self):
         self.mean = None
@@ -536,65 +508,63 @@ def with_a_stateful_rule(rank, resumed):
     """Each process draws numbers of its own; the first one's count."""
     torch.manual_seed(0)
     model = Model()
-    adamw = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    opt = MultiObjectiveOptimizer(adamw, Remembers(), weights=WEIGHTS)
+    opt = None
     for t in range(6):
+        if opt is None or (t == 3 and resumed):
+            state = [opt and opt.state_dict()]
+            dist.broadcast_object_list(state)  # as read from a file that the first one wrote
+            adamw = torch.optim.AdamW(model.parameters(), lr=1e-2)
+            opt = MultiObjectiveOptimizer(adamw, Remembers(), weights=WEIGHTS)
+            if state[0]:
+                opt.load_state_dict(state[0])
         x, y = slices(batches()[t], rank, 2)
         torch.manual_seed(10 * t + rank)
         opt.zero_grad()
         opt.backward(losses_of(model(x), y))
         opt.step()
-        if t == 2 and resumed:
-            state = [opt.state_dict()]
-            dist.broadcast_object_list(state)  # as read from a file that the first one wrote
-            adamw = torch.optim.AdamW(model.parameters(), lr=1e-2)
-            opt = MultiObjectiveOptimizer(adamw, Remembers(), weights=WEIGHTS)
-            opt.load_state_dict(state[0])
-    return [p.detach() for p in model.parameters()]
+    return copies(model.parameters())
 
 
-def test_a_stateful_rule_that_draws_at_random_resumes(two_ranks: Ranks) -> None:
-    expected = two_ranks.run(with_a_stateful_rule, False)
-    found = two_ranks.run(with_a_stateful_rule, True)
-    for parameters in [*expected, *found]:
-        assert equal(parameters, expected[0])
+def test_a_stateful_rule_that_draws_at_random_draws_for_all_and_resumes(two_ranks: Ranks) -> None:
+    runs = [two_ranks.run(with_a_stateful_rule, resumed) for resumed in (False, True)]
+    for parameters in [*runs[0], *runs[1]]:
+        assert equal(parameters, runs[0][0])
 
 
-# --- What it must equal without several gradients ------------------------------------------------
+# --- DDP's own backward pass ---------------------------------------------------------------------
 
 
-def weighted_sum(rank, number, method):
+def weighted_sum(rank, method):
     """Trains with DDP's own backward pass of the weighted loss, or with a method that is that."""
     torch.manual_seed(0)
     model = Model()
-    wrapped = DistributedDataParallel(model)
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    if method == "LinearScalarization":
-        opt = LinearScalarization(opt, WEIGHTS)
-    elif method == "no radius":
-        opt = CAGradClip(opt, WEIGHTS, c=0.0)
+    wrapped = ddp(model)
+    opt = method(torch.optim.AdamW(model.parameters(), lr=1e-2))
     for batch in batches():
-        x, y = slices(batch, rank, number)
+        x, y = slices(batch, rank, 2)
         losses = losses_of(wrapped(x), y)
         opt.zero_grad()
-        if method == "DDP":
+        if method is unwrapped:
             sum(WEIGHTS[name] * loss for name, loss in losses.items()).backward()
         else:
             opt.backward(losses)
         opt.step()
-    return [p.detach() for p in model.parameters()]
+    return copies(model.parameters())
 
 
-@pytest.mark.parametrize("method", ["LinearScalarization", "no radius"])
-def test_weighted_sum_is_that_of_ddp(two_ranks: Ranks, method: str) -> None:
-    expected = two_ranks.run(weighted_sum, 2, "DDP")
-    found = two_ranks.run(weighted_sum, 2, method)
-    assert relative(found[0], expected[0]) < 1e-5
-    assert equal(found[0], found[1])
+def test_weighted_sum_is_that_of_ddp(two_ranks: Ranks) -> None:
+    expected, *_ = two_ranks.run(weighted_sum, unwrapped)
+    for method in (
+        partial(LinearScalarization, weights=WEIGHTS),
+        partial(CAGradClip, weights=WEIGHTS, c=0.0),
+    ):
+        found = two_ranks.run(weighted_sum, method)
+        assert relative(found[0], expected) < 1e-5
+        assert equal(found[0], found[1])
 
 
 def beside_ddp(rank, set_to_none):
-    """Adds to what DDP's own backward pass left, and back again; in one bucket view or not."""
+    """Adds to the gradient that DDP's own backward pass left, in a view of its bucket or not."""
     torch.manual_seed(0)
     model = Model()
     wrapped = model if rank is None else ddp_views(model)
@@ -605,7 +575,7 @@ def beside_ddp(rank, set_to_none):
         sum(losses_of(wrapped(x), y).values()).backward()
         opt.backward(losses_of(wrapped(x), y))
         opt.step()
-    return [p.grad for p in model.parameters()], [p.detach() for p in model.parameters()]
+    return copies(p.grad for p in model.parameters()), copies(model.parameters())
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -618,94 +588,46 @@ def test_adds_to_the_gradient_that_ddp_averaged(two_ranks: Ranks, set_to_none: b
         assert equal(found, results[0][1])
 
 
-def with_representation(rank, number):
-    torch.manual_seed(0)
-    model = Model()
-    opt = with_heads(model, gradients="representation")
-    reports = []
-    for batch in batches():
-        x, y = batch if rank is None else slices(batch, rank, number)
-        z = model.trunk(x)
-        opt.zero_grad()
-        opt.backward(losses_of(model.read(z), y), representation=z)
-        opt.step()
-        reports.append(opt.report)
-    return [p.detach() for p in model.parameters()], reports, [False] * len(opt.state)
+# --- Groups --------------------------------------------------------------------------------------
 
 
-def test_representation_of_the_joint_batch(two_ranks: Ranks) -> None:
-    check(two_ranks.run(with_representation, 2), with_representation(None, 1))
-
-
-def of_scalars(rank, mode, parts):
-    """Losses of one scalar per example, in micro-batches; one process, or two under DDP."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 17), nn.Tanh(), nn.Linear(17, 2))
-    settings = {"gradients": mode} | ({"model": model} if mode == "per_example" else {})
-    opt = CAGradClip(torch.optim.AdamW(model.parameters(), lr=1e-2), WEIGHTS, **settings)
-    seen = model if rank is None else ddp(model)
-    reports = []
-    for t in range(STEPS):
-        opt.zero_grad()
-        batch = batches()[t] if rank is None else slices(batches()[t], rank, 2)
-        for k, (x, y) in enumerate(zip(*(z.chunk(parts) for z in batch), strict=True)):
-            s = (seen(x) - y).square().sum(1)
-            losses = {"a": s.mean(), "b": (3 - s).sigmoid().mean(), "c": s.cos().mean()}
-            opt.backward(
-                {name: loss / parts for name, loss in losses.items()},
-                accumulate=k < parts - 1,
-                scalars=s if mode == "per_example" else None,
-            )
-        opt.step()
-        reports.append(opt.report)
-    return [p.detach() for p in model.parameters()], reports, [False] * len(opt.state)
-
-
-@pytest.mark.parametrize("parts", [1, 2])
-def test_per_example_gradients_of_the_joint_batch(two_ranks: Ranks, parts: int) -> None:
-    results = two_ranks.run(of_scalars, "per_example", parts)
-    check(results, of_scalars(None, "dense", 1))
-    assert {report.gradients for _, reports, _ in results for report in reports} == {"per_example"}
-
-
-def test_ghost_is_dense(two_ranks: Ranks) -> None:
-    exact, ghosts = (two_ranks.run(run, 2, whole, ddp, method) for method in (clipped, ghost))
-    assert equal(exact[0][0], ghosts[0][0])
-
-
-# --- Who averages with whom ----------------------------------------------------------------------
-
-
-def in_groups(rank, size):
+def in_groups(rank, size, first=None):
     """Each group trains a model of its own, on batches of its own."""
-    group = dist.new_subgroups(group_size=size)[0]
-    first = rank - rank % size
+    alone = rank is None
+    group = None if alone else dist.new_subgroups(group_size=size)[0]
+    first = first if alone else rank - rank % size
     torch.manual_seed(first)
     model = Model()
     opt = clipped(model, process_group=group)
     for t in range(STEPS):
-        x, y = slices(batches()[(t + first) % STEPS], rank - first, size)
+        batch = batches()[(t + first) % STEPS]
+        x, y = batch if alone else slices(batch, rank - first, size)
         opt.zero_grad()
         opt.backward(losses_of(model(x), y))
         opt.step()
-    return [p.detach() for p in model.parameters()]
+    return copies(model.parameters())
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_groups_train_models_of_their_own(four_ranks: Ranks, size: int) -> None:
     results = four_ranks.run(in_groups, size)
     for first in range(0, 4, size):
-        torch.manual_seed(first)
-        model = Model()
-        opt = clipped(model)
-        for t in range(STEPS):
-            x, y = batches()[(t + first) % STEPS]
-            opt.zero_grad()
-            opt.backward(losses_of(model(x), y))
-            opt.step()
+        expected = in_groups(None, size, first)
         for found in results[first : first + size]:
             assert equal(found, results[first])
-            assert relative(found, [p.detach() for p in model.parameters()]) < 1e-5
+            assert relative(found, expected) < 1e-5
+
+
+def copied_with_a_group(rank):
+    opt = clipped(Model(), process_group=dist.new_subgroups(group_size=1)[0])
+    assert copy.deepcopy(opt)._core.group.group is opt._core.group.group
+    return pickle.dumps(opt)
+
+
+def test_a_group_is_copied_along_but_not_pickled(two_ranks: Ranks) -> None:
+    for found in two_ranks.outcomes(copied_with_a_group):
+        assert isinstance(found.error, TypeError)
+        assert "Save its state_dict() instead" in str(found.error)
 
 
 # --- The rest of a training loop -----------------------------------------------------------------
@@ -716,22 +638,21 @@ def with_lbfgs(rank, number):
     model = Model().double()
     opt = CAGradClip(torch.optim.LBFGS(model.parameters(), lr=0.05, max_iter=5), WEIGHTS)
     for batch in batches(8):
-        x, y = (z.double() for z in (batch if rank is None else slices(batch, rank, number)))
+        x, y = (z.double() for z in slices(batch, rank, number))
 
         def closure(x=x, y=y):
             opt.zero_grad()
             return losses_of(model(x), y)
 
         opt.step(closure)
-    return [p.detach() for p in model.parameters()]
+    return copies(model.parameters())
 
 
 def test_lbfgs_evaluates_the_joint_losses(two_ranks: Ranks) -> None:
-    expected = with_lbfgs(None, 1)
     results = two_ranks.run(with_lbfgs, 2)
     for found in results:
         assert equal(found, results[0])
-        assert relative(found, expected) < 1e-7
+        assert relative(found, with_lbfgs(0, 1)) < 1e-7
 
 
 def renewed(rank, number, kind):
@@ -740,9 +661,10 @@ def renewed(rank, number, kind):
     model = Model()
     opt = clipped(model, gram_every=2)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.9)
-    wrapped = model if rank is None else ddp(model)
+    wrap = ddp if number > 1 else unwrapped
+    wrapped = wrap(model)
     for t in range(8):
-        x, y = batches()[t] if rank is None else slices(batches()[t], rank, number)
+        x, y = slices(batches()[t], rank, number)
         opt.zero_grad()
         opt.backward(losses_of(wrapped(x), y))
         opt.step()
@@ -756,50 +678,19 @@ def renewed(rank, number, kind):
                 state, model = copy.deepcopy(opt.state_dict()), copy.deepcopy(model)
                 opt = clipped(model, gram_every=2)
                 opt.load_state_dict(state)
-            wrapped = model if rank is None else ddp(model)
+            wrapped = wrap(model)
             schedule = scheduler.state_dict()
             scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.9, last_epoch=4)
             scheduler.load_state_dict(schedule)
             opt.param_groups[0]["lr"] = scheduler.get_last_lr()[0]
-    return [p.detach() for p in model.parameters()], opt.param_groups[0]["lr"]
+    return copies(model.parameters()), opt.param_groups[0]["lr"]
 
 
-@pytest.mark.parametrize("kind", ["copied", "pickled", "resumed"])
-def test_schedules_and_copies_go_on_as_if_uninterrupted(two_ranks: Ranks, kind: str) -> None:
-    expected, rate = renewed(None, 1, None)
-    uninterrupted = two_ranks.run(renewed, 2, None)
-    for found, found_rate in two_ranks.run(renewed, 2, kind):
-        assert found_rate == rate
-        assert equal(found, uninterrupted[0][0])
-        assert relative(found, expected) < 1e-5
-
-
-def copies(rank):
-    opt = clipped(Model(), process_group=dist.new_subgroups(group_size=1)[0])
-    assert copy.deepcopy(opt)._core.group.group is opt._core.group.group
-    return pickle.dumps(opt)
-
-
-def test_a_group_is_copied_along_but_not_pickled(two_ranks: Ranks) -> None:
-    for found in two_ranks.outcomes(copies):
-        assert isinstance(found.error, TypeError)
-        assert "Save its state_dict() instead" in str(found.error)
-
-
-def compiled(rank, number):
-    torch.manual_seed(0)
-    model = Model()
-    seen = model if rank is None else torch.compile(ddp(model), backend="aot_eager")
-    opt = clipped(model)
-    for t in range(5):
-        x, y = batches()[t] if rank is None else slices(batches()[t], rank, number)
-        opt.zero_grad()
-        opt.backward(losses_of(seen(x), y))
-        opt.step()
-    return [p.detach() for p in model.parameters()]
-
-
-def test_compiled_model(two_ranks: Ranks) -> None:
-    expected = compiled(None, 1)
-    for found in two_ranks.run(compiled, 2):
-        assert relative(found, expected) < 1e-5
+def test_schedules_and_copies_go_on_as_if_uninterrupted(two_ranks: Ranks) -> None:
+    expected, rate = renewed(0, 1, None)
+    uninterrupted, _ = two_ranks.run(renewed, 2, None)[0]
+    assert relative(uninterrupted, expected) < 1e-5
+    for kind in ("copied", "pickled", "resumed"):
+        for found, found_rate in two_ranks.run(renewed, 2, kind):
+            assert found_rate == rate
+            assert equal(found, uninterrupted)

@@ -1,5 +1,7 @@
 """The subproblem: against exact truth where m is small, against a certificate where it is not."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -22,8 +24,8 @@ KINDS = sorted(SAMPLERS)
 GENERIC = ("random", "conflicting", "aligned", "vertex", "interior")
 SOLVERS = ("exact", "pgd", "slsqp")
 GAP = 1e-9
-# The last digits of H decide: the solution is as good as they are, but what a solver can prove of
-# it is less (docs/algorithm.md gives figures).
+# The last digits of H decide. The solution is as good as they are, but a solver can prove less
+# (docs/algorithm.md gives figures).
 FEW_DIGITS = {"near_kink", "near_singular", "nearly_stationary", "single_precision"}
 
 
@@ -45,57 +47,38 @@ def assert_solves(case: Problem, solution: SubproblemSolution, *, proved: float 
     )
 
 
-# --- The witnesses themselves --------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("m", [2, 3])
-def test_exact_minimum_agrees_with_a_grid(kind, m):
-    for seed in range(3):
+def test_the_witnesses_agree(kind):
+    """The exact minimum equals that of a grid and the proved one; its distance to itself is 0."""
+    for m, seed in itertools.product((1, 2, 3, 4), range(3)):
         case = problem(kind, m, seed)
-        truth = exact_minimum(case.gram, case.weights, case.c)
-        _, value = grid_minimum(case.gram, case.weights, case.c)
-        scale = np.sqrt(case.weights @ case.gram @ case.weights * case.gram.diagonal().max())
-        # In float64, norms near zero are known to the root of the rounding.
-        tolerance = 1e-7 * scale + 1e-8 * case.gram.max()
-        assert value == pytest.approx(truth.value, abs=tolerance)
-        assert phi(case.gram, case.weights, case.c, truth.p) >= truth.value - 1e-15 * scale
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_samplers_know_their_minimiser(kind):
-    for seed in range(10):
-        for m in (1, 2, 3, 4):
-            case = problem(kind, m, seed)
-            assert sum(case.weights) == pytest.approx(1, abs=1e-15)
-            if case.p is not None:
-                truth = exact_minimum(case.gram, case.weights, case.c)
-                np.testing.assert_allclose(truth.p, case.p, atol=1e-9)
+        H, w, c = case.gram, case.weights, case.c
+        assert sum(w) == pytest.approx(1, abs=1e-15)
+        truth = exact_minimum(H, w, c)
+        scale = np.sqrt(w @ H @ w * H.diagonal().max())
+        assert phi(H, w, c, truth.p) >= truth.value - 1e-15 * scale
+        if m in (2, 3) and seed < 2:
+            _, value = grid_minimum(H, w, c)
+            # In float64, norms near zero are known to the root of the rounding.
+            assert value == pytest.approx(truth.value, abs=1e-7 * scale + 1e-8 * H.max())
+        if case.p is not None:
+            np.testing.assert_allclose(truth.p, case.p, atol=1e-9)
+        if case.rounding == 0:
+            assert distance_to_closest(H, w, c, truth.p) <= 1e-9
 
 
 @pytest.mark.parametrize("kind", GENERIC)
 def test_certificate_bounds_the_suboptimality(kind):
     rng = np.random.default_rng(0)
-    for seed in range(10):
+    for seed in range(4):
         case = problem(kind, 4, seed)
         H, w, c = case.gram, case.weights, case.c
         truth = exact_minimum(H, w, c)
         assert certificate(H, w, c, truth.p) <= 1e-13
         p = rng.dirichlet(np.ones(4))
-        missed = phi(H, w, c, p) - truth.value
-        missed /= np.sqrt(w @ H @ w * H.diagonal().max())
+        missed = (phi(H, w, c, p) - truth.value) / np.sqrt(w @ H @ w * H.diagonal().max())
         assert certificate(H, w, c, p) >= missed - 1e-15
         assert excess_gap(H, w, c, p) >= missed - 1e-9  # rounding excuses nothing here
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_closest_minimiser_has_no_distance_to_itself(kind):
-    for m in (2, 3, 4):
-        for seed in range(10):
-            case = problem(kind, m, seed)
-            if case.rounding == 0:
-                p = exact_minimum(case.gram, case.weights, case.c).p
-                assert distance_to_closest(case.gram, case.weights, case.c, p) <= 1e-9
 
 
 def test_the_distance_to_the_closest_minimiser_is_seen():
@@ -104,20 +87,9 @@ def test_the_distance_to_the_closest_minimiser_is_seen():
     assert distance_to_closest(g @ g.T, w, 0.75, other) == pytest.approx(0.01 * np.sqrt(2))
 
 
-# --- Pinned values -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_the_example_of_theorem_3_2(solver):
-    g = torch.tensor([[1.0, -4.0], [-1.0, 1.0]], dtype=torch.float64)
-    solution = solve_subproblem(g @ g.T, [0.2, 0.8], 0.5, solver=solver)
-    np.testing.assert_allclose(solution.p, [0.3561, 0.6439], atol=5e-5)
-    truth = exact_minimum((g @ g.T).numpy(), np.array([0.2, 0.8]), 0.5)
-    np.testing.assert_allclose(solution.p, truth.p, atol=1e-6)
-    assert float(solution.value) == pytest.approx(truth.value, rel=1e-9)
-
-
 PINNED = [
+    # The example of Theorem 3.2: g_1 = (1, -4), g_2 = (-1, 1), to the digits of the paper.
+    ([[17, -5], [-5, 2]], [0.2, 0.8], 0.5, [0.3561, 0.6439]),
     # Orthogonal gradients of one length and even weights: even by symmetry.
     (np.eye(3), [1 / 3] * 3, 0.5, [1 / 3] * 3),
     # H = diag(1, 4): Phi has the derivatives 0.5 + s and 2 at the first vertex, s = 0.56.
@@ -126,22 +98,25 @@ PINNED = [
     ([[1.0, -1.0], [-1.0, 1.0]], [0.7, 0.3], 0.4, [0.0, 1.0]),
     # g_1 and g_2 opposed, all weight on g_3 orthogonal to both: a kink.
     ([[1.0, -2.0, 0.0], [-2.0, 4.0, 0.0], [0.0, 0.0, 1.0]], [0, 0, 1.0], 0.4, [2 / 3, 1 / 3, 0]),
+    # Equal derivatives and no radius: w is a minimiser.
+    (np.eye(2), [0.5, 0.5], 0.0, [0.5, 0.5]),
 ]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize(("gram", "weights", "c", "p"), PINNED)
-def test_pinned(gram, weights, c, p, solver):
-    np.testing.assert_allclose(solve_subproblem(gram, weights, c, solver=solver).p, p, atol=1e-6)
-
-
-# --- Against exact truth -------------------------------------------------------------------------
+def test_pinned(solver):
+    for gram, weights, c, p in PINNED:
+        solution = solve_subproblem(gram, weights, c, solver=solver)
+        np.testing.assert_allclose(solution.p, p, atol=5e-5 if p[0] == 0.3561 else 1e-6)
+        truth = exact_minimum(np.asarray(gram, float), np.array(weights), c)
+        np.testing.assert_allclose(solution.p, truth.p, atol=1e-6)
+        assert float(solution.value) == pytest.approx(truth.value, rel=1e-9, abs=1e-15)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5])
 def test_exact_solver_finds_the_minimiser_closest_to_the_weights(kind, m):
-    for seed in range(12 if m < 5 else 5):
+    for seed in range(1 if m == 1 else 8 if m < 5 else 2):
         case = problem(kind, m, seed)
         solution = solve(case)
         assert_solves(case, solution, proved=1e-7 if kind in FEW_DIGITS else GAP)
@@ -155,19 +130,20 @@ def test_exact_solver_finds_the_minimiser_closest_to_the_weights(kind, m):
 @pytest.mark.parametrize("solver", ["pgd", "slsqp"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_solvers_agree_with_the_exact_one(kind, solver):
-    for m in (1, 2, 3, 5):
-        for seed in range(4):
-            case = problem(kind, m, seed)
-            solution = solve(case, solver)
-            assert_solves(case, solution, proved=np.inf if kind in FEW_DIGITS else GAP)
-            if kind in GENERIC and case.c > 1e-9:
-                np.testing.assert_allclose(solution.p, solve(case).p, atol=1e-6)
+    for m, seed in ((1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (5, 0), (5, 1)):
+        case = problem(kind, m, seed)
+        solution = solve(case, solver)
+        assert_solves(case, solution, proved=np.inf if kind in FEW_DIGITS else GAP)
+        if kind in GENERIC and case.c > 1e-9:
+            np.testing.assert_allclose(solution.p, solve(case).p, atol=1e-6)
+        if solver == "slsqp" and case.rounding == 0:
+            assert distance_to_closest(case.gram, case.weights, case.c, solution.p.numpy()) <= 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("m", [8, 20, 64])
-def test_certificate_for_many_losses(kind, m):
-    for seed in range(4):
+@pytest.mark.parametrize(("m", "seeds"), [(8, 3), (20, 2), (64, 1)])
+def test_certificate_for_many_losses(kind, m, seeds):
+    for seed in range(seeds):
         case = problem(kind, m, seed)
         solution = solve(case)
         assert_solves(case, solution, proved=1e-7 if kind in FEW_DIGITS else GAP)
@@ -176,9 +152,9 @@ def test_certificate_for_many_losses(kind, m):
 
 
 @st.composite
-def degenerate_problems(draw, largest=4):
+def degenerate_problems(draw):
     """Small integer gradients and dyadic weights: exact, and full of coincidences."""
-    m, n = draw(st.integers(1, largest)), draw(st.integers(1, 3))
+    m, n = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     entries = st.lists(st.integers(-3, 3), min_size=n, max_size=n)
     g = np.array(draw(st.lists(entries, min_size=m, max_size=m)), float)
     cuts = sorted(draw(st.lists(st.integers(0, 16), min_size=m - 1, max_size=m - 1)))
@@ -245,7 +221,7 @@ REGRESSIONS = {
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("name", REGRESSIONS)
-def test_what_was_wrong_once(name, solver):
+def test_regressions(name, solver):
     gram, weights, c = REGRESSIONS[name]
     case = Problem(np.array(gram, float), simplex_point(np.array(weights)), c)
     solution = solve(case, solver)
@@ -253,9 +229,6 @@ def test_what_was_wrong_once(name, solver):
     if solver == "exact":
         truth = exact_minimum(case.gram, case.weights, c)
         np.testing.assert_allclose(solution.p, truth.p, atol=1e-6)
-
-
-# --- Cancellation --------------------------------------------------------------------------------
 
 
 def opposed(rng: np.random.Generator, m: int, factor: int) -> tuple[np.ndarray, np.ndarray]:
@@ -282,28 +255,24 @@ def almost_stationary(rng: np.random.Generator, m: int, factor: int) -> tuple[np
 def test_digits_that_cancel_are_not_lost(family, radii, m):
     """Next to G_p = 0 or g_0 = 0, float64 would be off by 2e-3 in p and 1 % in Phi.
 
-    Integer gradients make H exact. What cancels leaves a share r of its terms, so that H, which
-    holds squares, leaves r^2: 16 digits would be good to 1e-16 / r^2, those of 80-bit numbers are
-    to a thousandth of that.
+    Integer gradients make H exact. If cancellation leaves a share r of a vector, it leaves r^2 of
+    its squares in H. With 16 digits the error would be 1e-16 / r^2; 80-bit numbers have a
+    thousandth of it.
     """
     checked = 0
-    for exponent in (14, 16, 18, 20):
-        for seed in range(10):
-            rng = np.random.default_rng([seed, m, exponent])
-            g, w = family(rng, m, 2**exponent)
-            H, c = g @ g.T, float(rng.choice(radii))
-            truth, norms = exact_minimum(H, w, c), np.sqrt(H.diagonal())
-            left = min(np.linalg.norm(q @ g) / (q @ norms) for q in (truth.p, w))
-            if left < 2e-7:  # zero to rounding
-                continue
-            checked += 1
-            solution, tolerance = solve_subproblem(H, w, c), 5e-18 / left**2 + 1e-9
-            np.testing.assert_allclose(solution.p, truth.p, atol=tolerance)
-            assert float(solution.value) == pytest.approx(truth.value, rel=tolerance)
-    assert checked > 20
-
-
-# --- Symmetries ----------------------------------------------------------------------------------
+    for exponent, seed in itertools.product((14, 16, 18, 20), range(10 if m < 4 else 4)):
+        rng = np.random.default_rng([seed, m, exponent])
+        g, w = family(rng, m, 2**exponent)
+        H, c = g @ g.T, float(rng.choice(radii))
+        truth, norms = exact_minimum(H, w, c), np.sqrt(H.diagonal())
+        left = min(np.linalg.norm(q @ g) / (q @ norms) for q in (truth.p, w))
+        if left < 2e-7:  # zero to rounding
+            continue
+        checked += 1
+        solution, tolerance = solve_subproblem(H, w, c), 5e-18 / left**2 + 1e-9
+        np.testing.assert_allclose(solution.p, truth.p, atol=tolerance)
+        assert float(solution.value) == pytest.approx(truth.value, rel=tolerance)
+    assert checked > (20 if m < 4 else 8)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -312,19 +281,19 @@ def test_scaling_by_powers_of_two_changes_no_bit(kind, solver):
     for m in (2, 3, 6):
         case = problem(kind, m, 0)
         p = solve(case, solver).p
-        for exponent in (-53, -8, 1, 30, 53):  # of H: 1e-16 to 1e16
+        for exponent in (-53, 1, 53):  # of H: 1e-16 to 1e16
             scaled = Problem(case.gram * 4.0**exponent, case.weights, case.c)
             assert torch.equal(solve(scaled, solver).p, p)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("k", [1e-300, 1e-16, 1e-5, 1e9, 1e16, 1e300])
-def test_scaling_by_any_factor_changes_nothing(k, solver):
-    for kind in GENERIC:
-        for m in (2, 3, 6):
-            case = problem(kind, m, 1)
-            unit = case.gram / case.gram.max()
-            p = solve_subproblem(unit, case.weights, 0.4, solver=solver).p
+@pytest.mark.parametrize("kind", GENERIC)
+def test_scaling_by_any_factor_changes_nothing(kind, solver):
+    for m in (2, 3, 6):
+        case = problem(kind, m, 1)
+        unit = case.gram / case.gram.max()
+        p = solve_subproblem(unit, case.weights, 0.4, solver=solver).p
+        for k in (1e-300, 1e-16, 1e-5, 1e9, 1e16, 1e300):
             scaled = solve_subproblem(unit * k, case.weights, 0.4, solver=solver)
             np.testing.assert_allclose(scaled.p, p, atol=1e-6 if solver != "exact" else 1e-9)
             assert float(scaled.gap) <= GAP
@@ -333,52 +302,48 @@ def test_scaling_by_any_factor_changes_nothing(k, solver):
 @pytest.mark.parametrize("kind", KINDS)
 def test_permuting_the_losses_permutes_the_solution(kind):
     rng = np.random.default_rng(0)
-    for m in (2, 3, 6):
-        for seed in range(4):
-            case = problem(kind, m, seed)
-            order = rng.permutation(m)
-            permuted = Problem(case.gram[np.ix_(order, order)], case.weights[order], case.c)
-            p, q = solve(case).p.numpy()[order], solve(permuted).p.numpy()
-            if case.rounding == 0 or kind in GENERIC:
-                np.testing.assert_allclose(q, p, atol=1e-6)
-            else:  # ill-conditioned: p may move, Phi may not
-                assert excess_gap(case.gram, case.weights, case.c, solve(case).p.numpy()) <= GAP
+    for m, seed in itertools.product((2, 3, 6), range(3)):
+        case = problem(kind, m, seed)
+        order = rng.permutation(m)
+        permuted = Problem(case.gram[np.ix_(order, order)], case.weights[order], case.c)
+        if case.rounding == 0 or kind in GENERIC:
+            np.testing.assert_allclose(solve(permuted).p, solve(case).p[order], atol=1e-6)
+        else:  # ill-conditioned: p may move, Phi may not
+            assert_solves(permuted, solve(permuted), proved=1e-7)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_the_same_call_gives_the_same_bits(solver):
+def test_the_same_call_gives_the_same_bits_and_leaves_its_argument_alone(solver):
     for kind in KINDS:
         case = problem(kind, 5, 0)
+        kept = case.gram.copy()
         first, second = solve(case, solver), solve(case, solver)
         assert torch.equal(first.p, second.p)
         assert torch.equal(first.gap, second.gap)
+        assert (case.gram == kept).all()
 
 
-def test_the_argument_is_left_alone():
-    gram = torch.tensor([[2.0, -1.0], [-1.0, 3.0]], dtype=torch.float64)
-    kept = gram.clone()
+def test_every_form_of_the_gram_is_solved_in_float64():
+    """Numbers of Python are not rounded to single precision; a mapping counts in its order."""
+    rows = [[2.0, -1.0, 0.5], [-1.0, 3.0, 0.0], [0.5, 0.0, 1.0]]
+    listed = solve_subproblem(rows, [0.25, 0.25, 0.5], 0.4).p
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        p = solve_subproblem(torch.tensor(rows, dtype=dtype), [0.25, 0.25, 0.5], 0.4).p
+        assert p.dtype == torch.float64
+        assert torch.equal(p, listed)
+    gram = [[0.1, -0.3], [-0.3, 1.7]]
+    double = torch.tensor(gram, dtype=torch.float64)
     for solver in SOLVERS:
-        solve_subproblem(gram, [0.5, 0.5], 0.4, solver=solver)
-    assert torch.equal(gram, kept)
+        p = solve_subproblem(double, [0.3, 0.7], 0.4, solver=solver).p
+        for weights in ([0.3, 0.7], {"a": 0.3, "b": 0.7}):
+            assert torch.equal(p, solve_subproblem(gram, weights, 0.4, solver=solver).p)
+    assert torch.equal(min_norm_point(gram).p, min_norm_point(double).p)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_every_float_type_is_solved_in_float64(dtype):
-    gram = torch.tensor([[2.0, -1.0, 0.5], [-1.0, 3.0, 0.0], [0.5, 0.0, 1.0]], dtype=dtype)
-    p = solve_subproblem(gram, [0.25, 0.25, 0.5], 0.4).p
-    listed = solve_subproblem(gram.double().tolist(), [0.25, 0.25, 0.5], 0.4).p
-    assert p.dtype == torch.float64
-    assert torch.equal(p, listed)
-
-
-# --- Several minimisers --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.9, 0.1], [1.0, 0.0], [1 / 3, 2 / 3]])
-@pytest.mark.parametrize("c", [0.0, 1e-12, 0.4, 0.999999])
-def test_duplicates_share_as_the_weights_do(weights, c):
-    p = solve_subproblem([[3.0, 3.0], [3.0, 3.0]], weights, c).p
-    np.testing.assert_allclose(p, weights, atol=1e-12)
+def test_duplicates_share_as_the_weights_do():
+    for w1, c in itertools.product((0.5, 0.9, 1.0, 1 / 3), (0.0, 1e-12, 0.4, 0.999999)):
+        p = solve_subproblem([[3.0, 3.0], [3.0, 3.0]], [w1, 1 - w1], c).p
+        np.testing.assert_allclose(p, [w1, 1 - w1], atol=1e-12)
 
 
 def test_duplicates_among_others_move_together():
@@ -395,82 +360,59 @@ def test_duplicates_among_others_move_together():
     np.testing.assert_allclose(p, [0.25, 0.0, 0.75], atol=1e-12)
 
 
-def test_equal_derivatives_without_a_radius_keep_the_weights():
-    np.testing.assert_allclose(solve_subproblem(np.eye(2), [0.5, 0.5], 0.0).p, [0.5, 0.5])
-    np.testing.assert_allclose(solve_subproblem(np.eye(3), [1 / 3] * 3, 0.0).p, [1 / 3] * 3)
-
-
-# --- Limits --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("c", [0.0, 1e-12, 0.4, 0.999999])
-class TestLimits:
-    def test_one_loss(self, c, solver):
-        solution = solve_subproblem([[4.0]], [1.0], c, solver=solver)
-        assert solution.p.tolist() == [1.0]
-        assert float(solution.value) == pytest.approx(4 * (1 + c))
-
-    def test_no_gradient_at_all(self, c, solver):
-        for m in (1, 2, 3):
-            w = simplex_point(np.arange(1.0, m + 1))
-            solution = solve_subproblem(np.zeros((m, m)), w, c, solver=solver)
-            assert solution.p.tolist() == w.tolist()
-            assert float(solution.value) == float(solution.gap) == 0
-
-    def test_stationary(self, c, solver):
-        g = np.array([[3.0, 0.0], [-1.0, 2.0], [-1.0, -2.0]])
-        w = [0.25, 0.375, 0.375]
-        solution = solve_subproblem(g @ g.T, w, c, solver=solver)
-        assert solution.p.tolist() == w
-        assert float(solution.gap) == 0
-
-    def test_weights_at_a_vertex(self, c, solver):
-        g = np.array([[1.0, 2.0, 0.0], [-3.0, 1.0, 1.0], [0.5, -1.0, 2.0]])
-        for w in np.eye(3):
-            case = Problem(g @ g.T, w, c)
-            assert_solves(case, solve(case, solver))
+def test_limits(c, solver):
+    """One loss, gradients that are all zero, g0 = 0, and weights at a vertex."""
+    one = solve_subproblem([[4.0]], [1.0], c, solver=solver)
+    assert one.p.tolist() == [1.0]
+    assert float(one.value) == pytest.approx(4 * (1 + c))
+    for m in (1, 2, 3):
+        w = simplex_point(np.arange(1.0, m + 1))
+        zero = solve_subproblem(np.zeros((m, m)), w, c, solver=solver)
+        assert zero.p.tolist() == w.tolist()
+        assert float(zero.value) == float(zero.gap) == 0
+    g, w = np.array([[3.0, 0.0], [-1.0, 2.0], [-1.0, -2.0]]), [0.25, 0.375, 0.375]
+    stationary = solve_subproblem(g @ g.T, w, c, solver=solver)
+    assert stationary.p.tolist() == w
+    assert float(stationary.gap) == 0
+    g = np.array([[1.0, 2.0, 0.0], [-3.0, 1.0, 1.0], [0.5, -1.0, 2.0]])
+    for w in np.eye(3):
+        case = Problem(g @ g.T, w, c)
+        assert_solves(case, solve(case, solver))
 
 
 @pytest.mark.parametrize("c", [1.0, 1.5, 10.0])
-def test_a_large_radius_is_solved_too(c):
-    for kind in ("random", "conflicting", "kink", "duplicate", "opposed"):
-        for m in (2, 3, 4, 20):
-            case = problem(kind, m, 0)
-            case = Problem(case.gram, case.weights, c, case.rounding)
-            assert_solves(case, solve(case))
+def test_a_large_radius(c):
+    for kind, m in itertools.product(
+        ("random", "conflicting", "kink", "duplicate", "opposed"), (2, 3, 4, 20)
+    ):
+        case = problem(kind, m, 0)
+        case = Problem(case.gram, case.weights, c, case.rounding)
+        assert_solves(case, solve(case))
 
 
-# --- The min-norm point --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sorted({*KINDS} - {"single_precision"}))  # no norm there
 def test_min_norm_point(kind):
-    for m in (1, 2, 3, 4):
-        for seed in range(4):
-            case = problem(kind, m, seed)
-            if kind == "single_precision":
-                continue  # indefinite: there is no norm
-            solution = min_norm_point(torch.from_numpy(case.gram))
-            p, largest = solution.p.numpy(), np.sqrt(case.gram.diagonal().max())
-            assert (p >= 0).all()
-            assert p.sum() == pytest.approx(1, abs=1e-14)
-            # H holds squares, so zero is known to the root of the rounding.
-            assert float(solution.gap) <= 3e-8
-            if case.rounding == 0 or kind in GENERIC:
-                assert float(solution.gap) <= GAP
-                norm = exact_min_norm(case.gram)
-                assert float(solution.norm) == pytest.approx(norm, abs=3e-8 * largest)
-                assert np.sqrt(max(p @ case.gram @ p, 0)) <= norm + 3e-8 * largest
+    for m, seed in itertools.product((1, 2, 3, 4), range(2)):
+        case = problem(kind, m, seed)
+        solution = min_norm_point(torch.from_numpy(case.gram))
+        p, largest = solution.p.numpy(), np.sqrt(case.gram.diagonal().max())
+        assert (p >= 0).all()
+        assert p.sum() == pytest.approx(1, abs=1e-14)
+        # H holds squares, so zero is known to the root of the rounding.
+        assert float(solution.gap) <= 3e-8
+        if case.rounding == 0 or kind in GENERIC:
+            assert float(solution.gap) <= GAP
+            norm = exact_min_norm(case.gram)
+            assert float(solution.norm) == pytest.approx(norm, abs=3e-8 * largest)
+            assert np.sqrt(max(p @ case.gram @ p, 0)) <= norm + 3e-8 * largest
 
 
 def test_min_norm_point_of_equal_gradients_is_even():
     np.testing.assert_allclose(min_norm_point(np.ones((3, 3))).p, [1 / 3] * 3)
 
 
-# --- Bad input -----------------------------------------------------------------------------------
-
-EYE = [[1.0, 0.0], [0.0, 1.0]]
 NAN, INF = float("nan"), float("inf")
 
 BAD_SHAPES = {
@@ -501,20 +443,32 @@ BAD_ENTRIES = {
 }
 
 
-@pytest.mark.parametrize("gram", BAD_SHAPES.values(), ids=BAD_SHAPES.keys())
-def test_bad_shape(gram):
-    for solver in ("exact", "slsqp"):
-        with pytest.raises(ValueError, match="`gram` must"):
-            solve_subproblem(gram, [0.5, 0.5], 0.4, solver=solver)
-    with pytest.raises(ValueError, match="`gram` must"):
-        min_norm_point(gram)
+BAD_ARGUMENTS = {
+    "too few": ("weights", [1.0]),
+    "too many": ("weights", [0.5, 0.25, 0.25]),
+    "none": ("weights", []),
+    "negative": ("weights", [1.5, -0.5]),
+    "not summing to 1": ("weights", [0.5, 0.4]),
+    "NaN": ("weights", [NAN, 1.0]),
+    "Inf": ("weights", [INF, 0.0]),
+    "text": ("weights", ["a", "b"]),
+    "nothing": ("weights", None),
+    "a number": ("weights", 0.5),
+    **{f"c = {c}": ("c", c) for c in (-0.1, NAN, INF, "large", None, [0.1, 0.2])},
+    **{f"solver {s}": ("solver", s) for s in ("newton", "", None, 1, ["exact"])},
+}
 
 
-@pytest.mark.parametrize("gram", BAD_ENTRIES.values(), ids=BAD_ENTRIES.keys())
-def test_bad_entries(gram):
-    wider = np.zeros((3, 3))  # another loss, and another solver
-    wider[:2, :2], wider[2, 2] = gram, max(np.nanmax(np.diag(gram)), 1e-3)
-    for H, weights in ((gram, [0.5, 0.5]), (wider, [0.5, 0.25, 0.25])):
+@pytest.mark.parametrize(
+    "gram", [*BAD_SHAPES.values(), *BAD_ENTRIES.values()], ids=[*BAD_SHAPES, *BAD_ENTRIES]
+)
+def test_bad_gram(gram):
+    given = [(gram, [0.5, 0.5])]
+    if any(gram is x for x in BAD_ENTRIES.values()):
+        wider = np.zeros((3, 3))  # another loss, and another solver
+        wider[:2, :2], wider[2, 2] = gram, max(np.nanmax(np.diag(gram)), 1e-3)
+        given.append((wider, [0.5, 0.25, 0.25]))
+    for H, weights in given:
         for solver in ("exact", "slsqp"):
             with pytest.raises(ValueError, match="`gram` must"):
                 solve_subproblem(H, weights, 0.4, solver=solver)
@@ -522,37 +476,13 @@ def test_bad_entries(gram):
             min_norm_point(H)
 
 
-BAD_WEIGHTS = {
-    "too few": [1.0],
-    "too many": [0.5, 0.25, 0.25],
-    "none": [],
-    "negative": [1.5, -0.5],
-    "not summing to 1": [0.5, 0.4],
-    "NaN": [NAN, 1.0],
-    "Inf": [INF, 0.0],
-    "text": ["a", "b"],
-    "nothing": None,
-    "a number": 0.5,
-}
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("weights", BAD_WEIGHTS.values(), ids=BAD_WEIGHTS.keys())
-def test_bad_weights(weights, solver):
-    with pytest.raises(ValueError, match="`weights` must"):
-        solve_subproblem(EYE, weights, 0.4, solver=solver)
-
-
-@pytest.mark.parametrize("c", [-0.1, NAN, INF, "large", None, [0.1, 0.2]])
-def test_bad_radius(c):
-    with pytest.raises(ValueError, match="`c` must"):
-        solve_subproblem(EYE, [0.5, 0.5], c)
-
-
-@pytest.mark.parametrize("solver", ["newton", "", None, 1, ["exact"]])
-def test_bad_solver(solver):
-    with pytest.raises(ValueError, match="`solver` must be one of 'exact', 'pgd', 'slsqp'; got"):
-        solve_subproblem(EYE, [0.5, 0.5], 0.4, solver=solver)
+@pytest.mark.parametrize(("name", "value"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_bad_arguments(name, value):
+    words = "must be one of 'exact', 'pgd', 'slsqp'; got" if name == "solver" else "must"
+    for solver in SOLVERS:
+        arguments = {"weights": [0.5, 0.5], "c": 0.4, "solver": solver, name: value}
+        with pytest.raises(ValueError, match=f"`{name}` {words}"):
+            solve_subproblem([[1.0, 0.0], [0.0, 1.0]], **arguments)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -590,18 +520,3 @@ def test_messages_show_plain_numbers():
             with pytest.raises(ValueError, match="`gram` must") as error:
                 solve_it()
             assert "np." not in str(error.value)
-
-
-def test_numbers_of_python_are_not_rounded_to_single_precision():
-    gram = [[0.1, -0.3], [-0.3, 1.7]]
-    for solver in SOLVERS:
-        listed = solve_subproblem(gram, [0.3, 0.7], 0.4, solver=solver)
-        double = torch.tensor(gram, dtype=torch.float64)
-        assert torch.equal(listed.p, solve_subproblem(double, [0.3, 0.7], 0.4, solver=solver).p)
-    assert torch.equal(min_norm_point(gram).p, min_norm_point(double).p)
-
-
-def test_a_mapping_of_weights_counts_in_its_order():
-    named = solve_subproblem([[2.0, -1.0], [-1.0, 3.0]], {"a": 0.3, "b": 0.7}, 0.4)
-    listed = solve_subproblem([[2.0, -1.0], [-1.0, 3.0]], [0.3, 0.7], 0.4)
-    assert torch.equal(named.p, listed.p)

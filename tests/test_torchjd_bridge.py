@@ -1,7 +1,7 @@
 """TorchJD's weightings as rules, and TorchJD as a witness of our CAGrad and MGDA."""
 
 import copy
-import io
+import itertools
 import pickle
 
 import numpy as np
@@ -18,6 +18,7 @@ from raco_optim import MGDA, CAGrad, MultiObjectiveOptimizer
 from raco_optim.rules import FunctionRule
 from tests.problems_nn import (
     batch,
+    bits,
     flat_grad,
     jacobian,
     network,
@@ -52,7 +53,7 @@ OF_A_GRAM = {
     "PCGradWeighting": {},
     "UPGradWeighting": {"projector": Projector()},
 }
-# These look at the shape of the Jacobian alone, of which the Gram matrix has as many rows.
+# These use only the number of rows, which the Jacobian and the Gram matrix share.
 OF_A_SHAPE = {"MeanWeighting": {}, "SumWeighting": {}, "RandomWeighting": {}}
 # These need the Jacobian itself, which is never formed here.
 OF_A_JACOBIAN = {"ExcessMTLWeighting", "MoDoWeighting", "SDMGradWeighting"}
@@ -71,7 +72,6 @@ def assert_steps_equal(weighting, aggregator, losses, *, steps=2):
     opt = MultiObjectiveOptimizer(torch.optim.SGD(model.parameters(), 0.1), weighting)
     for t in range(steps):
         J = jacobian(model, lambda: losses(model, x))
-        before = nn.utils.parameters_to_vector(model.parameters()).detach()
         torch.manual_seed(t)
         expected = aggregator(J)
         torch.manual_seed(t)
@@ -79,16 +79,13 @@ def assert_steps_equal(weighting, aggregator, losses, *, steps=2):
         opt.backward(losses(model, x))
         torch.testing.assert_close(flat_grad(model), expected, rtol=1e-6, atol=1e-8)
         opt.step()
-        after = nn.utils.parameters_to_vector(model.parameters()).detach()
-        torch.testing.assert_close(after, before - 0.1 * expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("losses", [two_losses, three_losses])
 @pytest.mark.parametrize("name", OF_A_GRAM | OF_A_SHAPE)
 def test_step_equals_the_aggregator_on_the_jacobian(name, losses):
     arguments = (OF_A_GRAM | OF_A_SHAPE)[name]
-    if name == "KrumWeighting" and losses is two_losses:
-        arguments = {"n_byzantine": 0, "n_selected": 1}
+    if name == "KrumWeighting":
         losses = three_losses  # it asks for three rows
     weighting = getattr(jd, name)(**arguments)
     aggregator = getattr(jd, name.removesuffix("Weighting"))(**arguments)
@@ -108,24 +105,18 @@ def test_constant_and_smoothed_weightings():
 def test_optimizer_with_a_weighting_is_copied_saved_and_shown():
     """A weighting is a module; its state moves with the copies."""
     model = network(DOUBLE)
-    opt = MultiObjectiveOptimizer(
+    adam, weighting = (
         torch.optim.AdamW(model.parameters()),
         jd.UPGradWeighting(projector=Projector()),
-        weights=[0.5, 0.5],
     )
+    opt = MultiObjectiveOptimizer(adam, weighting, weights=[0.5, 0.5])
     opt.backward(two_losses(model, batch(0, dtype=DOUBLE)))
     opt.step()
-    assert isinstance(opt.rule, Weighting)
     assert "UPGradWeighting" in repr(opt)
-    assert isinstance(copy.deepcopy(opt).rule, Weighting)
-    assert isinstance(pickle.loads(pickle.dumps(opt)).rule, Weighting)
-    file = io.BytesIO()
-    torch.save(opt.state_dict(), file)
-    file.seek(0)
-    opt.load_state_dict(torch.load(file, weights_only=True))
+    for copied in (opt, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        assert isinstance(copied.rule, Weighting)
+    opt.load_state_dict(through_a_file(opt.state_dict()))
 
-
-# What a weighting knows from earlier steps
 
 STATEFUL = {
     "GradVacWeighting": jd.GradVacWeighting,
@@ -148,11 +139,11 @@ def test_every_stateful_weighting_is_accounted_for():
 
 def run(opt, model, steps):
     """Steps with their own random numbers; returns the Gram matrices and the coefficients."""
-    x, seen = batch(0, dtype=DOUBLE), []
+    seen = []
     for t in steps:
         torch.manual_seed(t)
         opt.zero_grad()
-        opt.backward(three_losses(model, x))
+        opt.backward(three_losses(model, batch(0, dtype=DOUBLE)))
         opt.step()
         seen.append((opt.report.gram, opt.report.coefficients))
     return seen
@@ -161,48 +152,39 @@ def run(opt, model, steps):
 @pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL.keys())
 def test_resuming_with_a_stateful_weighting_equals_not_stopping(make):
     """To the bit, with TorchJD's own object, which never stops, as the witness."""
-    models, optimizers = [network(DOUBLE), network(DOUBLE), network(DOUBLE)], []
-    for model in models:
+
+    def start():
+        model = network(DOUBLE)
         adam = torch.optim.Adam(model.parameters(), 0.01)
-        optimizers.append(MultiObjectiveOptimizer(adam, make(), weights=[0.5, 0.25, 0.25]))
-    first = run(optimizers[0], models[0], range(3))
-    state = through_a_file(optimizers[0].state_dict())
-    weights = copy.deepcopy(models[0].state_dict())
-    expected = run(optimizers[0], models[0], range(3, 6))
-    for model, opt in zip(models[1:], optimizers[1:], strict=True):
+        return MultiObjectiveOptimizer(adam, make(), weights=[0.5, 0.25, 0.25]), model
+
+    whole, resumed, anew = start(), start(), start()
+    first = run(*whole, range(3))
+    state, weights = through_a_file(whole[0].state_dict()), copy.deepcopy(whole[1].state_dict())
+    expected = run(*whole, range(3, 6))
+    for opt, model in (resumed, anew):
         model.load_state_dict(weights)
-        if opt is optimizers[1]:
+        if opt is resumed[0]:
             opt.load_state_dict(state)
-    resumed = run(optimizers[1], models[1], range(3, 6))
-    started_anew = run(optimizers[2], models[2], range(3, 6))
+    later = run(*resumed, range(3, 6))
     witness = make()
-    for t, (gram, alpha) in enumerate([*first, *resumed]):
+    for t, (gram, alpha) in enumerate([*first, *later]):
         torch.manual_seed(t)
         assert torch.equal(alpha, witness(gram))
-    for (_, alpha), (_, other) in zip(resumed, expected, strict=True):
-        assert torch.equal(alpha, other)
-    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        assert torch.equal(p, q)
-    assert not torch.equal(started_anew[-1][1], expected[-1][1])
+    assert bits(later) == bits(expected)
+    assert bits(list(resumed[1].parameters())) == bits(list(whole[1].parameters()))
+    assert not torch.equal(run(*anew, range(3, 6))[-1][1], expected[-1][1])
 
 
 def test_a_state_of_another_weighting_is_refused():
-    makes = list(STATEFUL.items())
-    for name, make in makes:
-        rule = FunctionRule(make())
+    for (name, make), (other_name, other) in itertools.permutations(STATEFUL.items(), 2):
+        rule, fresh = FunctionRule(make()), FunctionRule(other())
         torch.manual_seed(0)
         rule(torch.eye(3, dtype=DOUBLE), [1 / 3] * 3)
-        state = through_a_file(rule.state_dict())
-        for other_name, other in makes:
-            if other_name != name:
-                fresh = FunctionRule(other())
-                before = str(fresh.state_dict())
-                with pytest.raises(ValueError, match="`state` of the rule must"):
-                    fresh.load_state_dict(state)
-                assert str(fresh.state_dict()) == before
-
-
-# TorchJD as a witness
+        state, before = through_a_file(rule.state_dict()), str(fresh.state_dict())
+        with pytest.raises(ValueError, match="`state` of the rule must"):
+            fresh.load_state_dict(state)
+        assert str(fresh.state_dict()) == before, (name, other_name)
 
 
 def conflicting(m, seed):
@@ -221,28 +203,28 @@ def combined(method, J):
 
 @pytest.mark.parametrize("m", [2, 3, 6])
 @pytest.mark.parametrize("c", [0.1, 0.5, 0.9, 2.0])
-@pytest.mark.parametrize("seed", range(3))
-def test_cagrad_with_uniform_weights_is_torchjds(m, c, seed):
+def test_cagrad_with_uniform_weights_is_torchjds(m, c):
     """Both are g0 + c |g0| G_p / |G_p| with the mean g0, without the factor 1 / (1 + c^2).
 
     TorchJD's interior-point method is good to about 1e-7 in Phi, hence to its root in p.
     """
-    J = conflicting(m, seed)
-    found = combined(lambda inner: CAGrad(inner, [1 / m] * m, c=c), J)
-    expected = jd.CAGrad(c=c)(J)
-    assert float((found - expected).norm() / expected.norm()) < 1e-3
-    # The dual of the subproblem: the step maximises the least improvement within the radius.
-    g0 = J.mean(dim=0)
-    assert float((found - g0).norm()) <= c * float(g0.norm()) * (1 + 1e-9)
-    assert float((J @ found).min()) >= float((J @ expected).min()) - 1e-6 * float(g0.norm())
+    for seed in range(2):
+        J = conflicting(m, seed)
+        found = combined(lambda inner: CAGrad(inner, [1 / m] * m, c=c), J)
+        expected = jd.CAGrad(c=c)(J)
+        assert float((found - expected).norm() / expected.norm()) < 1e-3
+        # The dual of the subproblem: the step maximises the least improvement within the radius.
+        g0 = J.mean(dim=0)
+        assert float((found - g0).norm()) <= c * float(g0.norm()) * (1 + 1e-9)
+        assert float((J @ found).min()) >= float((J @ expected).min()) - 1e-6 * float(g0.norm())
 
 
 @pytest.mark.parametrize("m", [2, 3, 6])
-@pytest.mark.parametrize("seed", range(3))
-def test_mgda_is_torchjds_or_shorter(m, seed):
+def test_mgda_is_torchjds_or_shorter(m):
     """TorchJD stops its Frank-Wolfe iteration at 1e-3; the point sought is the shortest."""
-    J = conflicting(m, seed)
-    found = combined(MGDA, J)
-    expected = jd.MGDA(epsilon=1e-6, max_iters=20_000)(J)
-    assert float(found.norm()) <= float(expected.norm()) * (1 + 1e-12)
-    assert float((found - expected).norm()) < 0.02 * float(expected.norm())
+    for seed in range(2):
+        J = conflicting(m, seed)
+        found = combined(MGDA, J)
+        expected = jd.MGDA(epsilon=1e-6, max_iters=20_000)(J)
+        assert float(found.norm()) <= float(expected.norm()) * (1 + 1e-12)
+        assert float((found - expected).norm()) < 0.02 * float(expected.norm())

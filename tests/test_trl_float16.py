@@ -1,4 +1,4 @@
-"""float16 with the Trainer's GradScaler, which Accelerate has on accelerators only: here a shim."""
+"""float16 with the Trainer's GradScaler, which Accelerate has on accelerators only; simulated."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ import raco_optim
 from raco_optim import read_steps
 from raco_optim.integrations import trl as trl_module
 from tests import test_trl_trainer as base
-from tests.test_trl_settings import Watch
-from tests.test_trl_trainer import Settings, make_trainer, parameters
+from tests.test_trl_trainer import Settings, Watch, logs, make_trainer, parameters
 from tests.tiny_language_models import tiny_pairs
 
 pytestmark = base.pytestmark
@@ -28,7 +27,7 @@ offline, settings = base.offline, base.settings
 
 @contextmanager
 def float16_on_cpus(scale: float) -> Iterator[None]:
-    """Gives Accelerate what it has on an accelerator: autocast to float16, and a scaler."""
+    """Gives Accelerate the autocast to float16 and the scaler of an accelerator."""
     original = trl_module.DPOTrainer.create_accelerator_and_postprocess
 
     def created(self: Any) -> None:
@@ -46,14 +45,15 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return math.sqrt(difference / sum(float(x.square().sum()) for x in b.values()))
 
 
-MICRO: Settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+FOUR: Settings = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.1}
+FOUR |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
 
 @pytest.mark.parametrize("scale", [2.0**10, 2.0**16])
 def test_trains_as_in_float32(settings: Settings, tmp_path: Path, scale: float) -> None:
     """The scale is in no log, and no clipping sees it."""
     rows = tiny_pairs(16, missing=0.3)
-    settings |= MICRO | {"max_steps": 4, "max_grad_norm": 0.5, "optim": "sgd", "learning_rate": 0.1}
+    settings |= FOUR | {"max_grad_norm": 0.5}
     before = parameters(make_trainer(settings, rows))
     expected = make_trainer(settings | {"output_dir": str(tmp_path / "float32")}, rows)
     expected.train()
@@ -63,9 +63,7 @@ def test_trains_as_in_float32(settings: Settings, tmp_path: Path, scale: float) 
     moved = {name: p - before[name] for name, p in parameters(expected).items()}
     found = {name: p - before[name] for name, p in parameters(trainer).items()}
     assert 0 < distance(found, moved) < 0.02
-    for mine, theirs in zip(
-        trainer.state.log_history[:4], expected.state.log_history, strict=False
-    ):
+    for mine, theirs in zip(logs(trainer), logs(expected), strict=True):
         for key in ("loss", "grad_norm", "grad_norm/helpful", "alpha/harmless", "loss/harmless"):
             assert mine[key] == pytest.approx(theirs[key], rel=0.02, abs=0.01)
     found_step, step = (
@@ -79,7 +77,7 @@ def test_trains_as_in_float32(settings: Settings, tmp_path: Path, scale: float) 
 def test_without_a_correction_it_is_the_weighted_loss(settings: Settings) -> None:
     """Which TRL and Accelerate scale, unscale and step by themselves."""
     rows = tiny_pairs(16, missing=0.3)
-    settings |= MICRO | {"max_steps": 4, "optim": "sgd", "learning_rate": 0.1, "fp16": True}
+    settings |= FOUR | {"fp16": True}
     with float16_on_cpus(2.0**12):
         stock = base.trained(settings, rows, method="linear")
         found = base.trained(settings, rows, c=0.0)
@@ -102,9 +100,9 @@ def test_an_overflow_is_skipped_counted_and_ends(settings: Settings) -> None:
     ]
     skips = sum(same)
     assert 0 < skips < 8 and same == [True] * skips + [False] * (8 - skips)
-    logs = trainer.state.log_history
-    assert [entry.get("skipped") for entry in logs[:8]] == [min(i + 1, skips) for i in range(8)]
-    assert "grad_norm/helpful" not in logs[0]
+    found = logs(trainer)
+    assert [entry.get("skipped") for entry in found] == [min(i + 1, skips) for i in range(8)]
+    assert "grad_norm/helpful" not in found[0]
     assert raco_optim.unwrap(trainer.optimizer).report.skipped == skips
 
 

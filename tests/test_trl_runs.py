@@ -1,4 +1,4 @@
-"""What surrounds the training: counts of pairs, the best model, adapters, logs, the model card."""
+"""Around the training: counts of pairs, the best model, adapters, logs, the model card."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, trainer_callback
 from trl import DPOConfig, DPOTrainer
 
 from raco_optim import read_steps
 from raco_optim.integrations.gguf import name_base
-from raco_optim.integrations.trl import MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer
+from raco_optim.integrations.metrics import evaluation_metrics
 from raco_optim.plot import overview
 from tests import test_trl_trainer as base
-from tests.test_trl_settings import SGD, lora, stream
+from tests.test_trl_settings import lora, moved_adapters, stream
 from tests.test_trl_trainer import (
+    SGD,
     WEIGHTS,
     Settings,
     assert_close,
+    config,
     make_trainer,
     parameters,
 )
@@ -33,8 +36,7 @@ pytestmark = base.pytestmark
 offline, settings = base.offline, base.settings
 
 
-def config(settings: Settings, **changed: Any) -> MultiObjectiveDPOConfig:
-    return MultiObjectiveDPOConfig(**{"weights": WEIGHTS} | settings | changed)
+SAVED: Settings = {"save_strategy": "steps", "save_steps": 1}
 
 
 class TestCounts:
@@ -65,19 +67,17 @@ class TestCounts:
 
     def test_few_labels_are_left(self, settings: Settings) -> None:
         """One objective's labels are on long dialogues."""
-        rows = [dict(row, pref_harmless=None) for row in tiny_pairs(6)]
+        rows = [row | {"pref_harmless": None} for row in tiny_pairs(6)]
         rows[0]["pref_harmless"] = 1
-        rows += [dict(row, prompt="the " * 40, pref_helpful=None) for row in tiny_pairs(5)]
+        rows += [row | {"prompt": "the " * 40, "pref_helpful": None} for row in tiny_pairs(5)]
         with pytest.warns(UserWarning, match="`harmless` learns from 1 of 6 labels") as caught:
             make_trainer(settings, rows, max_length=30)
         assert not any("`helpful` learns" in str(w.message) for w in caught)
 
     def test_emptied_evaluation_set(self, settings: Settings) -> None:
-        rows = [dict(row, prompt="the " * 40) for row in tiny_pairs(3)]
-        with pytest.raises(ValueError, match="`eval_dataset` must label at least one pair .* 30"):
-            make_trainer(settings, tiny_pairs(4), eval_rows=rows, max_length=30)
+        rows = [row | {"prompt": "the " * 40} for row in tiny_pairs(3)]
         trainer = make_trainer(settings, tiny_pairs(4), max_length=30)
-        with pytest.raises(ValueError, match="`eval_dataset` must label at least one pair"):
+        with pytest.raises(ValueError, match="`eval_dataset` must label at least one pair .* 30"):
             trainer.evaluate(Dataset.from_list(rows))
 
     def test_stream_is_not_counted(self, settings: Settings) -> None:
@@ -87,25 +87,18 @@ class TestCounts:
 class TestBestModel:
     @pytest.fixture
     def best(self, settings: Settings) -> Settings:
-        return settings | {
-            "eval_strategy": "steps",
-            "eval_steps": 1,
-            "save_strategy": "steps",
-            "save_steps": 1,
-            "load_best_model_at_end": True,
-            "max_steps": 4,
-            "per_device_train_batch_size": 8,
-            "learning_rate": 5e-3,
-        }
+        best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+        best |= {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 5e-3}
+        return settings | SAVED | best
 
     @pytest.mark.parametrize("metric", ["loss/helpful", "eval_margin/helpful", "loss"])
     def test_is_that_of_the_best_metric(
         self, best: Settings, monkeypatch: pytest.MonkeyPatch, metric: str
     ) -> None:
-        """The metrics are known: 3, 1, 2, 4 in the four evaluations."""
+        """The metrics are known: 3, 1, 4, 2 in the four evaluations."""
         rows = tiny_pairs(8)
         trainer = make_trainer(best, rows, eval_rows=rows, metric_for_best_model=metric)
-        original, levels = trainer._objective_log.write, iter([3.0, 1.0, 2.0, 4.0])
+        original, levels = trainer._objective_log.write, iter([3.0, 1.0, 4.0, 2.0])
 
         def known(logs: dict[str, float], *args: Any, **others: Any) -> None:
             original(logs, *args, **others)
@@ -114,8 +107,11 @@ class TestBestModel:
 
         monkeypatch.setattr(trainer._objective_log, "write", known)
         trainer.train()
+        step = 3 if "margin" in metric else 2
         assert trainer.state.best_metric == (4.0 if "margin" in metric else 1.0)
-        assert trainer.state.best_global_step == (4 if "margin" in metric else 2)
+        assert trainer.state.best_global_step == step
+        saved = load_file(Path(best["output_dir"], f"checkpoint-{step}", "model.safetensors"))
+        assert_close(parameters(trainer), saved, 0.0)
 
     def test_early_stopping_and_saving_the_best(self, best: Settings) -> None:
         """The loss falls in every step, so the training goes on to its end."""
@@ -142,17 +138,15 @@ class TestBestModel:
         ],
     )
     def test_directions(self, settings: Settings, metric: str, greater: bool) -> None:
-        names = {"helpful": 0.5, "harmless": 0.3, "_loss": 0.2}
-        made = config(settings, metric_for_best_model=metric, weights=names)
-        assert made.greater_is_better is greater
+        settings |= {"metric_for_best_model": metric}
+        settings |= {"weights": {"helpful": 0.5, "harmless": 0.3, "_loss": 0.2}}
+        assert config(settings).greater_is_better is greater
         with warnings.catch_warnings():  # again, as from a file
             warnings.simplefilter("error")
-            config(settings, metric_for_best_model=metric, weights=names, greater_is_better=greater)
+            config(settings, greater_is_better=greater)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            wrong = config(
-                settings, metric_for_best_model=metric, weights=names, greater_is_better=not greater
-            )
+            wrong = config(settings, greater_is_better=not greater)
         assert wrong.greater_is_better is not greater
         ours = metric not in ("rewards/margins", "eval_loss")
         assert ours == any("selects the worst model" in str(w.message) for w in caught)
@@ -169,22 +163,15 @@ class TestBestModel:
         with pytest.raises(ValueError, match=match):
             make_trainer(best, rows, eval_rows=rows, metric_for_best_model="harmless")
 
-    def test_every_metric_that_is_named_exists(self, settings: Settings) -> None:
-        from raco_optim.integrations.metrics import evaluation_metrics
-
-        near, far = (Dataset.from_list(tiny_pairs(3, seed=seed)) for seed in (1, 2))
-        for sets in ([], ["near", "far"]):
-            trainer = make_trainer(settings, tiny_pairs(4), eval_rows=tiny_pairs(3))
-            if sets:
-                trainer.eval_dataset = None
-                found = trainer.evaluate({"near": near, "far": far})
-            else:
-                found = trainer.evaluate()
-            named = evaluation_metrics(list(WEIGHTS), sets, auxiliary=False)
-            assert {f"eval_{name}" for name in named} <= found.keys()
+    @pytest.mark.parametrize("names", [[], ["near", "far"]], ids=["one set", "two sets"])
+    def test_every_metric_that_is_named_exists(self, settings: Settings, names: list[str]) -> None:
+        sets = {name: Dataset.from_list(tiny_pairs(3, seed=len(name))) for name in names}
+        trainer = make_trainer(settings, tiny_pairs(4), eval_rows=sets or tiny_pairs(3))
+        named = evaluation_metrics(list(WEIGHTS), names, auxiliary=False)
+        assert {f"eval_{name}" for name in named} <= trainer.evaluate().keys()
 
 
-class TestSilencedSettings:
+class TestSettingsWithoutEffect:
     @pytest.mark.parametrize(
         "changed",
         [
@@ -200,23 +187,19 @@ class TestSilencedSettings:
         ],
         ids=lambda changed: list(changed)[-1],
     )
-    def test_warns(self, settings: Settings, changed: Settings) -> None:
+    def test_warn(self, settings: Settings, changed: Settings) -> None:
         with pytest.warns(UserWarning, match=f"`{list(changed)[-1]}` has no effect unless"):
             config(settings, **changed)
 
-    @pytest.mark.parametrize(
-        "changed",
-        [
+    @pytest.mark.filterwarnings("error")
+    def test_other_settings_do_not_warn(self, settings: Settings) -> None:
+        for changed in (
             {},
             {"method": "linear"},
             {"method": "modpo", "modpo_objective": "helpful"},
             {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 3},
             {"max_steps": -1, "num_train_epochs": 7},
-        ],
-    )
-    def test_does_not_warn(self, settings: Settings, changed: Settings) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        ):
             config(settings, **changed)
 
     def test_robust_without_noise(self, settings: Settings) -> None:
@@ -231,14 +214,7 @@ class TestGoingOnFromAdapters:
         model, adapters = str(tmp_path / "model"), str(tmp_path / "adapters")
         tiny_model().save_pretrained(model)
         tiny_tokenizer().save_pretrained(model)
-        torch.manual_seed(0)
-        with_adapters = PeftModel(
-            type(tiny_model()).from_pretrained(model), lora(task_type="CAUSAL_LM")
-        )
-        for name, p in with_adapters.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(p, std=0.2)
-        with_adapters.save_pretrained(adapters)
+        moved_adapters(type(tiny_model()).from_pretrained(model)).save_pretrained(adapters)
         name_base(adapters, model)  # a path from the folder of the adapters
         return model, adapters
 
@@ -246,24 +222,19 @@ class TestGoingOnFromAdapters:
         self, settings: Settings, folders: tuple[str, str]
     ) -> None:
         model, adapters = folders
-        rows = [dict(row, pref_helpful=1, pref_harmless=1) for row in tiny_pairs(8)]
+        rows = [row | {"pref_helpful": 1, "pref_harmless": 1} for row in tiny_pairs(8)]
         settings |= SGD
-        loaded = PeftModel.from_pretrained(
-            type(tiny_model()).from_pretrained(model), adapters, is_trainable=True
-        )
         stock = DPOTrainer(
-            loaded,
+            PeftModel.from_pretrained(
+                type(tiny_model()).from_pretrained(model), adapters, is_trainable=True
+            ),
             args=DPOConfig(**settings),
             train_dataset=Dataset.from_list(rows),
             processing_class=tiny_tokenizer(),
         )
         stock.train()
-        ours = MultiObjectiveDPOTrainer(
-            adapters,
-            args=config(settings, method="linear"),
-            train_dataset=Dataset.from_list(rows),
-            eval_dataset=Dataset.from_list(rows),
-        )
+        options = settings | {"method": "linear"}
+        ours = make_trainer(options, rows, model=adapters, reference=None, eval_rows=rows)
         assert ours.evaluate()["eval_margin/helpful"] == pytest.approx(0, abs=1e-6)
         ours.train()
         assert_close(parameters(ours), parameters(stock), 1e-6)
@@ -272,34 +243,27 @@ class TestGoingOnFromAdapters:
         self, settings: Settings, folders: tuple[str, str], tmp_path: Path
     ) -> None:
         model, adapters = folders
-        rows = Dataset.from_list(tiny_pairs(8))
+        tokenizer = {"processing_class": None}  # that of the folder
         for name in ("first", "second"):
-            trainer = MultiObjectiveDPOTrainer(
-                adapters,
-                args=config(settings | SGD | {"output_dir": str(tmp_path / name)}),
-                train_dataset=rows,
+            options = settings | SGD | {"output_dir": str(tmp_path / name)}
+            trainer = make_trainer(
+                options, tiny_pairs(8), model=adapters, reference=None, others=tokenizer
             )
             trainer.train()
             adapters = str(tmp_path / f"{name}-saved")
             trainer.save_model(adapters)
         base_model = type(tiny_model()).from_pretrained(model)
         found = PeftModel.from_pretrained(base_model, adapters)
-        saved = {n: p for n, p in found.named_parameters() if "lora" in n}
-        assert saved.keys() == parameters(trainer).keys()
-        assert_close({n: p.detach() for n, p in saved.items()}, parameters(trainer), 0.0)
+        saved = {n: p.detach() for n, p in found.named_parameters() if "lora" in n}
+        assert_close(saved, parameters(trainer), 0.0)
 
     def test_resumes(self, settings: Settings, folders: tuple[str, str]) -> None:
-        def trainer() -> MultiObjectiveDPOTrainer:
-            return MultiObjectiveDPOTrainer(
-                folders[1],
-                args=config(settings | {"save_strategy": "steps", "save_steps": 1}),
-                train_dataset=Dataset.from_list(tiny_pairs(8)),
-            )
-
-        whole = trainer()
+        whole, again = (
+            make_trainer(settings | SAVED, tiny_pairs(8), model=folders[1], reference=None)
+            for _ in range(2)
+        )
         whole.train()
         shutil.rmtree(Path(settings["output_dir"], "checkpoint-2"))
-        again = trainer()
         again.train(resume_from_checkpoint=True)
         assert again.state.global_step == 2
         assert_close(parameters(again), parameters(whole), 0.0)
@@ -308,30 +272,23 @@ class TestGoingOnFromAdapters:
 
     def test_other_adapters_on_top(self, settings: Settings, folders: tuple[str, str]) -> None:
         with pytest.raises(ValueError, match="`peft_config` must be None if `model` is a folder"):
-            MultiObjectiveDPOTrainer(
-                folders[1],
-                args=config(settings),
-                train_dataset=Dataset.from_list(tiny_pairs(4)),
-                peft_config=LoraConfig(r=2),
-            )
+            make_trainer(settings, tiny_pairs(4), model=folders[1], peft_config=LoraConfig(r=2))
 
 
 class TestRecords:
     def test_step_log(self, settings: Settings) -> None:
-        trainer = make_trainer(settings, tiny_pairs(8), save_strategy="steps", save_steps=1)
-        trainer.train()
         path = Path(settings["output_dir"], "steps.jsonl")
+        make_trainer(settings | SAVED, tiny_pairs(8)).train()
         log = read_steps(path)
         assert log.steps == (1, 2)
         assert log.reports[0].names == tuple(WEIGHTS)
         overview(path)
-        shutil.rmtree(Path(settings["output_dir"], "checkpoint-2"))
-        again = make_trainer(settings, tiny_pairs(8), save_strategy="steps", save_steps=1)
-        again.train(resume_from_checkpoint=True)
+        shutil.rmtree(path.with_name("checkpoint-2"))
+        make_trainer(settings | SAVED, tiny_pairs(8)).train(resume_from_checkpoint=True)
         assert read_steps(path).steps == (1, 2)
         assert torch.equal(read_steps(path).reports[1].gram, log.reports[1].gram)
-        shutil.rmtree(Path(settings["output_dir"], "checkpoint-1"))
-        shutil.rmtree(Path(settings["output_dir"], "checkpoint-2"))
+        for number in (1, 2):
+            shutil.rmtree(path.with_name(f"checkpoint-{number}"))
         make_trainer(settings, tiny_pairs(8), weights={"helpful": 1.0}).train()
         assert read_steps(path).reports[0].names == ("helpful",)
         assert read_steps(path.with_name("steps.old.jsonl")).run == log.run
@@ -350,9 +307,8 @@ class TestRecords:
     )
     def test_model_card(self, settings: Settings, method: str, words: list[str]) -> None:
         rows = tiny_pairs(4)
-        changed = {"eval_strategy": "steps", "eval_on_start": True}
-        changed["loss_type"] = ["sigmoid", "sft"]
-        trainer = make_trainer(settings, rows, eval_rows=rows, method=method, **changed)
+        settings |= {"eval_strategy": "steps", "eval_on_start": True, "method": method}
+        trainer = make_trainer(settings, rows, eval_rows=rows, loss_type=["sigmoid", "sft"])
         trainer.train()
         trainer.create_model_card(model_name="x")
         card = Path(settings["output_dir"], "README.md").read_text()
@@ -364,9 +320,8 @@ class TestRecords:
     ) -> None:
         monkeypatch.delenv("TQDM_DISABLE")
         rows = tiny_pairs(4)
-        trainer = make_trainer(
-            settings | {"disable_tqdm": False}, rows, eval_rows=rows, eval_strategy="steps"
-        )
+        settings |= {"disable_tqdm": False, "eval_strategy": "steps"}
+        trainer = make_trainer(settings, rows, eval_rows=rows)
         opened: list[Any] = []
         original = trainer_callback.tqdm
         monkeypatch.setattr(
@@ -380,10 +335,10 @@ class TestRecords:
     @pytest.mark.parametrize("adapters", [None, lora()], ids=["full", "lora"])
     def test_no_future_warnings(self, settings: Settings, adapters: LoraConfig | None) -> None:
         rows = tiny_pairs(4)
-        changed = {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 1}
-        changed |= {"gradient_checkpointing": True, "bf16": True}
+        settings |= SAVED | {"eval_strategy": "steps", "bf16": True}
+        settings |= {"gradient_checkpointing": True}
         with warnings.catch_warnings():
             warnings.simplefilter("error", FutureWarning)
-            trainer = make_trainer(settings, rows, eval_rows=rows, peft_config=adapters, **changed)
+            trainer = make_trainer(settings, rows, eval_rows=rows, peft_config=adapters)
             trainer.train()
             trainer.save_model()

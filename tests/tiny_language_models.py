@@ -12,30 +12,16 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
-WORDS = [
-    "the",
-    "a",
-    "paper",
-    "model",
-    "data",
-    "we",
-    "show",
-    "propose",
-    "method",
-    "result",
-    "on",
-    "of",
-    "and",
-    "large",
-    "small",
-    "new",
-]
+_TEXT = "the a paper model data we show propose method result on of and large small new"
+WORDS = _TEXT.split()
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 FAMILIES = ("qwen3", "llama", "gemma3")
 
@@ -74,6 +60,9 @@ def tiny_model(family: str = "llama", *, seed: int = 0, layers: int = 2) -> PreT
         return Qwen3ForCausalLM(Qwen3Config(**shape))
     if family == "gemma3":
         return Gemma3ForCausalLM(Gemma3TextConfig(**shape, sliding_window=8))
+    if family == "mixtral":  # its auxiliary loss counts
+        experts = {"num_local_experts": 4, "router_aux_loss_coef": 0.5}
+        return MixtralForCausalLM(MixtralConfig(**shape, **experts, output_router_logits=False))
     return LlamaForCausalLM(LlamaConfig(**shape))
 
 

@@ -5,13 +5,3 @@
 
 Run it with ``python -m benchmarks.demo``.
 """
-
-import os
-
-# All three are read once, by the first import of torch or transformers, hence up here.
-# Everything is trained here, so a look-up on a model hub could only be a mistake: make it fail.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# Threads that wait for work sleep. By default they spin, which on cores that are shared with
-# other processes made the demo several times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,35 +11,24 @@ from tqdm import tqdm
 
 from benchmarks.demo.experiment import Corpus, Settings, run_experiment
 from benchmarks.demo.figure import draw
-from benchmarks.demo.results import accuracy_ceiling, save, table
+from benchmarks.demo.results import accuracy_ceiling, as_dict, table
+from benchmarks.harness import Parser, make_folder, refusals_of, write_json
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("build/demo"),
-        help="folder for results.json and tradeoff.png (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        default=Settings.seeds,
-        help="seeds; each costs as much time as the next (default: 0 1 2)",
-    )
+@refusals_of("demo")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Reads the command line and runs."""
+    parser = Parser(prog="python -m benchmarks.demo", description=__doc__)
+    help_ = "folder for results.json and tradeoff.png (default: %(default)s)"
+    parser.add_argument("--output", type=Path, default=Path("build/demo"), help=help_)
+    help_ = "seeds; each costs as much time as the next (default: 0 1 2)"
+    parser.add_argument("--seeds", type=int, nargs="+", default=Settings.seeds, help=help_)
     options = parser.parse_args(arguments)
-    try:  # now, not after a minute of work
-        options.output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=options.output).close()
-    except OSError as error:
-        parser.exit(2, f"--output must be a folder to write to; got {options.output} ({error}).\n")
-    return options
+    make_folder(options.output, "--output")  # now, not after a minute of work
+    run(Settings(seeds=tuple(options.seeds)), options.output)
 
 
-def main(settings: Settings, output: Path) -> None:
+def run(settings: Settings, output: Path) -> None:
     """Runs the experiment and reports on it."""
     start = time.perf_counter()
     corpus = Corpus(settings.test_pairs)
@@ -50,14 +37,13 @@ def main(settings: Settings, output: Path) -> None:
     seconds = time.perf_counter() - start
 
     ceiling = accuracy_ceiling(corpus.held_out)
-    save(output / "results.json", runs, ceiling, settings, seconds)
+    write_json(output / "results.json", as_dict(runs, ceiling, settings, seconds))
     draw(output / "tradeoff.png", runs, ceiling)
     print(f"\n{table(runs, ceiling)}\n\n{output / 'results.json'}\n{output / 'tradeoff.png'}")
 
 
 if __name__ == "__main__":
-    options = parse()
     # At this size a second thread costs more than it brings, and how many threads share a sum
     # decides its last digits: with one, the figures don't depend on the number of cores.
     torch.set_num_threads(1)
-    main(Settings(seeds=tuple(options.seeds)), options.output)
+    main()

@@ -32,17 +32,11 @@ BETA = 0.1
 
 @dataclass(frozen=True)
 class PairTensors:
-    """Preference pairs as tensors.
+    """Preference pairs as tensors."""
 
-    Attributes:
-        ids: Token ids ``[n, 2, T]``: first and second sentence, padded on the right.
-        signs: Preferences ``[n, m]`` in {+1, -1, 0}.
-        reference: Log-probabilities ``[n, 2]`` under the reference model, computed once.
-    """
-
-    ids: Tensor
-    signs: Tensor
-    reference: Tensor
+    ids: Tensor  # token ids [n, 2, T] of first and second sentence, padded on the right
+    signs: Tensor  # preferences [n, m] in {+1, -1, 0}
+    reference: Tensor  # log-probabilities [n, 2] under the reference model
 
     def batches(self, size: int) -> Iterator[PairTensors]:
         """Consecutive batches of `size` pairs, in order."""
@@ -53,32 +47,19 @@ class PairTensors:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well a model does on one objective, over the pairs that the objective labels.
+    """How well a model does on one objective, over the pairs that the objective labels."""
 
-    Attributes:
-        loss: DPO loss; log 2 for the reference model.
-        margin: Mean of beta s_i Delta, in nats; 0 for the reference model.
-        accuracy: Share of pairs with s_i Delta > 0. Delta = 0 counts as half right, so that the
-            reference model scores 1/2.
-    """
-
-    loss: float
-    margin: float
-    accuracy: float
+    loss: float  # DPO's; log 2 for the reference model
+    margin: float  # mean of beta s_i Delta, in nats; 0 for the reference model
+    accuracy: float  # share with s_i Delta > 0; Delta = 0 is half right: 1/2 for the reference
 
 
 @dataclass(frozen=True)
 class Training:
-    """What the optimizer reported along the way.
+    """Shares of the steps, as the optimizer reports them."""
 
-    Attributes:
-        hurting_steps: Share of steps whose combined gradient G, followed downhill, raises the loss
-            of some objective to first order: (H alpha)_i = <g_i, G> < 0.
-        conflicting_steps: Share of steps with <g_i, g_j> < 0.
-    """
-
-    hurting_steps: float
-    conflicting_steps: float
+    hurting_steps: float  # the combined gradient G raises a loss to first order: <g_i, G> < 0
+    conflicting_steps: float  # <g_i, g_j> < 0
 
 
 def log_probs(model: Qwen3ForCausalLM, ids: Tensor) -> Tensor:
@@ -132,19 +113,7 @@ def align(
     batch_size: int = 16,
     lr: float = 1e-3,
 ) -> tuple[Qwen3ForCausalLM, Training]:
-    """Aligns a copy of `base` in one pass over `pairs`.
-
-    Args:
-        base: The pretrained model; it is not changed.
-        pairs: Training pairs.
-        make_optimizer: Wraps the inner AdamW in a multi-objective optimizer.
-        on_step: Called after each step.
-        batch_size: Pairs per step.
-        lr: Learning rate of AdamW.
-
-    Returns:
-        The aligned model, and what happened to the gradients.
-    """
+    """Aligns a copy of `base` in one pass over `pairs`; `on_step` is called after each step."""
     model = copy.deepcopy(base)
     optimizer = make_optimizer(torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0))
     hurting, conflicting = [], []
@@ -156,8 +125,7 @@ def align(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-        report = optimizer.report
-        hurting.append(report.hurting)
-        conflicting.append(report.conflicting)
+        hurting.append(optimizer.report.hurting)
+        conflicting.append(optimizer.report.conflicting)
         on_step()
     return model, Training(sum(hurting) / len(hurting), sum(conflicting) / len(conflicting))

@@ -11,7 +11,6 @@ and null for the other three.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
@@ -22,6 +21,7 @@ from typing import Any
 from aclsum.aclsum import Document
 
 from benchmarks.demo.data import WORDS, Sentence, load_papers, sentences
+from benchmarks.harness import Parser, make_folder, refusals_of
 
 FILES = {"train": ("train", 100), "held_out": ("test", 10)}
 
@@ -59,16 +59,13 @@ def records(papers: Iterable[Document], generator: random.Random) -> Iterator[di
             yield from (record(paper.title, x) for x in generator.sample(drawn, 3))
 
 
+@refusals_of("answers")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the files and says how many records they have."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.demo.answers",
-        description="Writes train.jsonl, held_out.jsonl and prompts.txt from aclsum, in the "
-        "layout of HelpSteer2.",
-    )
-    parser.add_argument("folder", type=Path)
+    parser = Parser(prog="python -m benchmarks.demo.answers")
+    parser.add_argument("folder", type=Path, help="for train.jsonl, held_out.jsonl, prompts.txt")
     folder = parser.parse_args(arguments).folder
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "folder")
     for name, (split, papers) in FILES.items():
         found = list(records(load_papers(split)[:papers], random.Random(0)))
         lines = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in found)

@@ -42,19 +42,12 @@ class Sentence(NamedTuple):
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Two sentences of one paper, and what each objective says about them.
+    """Two sentences of one paper, and what each objective says about them."""
 
-    Attributes:
-        paper: Anthology identifier of the paper.
-        first: Text of one sentence.
-        second: Text of the other.
-        signs: For each of `OBJECTIVES`: +1 if it prefers `first`, -1 if `second`, 0 if neither.
-    """
-
-    paper: str
+    paper: str  # its identifier in the anthology
     first: str
     second: str
-    signs: tuple[int, ...]
+    signs: tuple[int, ...]  # by objective: +1 if it prefers `first`, -1 if `second`, 0 if neither
 
 
 def load_papers(*splits: str) -> list[Document]:
@@ -85,16 +78,7 @@ def preference_signs(first: Sentence, second: Sentence) -> tuple[int, int]:
 def draw_in_turns(
     queues: Sequence[list[Drawn]], count: int, generator: random.Random
 ) -> list[Drawn]:
-    """Draws from queues that take turns, in random order of the queues.
-
-    Args:
-        queues: What there is to draw, a queue a paper, each in the order of drawing.
-        count: How many.
-        generator: Source of randomness.
-
-    Raises:
-        ValueError: If the queues hold fewer than `count`.
-    """
+    """Draws `count` items from queues, one a paper, that take turns in random order."""
     shuffled = list(queues)
     generator.shuffle(shuffled)
     turns = itertools.chain.from_iterable(itertools.zip_longest(*shuffled))
@@ -113,17 +97,6 @@ def sample_pairs(
     """Draws pairs of a sentence that states the outcome and one that doesn't, without replacement.
 
     Papers take turns, so that one with many sentences weighs no more than others.
-
-    Args:
-        papers: Papers to draw from.
-        count: Number of pairs.
-        generator: Source of randomness.
-
-    Returns:
-        `count` pairs in random order of papers and of the two sentences.
-
-    Raises:
-        ValueError: If the papers hold fewer than `count` pairs.
     """
     queues = []
     for paper in papers:

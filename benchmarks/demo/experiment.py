@@ -26,27 +26,19 @@ WEIGHTED_METHODS: dict[str, Callable[..., MultiObjectiveOptimizer]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Size of the experiment.
+    """Size of the experiment, for two CPU cores and less than three minutes.
 
-    The defaults are meant for two CPU cores and less than three minutes. What makes the training
-    work (these and the learning rates) was chosen by results on the validation papers.
-
-    Attributes:
-        seeds: Each is a run of the whole experiment with its own initial weights, pretraining
-            batches and training pairs; the tokenizer and the held-out pairs are the same for all.
-        outcome_weights: Weights of the objective ``outcome``; ``short`` gets the rest.
-        pretraining_steps: Batches of next-token prediction.
-        alignment_steps: Batches of preference pairs, each pair used once.
-        batch_size: Preference pairs per batch.
-        test_pairs: Held-out pairs.
+    These and the learning rates were chosen by results on the validation papers. A seed has its own
+    initial weights, pretraining batches and training pairs; the tokenizer and the held-out pairs
+    are the same for all.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    outcome_weights: tuple[float, ...] = (0.2, 0.5, 0.8)
-    pretraining_steps: int = 100
-    alignment_steps: int = 40
-    batch_size: int = 16
-    test_pairs: int = 400
+    outcome_weights: tuple[float, ...] = (0.2, 0.5, 0.8)  # ``short`` gets the rest
+    pretraining_steps: int = 100  # batches of next-token prediction
+    alignment_steps: int = 40  # batches of preference pairs, each pair used once
+    batch_size: int = 16  # preference pairs
+    test_pairs: int = 400  # held out
 
     @property
     def total_steps(self) -> int:
@@ -67,15 +59,7 @@ class Run:
 
 
 class Corpus:
-    """What all seeds share.
-
-    Attributes:
-        train_papers: Papers of the training and the validation split.
-        texts: Their sentences.
-        tokenizer: Trained on `texts`.
-        ids: Tokens of `texts`, ``[n, 64]``.
-        held_out: Preference pairs of the test papers.
-    """
+    """What all seeds share: papers, their sentences, the tokenizer, and the held-out pairs."""
 
     def __init__(self, test_pairs: int) -> None:
         self.train_papers = load_papers("train", "val")
@@ -93,13 +77,7 @@ class Corpus:
 def run_experiment(
     settings: Settings, corpus: Corpus, on_step: Callable[[], object]
 ) -> Iterator[Run]:
-    """Yields the runs of all seeds, as they end.
-
-    Args:
-        settings: Size of the experiment.
-        corpus: Text and held-out pairs.
-        on_step: Called after each of `settings.total_steps` optimizer steps.
-    """
+    """Yields the runs of all seeds, as they end; calls `on_step` `settings.total_steps` times."""
     for seed in settings.seeds:
         torch.manual_seed(seed)
         base = build_model(corpus.tokenizer.get_vocab_size())

@@ -48,41 +48,19 @@ def _draw_accuracies(axes: Axes, runs: Sequence[Run], ceiling: Ceiling) -> None:
         axes.plot(*_columns(means), label=method, zorder=3, **style)
 
     axes.plot(0.5, 0.5, "P", color=INK, markersize=7)
-    axes.annotate(
-        "base model",
-        (0.5, 0.5),
-        (0, -8),
-        textcoords="offset points",
-        ha="center",
-        va="top",
-        color=INK,
-    )
+    look = {"textcoords": "offset points", "va": "top", "color": INK}
+    axes.annotate("base model", (0.5, 0.5), (0, -8), ha="center", **look)
     for weight, means in at_weight.items():
         center = [statistics.fmean(column) for column in _columns(means)]
-        axes.annotate(
-            f"w = {weight:g}",
-            center,
-            (-10, -12),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            color=INK,
-        )
+        axes.annotate(f"w = {weight:g}", center, (-10, -12), ha="right", **look)
 
     accuracies = [run.evaluation[name].accuracy for run in runs for name in OBJECTIVES]
     low, high = min(0.5, *accuracies) - 0.09, max(0.5, *accuracies) + 0.07
     total, conflict = ceiling.accuracy_sum, ceiling.conflicting / ceiling.pairs
     axes.fill([total - high, high, high], [high, total - high, high], color=SHADE, zorder=0)
     axes.plot([total - high, high], [high, total - high], color=GREY, lw=1, zorder=1)
-    axes.text(
-        0.98,
-        0.98,
-        f"out of reach of any model:\nthe objectives disagree\non {conflict:.0%} of the pairs",
-        transform=axes.transAxes,
-        ha="right",
-        va="top",
-        color=GREY,
-    )
+    text = f"out of reach of any model:\nthe objectives disagree\non {conflict:.0%} of the pairs"
+    axes.text(0.98, 0.98, text, transform=axes.transAxes, ha="right", va="top", color=GREY)
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     axes.set_xlabel("accuracy on “states the outcome”")
     axes.set_ylabel("accuracy on “is shorter”")

@@ -65,14 +65,10 @@ def build_model(vocab_size: int) -> Qwen3ForCausalLM:
 
 
 def token_log_probs(model: Qwen3ForCausalLM, ids: Tensor) -> Tensor:
-    """Log-probability of each token given those before it.
+    """Log-probability ``[n, T]`` of each token given those before it, for ids ``[n, T]``.
 
-    Args:
-        model: A causal language model.
-        ids: Token ids ``[n, T]``, `BOS` first, padded on the right with `PAD`.
-
-    Returns:
-        Log-probabilities ``[n, T]``: at position t that of token t + 1, 0 where there is none.
+    A text starts with `BOS` and is padded on the right with `PAD`; at position t is that of token
+    t + 1, 0 where there is none.
     """
     # Tokens don't see what is right of them, padding included: no attention mask is needed.
     logits = model(input_ids=ids).logits
@@ -94,16 +90,8 @@ def pretrain(
 ) -> float:
     """Trains the model on next-token prediction, in place.
 
-    Args:
-        model: The model.
-        ids: Token ids ``[n, T]`` of the texts, padded on the right.
-        steps: Number of batches, drawn with replacement by torch's global generator.
-        on_step: Called after each step.
-        batch_size: Texts per batch.
-        lr: Peak learning rate of a one-cycle schedule.
-
-    Returns:
-        Cross-entropy per token (nats) of the last batch, before its step.
+    Batches are drawn with replacement by torch's global generator; `lr` is the peak of a one-cycle
+    schedule. Returns the cross-entropy per token (nats) of the last batch, before its step.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)

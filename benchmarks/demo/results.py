@@ -1,19 +1,17 @@
-"""Runs -> means over seeds, hypervolumes, the accuracy ceiling -> a table and a JSON file."""
+"""Runs -> means over seeds, hypervolumes, the accuracy ceiling -> a table and a JSON object."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.demo.align import BETA
 from benchmarks.demo.data import OBJECTIVES, PreferencePair
 from benchmarks.demo.experiment import C, Run, Settings
-from benchmarks.harness import environment
+from benchmarks.harness import environment, markdown_table
 from raco_optim.pareto import hypervolume
 
 # Worst errors there are: fixed before any result is known.
@@ -40,19 +38,12 @@ class Estimate(NamedTuple):
 
 
 class Ceiling(NamedTuple):
-    """What conflict leaves to any model on the held-out pairs.
-
-    Attributes:
-        pairs: Number of pairs.
-        labelled: Number of pairs that each objective labels.
-        conflicting: Number of pairs on which the two objectives disagree.
-        accuracy_sum: The highest sum of the two accuracies.
-    """
+    """Numbers of held-out pairs, and the bound that their conflict puts on any model."""
 
     pairs: int
-    labelled: tuple[int, ...]
-    conflicting: int
-    accuracy_sum: float
+    labelled: tuple[int, ...]  # by each objective
+    conflicting: int  # on which the two objectives disagree
+    accuracy_sum: float  # the highest sum of the two accuracies
 
 
 def accuracy_ceiling(pairs: Sequence[PreferencePair]) -> Ceiling:
@@ -99,65 +90,55 @@ def table(runs: Sequence[Run], ceiling: Ceiling) -> str:
     """Everything that was measured, as text: means over seeds, with standard deviations."""
     points = by_point(runs)
     seeds = len({run.seed for run in runs})
-    pair = " ".join(f"{name:>9}" for name in OBJECTIVES)
-    lines = [
-        f"{'':17} {'held-out loss':^19} {'held-out margin':^19} {'held-out accuracy':^19}",
-        f"{'method':12} {'w':>4} {pair} {pair} {pair} {'hurting':>8} {'conflict':>8}",
-    ]
+    measures = [(x, name) for x in ("loss", "margin", "accuracy") for name in OBJECTIVES]
+    rows, sums = [], []
     for (method, weight), group in points.items():
         cells = [
-            Estimate.of(getattr(run.evaluation[name], metric) for run in group).text(2)
-            for metric in ("loss", "margin", "accuracy")
-            for name in OBJECTIVES
+            Estimate.of(getattr(run.evaluation[name], measure) for run in group).text(2)
+            for measure, name in measures
         ]
-        lines.append(
-            f"{method:12} {'-' if weight is None else weight:>4} "
-            + " ".join(f"{cell:>9}" for cell in cells)
-            + f" {statistics.fmean(run.training.hurting_steps for run in group):8.0%}"
-            + f" {statistics.fmean(run.training.conflicting_steps for run in group):8.0%}"
-        )
+        shares = [
+            statistics.fmean(getattr(run.training, name) for run in group)
+            for name in ("hurting_steps", "conflicting_steps")
+        ]
+        shown = "-" if weight is None else str(weight)
+        rows.append([method, shown, *cells, *(f"{share:.0%}" for share in shares)])
+        sums.append(statistics.fmean(sum(x.accuracy for x in r.evaluation.values()) for r in group))
+    head = ["method", "w", *(f"{x}, {name}" for x, name in measures), "hurting", "conflict"]
     spread = "mean±standard deviation of" if seeds > 1 else "no spread is known from"
-    lines += [
-        "",
-        f"{spread} {seeds} seed{'s' * (seeds > 1)}; {ceiling.pairs} held-out pairs",
-        "w         weight of outcome; short has the rest. MGDA takes no weights: one point",
-        "hurting   steps whose combined gradient, before AdamW scales it, raises a loss",
-        "conflict  steps on which the objectives' gradients have a negative inner product",
-        "",
-        "hypervolume of the held-out accuracies, reference point (0, 0):",
+    volumes = [
+        f"  {method:12} {Estimate.of(found).text(3)}"
+        for method, found in hypervolumes(runs).items()
     ]
-    for method, volumes in hypervolumes(runs).items():
-        size = sum(other == method for other, _ in points)
-        lines.append(
-            f"  {method:12} {Estimate.of(volumes).text(3)}  {size} point{'s' * (size > 1)}"
-        )
-    best = max(
-        statistics.fmean(sum(run.evaluation[name].accuracy for name in OBJECTIVES) for run in group)
-        for group in points.values()
+    return "\n".join(
+        [
+            markdown_table(head, rows),
+            "",
+            f"{spread} {seeds} seed{'s' * (seeds > 1)}; {ceiling.pairs} held-out pairs",
+            "w         weight of outcome; short has the rest. MGDA takes no weights: one point",
+            "hurting   steps whose combined gradient, before AdamW scales it, raises a loss",
+            "conflict  steps on which the objectives' gradients have a negative inner product",
+            "",
+            "hypervolume of the held-out accuracies, reference point (0, 0):",
+            *volumes,
+            "",
+            f"The objectives disagree on {ceiling.conflicting / ceiling.pairs:.1%} of the held-out "
+            f"pairs: no model's accuracies have a sum above {ceiling.accuracy_sum:.3f}.",
+            f"The highest mean sum above is {max(sums):.3f}; the base model's is 1.",
+        ]
     )
-    lines += [
-        "",
-        f"The objectives disagree on {ceiling.conflicting / ceiling.pairs:.1%} of the held-out "
-        f"pairs: no model's accuracies have a sum above {ceiling.accuracy_sum:.3f}.",
-        f"The highest mean sum above is {best:.3f}; the base model's is 1.",
-    ]
-    return "\n".join(lines)
 
 
-def save(
-    path: Path, runs: Sequence[Run], ceiling: Ceiling, settings: Settings, seconds: float
-) -> None:
-    """Writes all runs, and what is needed to repeat and to judge them, as JSON."""
-    record = {
+def as_dict(
+    runs: Sequence[Run], ceiling: Ceiling, settings: Settings, seconds: float
+) -> dict[str, Any]:
+    """All runs, and what is needed to repeat and to judge them."""
+    volumes = {"of": "1 - accuracy", "reference": REFERENCE, "per_seed": hypervolumes(runs)}
+    return {
         "settings": dataclasses.asdict(settings) | {"beta": BETA, "c": C},
         "environment": environment(packages=("transformers", "tokenizers", "aclsum")),
         "seconds": round(seconds, 1),
         "held_out": ceiling._asdict(),
-        "hypervolume": {
-            "of": "1 - accuracy",
-            "reference": REFERENCE,
-            "per_seed": hypervolumes(runs),
-        },
+        "hypervolume": volumes,
         "runs": [dataclasses.asdict(run) for run in runs],
     }
-    path.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Numbers with intervals, and the distance to a front: what the studies' summaries share."""
+"""Numbers with intervals, and the distance to a front: for the summaries of the studies."""
 
 from __future__ import annotations
 
@@ -31,12 +31,6 @@ class Estimate:
         known = values[1:][np.isfinite(values[1:])]
         low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (math.nan, math.nan)
         return cls(float(values[0]), float(low), float(high))
-
-    @classmethod
-    def of_units(cls, values: Array) -> Estimate:
-        """The mean over independent units (seeds or starts), with a bootstrap interval."""
-        draws = multinomial(np.random.default_rng(0), len(values), REPLICATES) / len(values)
-        return cls.of(draws @ values)
 
     @classmethod
     def over_seeds(cls, values: Array) -> Estimate:
@@ -79,16 +73,14 @@ def least_weight(weights: Array) -> Array:
     return shares
 
 
-def text(found: Mapping[str, Any], *, sign: bool = False, ratio: bool = False) -> str:
-    """``value [low, high]``; a difference (ratio) is bold where its interval leaves out 0 (1)."""
+def text(found: Mapping[str, Any], *, sign: bool = False) -> str:
+    """``value [low, high]``; a difference is bold where its interval leaves out 0."""
     value, low, high = (found[name] for name in ("value", "low", "high"))
     if value is None or low is None:
         return "-" if value is None else f"{value:.3f}"
-    small = max(abs(low), abs(high)) < 0.01
-    form = ("+" if sign else "") + (".2g" if small else ".2f" if ratio else ".3f")
+    form = "+.3f" if sign else ".3f"
     shown = f"{value:{form}} [{low:{form}}, {high:{form}}]"
-    null = 1 if ratio else 0
-    return f"**{shown}**" if (sign or ratio) and (low > null or high < null) else shown
+    return f"**{shown}**" if sign and (low > 0 or high < 0) else shown
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401  # anything that JSON can hold

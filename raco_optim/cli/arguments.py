@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from raco_optim.cli.errors import OneLineErrors, UsageError, refusals
 from raco_optim.distributed.group import launched_world_size
@@ -148,15 +148,23 @@ def parse(arguments: Sequence[str], command: str) -> Parsed:
         dataloader_pin_memory=gpu,
         save_total_limit=2,
     )
+    hints = get_type_hints(MultiObjectiveDPOConfig)
     for action in parser._actions:
+        kinds = get_args(hints.get(action.dest))
         if action.dest in MultiObjectiveDPOConfig._VALID_DICT_FIELDS:
             action.type = _mapping
+        elif str in kinds and (bool in kinds or Literal[False] in kinds or action.const is True):
+            action.type = _switch_or_text
+        elif str in kinds and list[str] in kinds:
+            action.nargs = "+"
     with refusals("the arguments"):
         align, config, model, unknown = parser.parse_args_into_dataclasses(
             given, return_remaining_strings=True, look_for_args_file=False
         )
     if unknown:
         parser.error(f"there is no {unknown[0]}")
+    if isinstance(config.optim_target_modules, list) and len(config.optim_target_modules) == 1:
+        [config.optim_target_modules] = config.optim_target_modules  # a pattern, or all-linear
     if model.model_name_or_path is not None:
         raise UsageError("`--model_name_or_path` must be left out. Use `--model`.")
     if config.resume_from_checkpoint is not None or config.save_only_model:
@@ -219,6 +227,16 @@ def _mapping(text: str) -> str:
     except (ValueError, OSError, RecursionError):
         pass
     raise argparse.ArgumentTypeError(f"must be a mapping, such as '{{\"a\": 1}}'; got {text!r:.60}")
+
+
+def _switch_or_text(text: str) -> bool | str:
+    """Returns True or False for the words for them, as for options that are nothing else."""
+    from transformers.hf_argparser import string_to_bool
+
+    try:
+        return bool(string_to_bool(text))
+    except argparse.ArgumentTypeError:
+        return text
 
 
 def option_name(argument: str) -> str:

@@ -104,7 +104,8 @@ def _difference(group: Group, settings: Mapping[str, str]) -> ValueError | None:
                 continue
             if first.get(name) != other.get(name):
                 got = f"{first.get(name)} on rank {rank}, {other.get(name)} on rank {r}. "
-                got += "Pass the same value in all processes."
+                got += "Pass the same value in all processes"
+                got += ", 0 * outputs.sum() for None." if "None" in name else "."
                 got = f"others. {_ONE_MODEL}" if name == _VALUES else got
                 return ValueError(f"{name} must be the same in all processes; got {got}")
     return None

@@ -82,6 +82,9 @@ class _ShardedLayerGradients(LayerGradients):
     def _totals(self, u: Tensor, plan: Plan, *, compared: bool = False) -> Totals:
         return _Shards(u, plan, self._parameters, self._group, compared=compared)
 
+    def _hooked(self, plan: Plan) -> bool:
+        return False  # FSDP2 has hooks of its own; their number is a part of the key
+
     def _gradient(self, total: Tensor, p: Any) -> Tensor:  # noqa: ANN401  # a DTensor
         return DTensor.from_local(
             total, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()

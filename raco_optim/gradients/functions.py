@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raco_optim._checks import checked_parameters
 from raco_optim.gradients.combine import combine_rows, write_gradients
 from raco_optim.gradients.dense import check_losses, check_parameters, iterate_gradients
 from raco_optim.gradients.gram import Workspace
@@ -58,7 +59,8 @@ def per_loss_gradients(
     """
     ordered = as_list(losses)
     check_any_present(ordered)
-    names, chosen = [str(i) for i in range(len(ordered))], list(parameters)
+    names = [str(i) for i in range(len(ordered))]
+    chosen = checked_parameters("parameters", parameters)
     check_parameters(chosen)
     check_losses(ordered, chosen, names)
     return [gradient for _, gradient in iterate_gradients(ordered, chosen, names)]
@@ -130,6 +132,10 @@ def add_combined_gradient(
             it combines them, which keeps the peak of memory at m gradients.
         coefficients: alpha, ``[m]``. On an accelerator they stay there.
 
+    Raises:
+        TypeError: `parameters` or a row of `gradients` holds something other than tensors.
+        ValueError: The numbers or shapes of parameters, gradients and coefficients differ.
+
     Example:
         >>> import torch
         >>> from raco_optim import add_combined_gradient
@@ -139,8 +145,17 @@ def add_combined_gradient(
         >>> x.grad
         tensor([0.5000, 0.5000])
     """
-    shared = [True] * len(parameters)
-    write_gradients(parameters, combine_rows(gradients, coefficients, coefficients, shared))
+    parameters = checked_parameters("parameters", parameters)
+    given: Sequence[Any] = gradients
+    rows = [row if isinstance(row, list) else list(row) for row in given]
+    _check([parameters, *rows])
+    if getattr(coefficients, "shape", None) != (len(rows),):
+        raise ValueError(
+            f"`coefficients` must be a tensor of shape [{len(rows)}], one number per row of "
+            f"`gradients`; got {coefficients!r}."
+        )
+    combined = combine_rows(rows, coefficients, coefficients, [True] * len(parameters))
+    write_gradients(parameters, combined)
 
 
 def _check(rows: Sequence[Sequence[Any]]) -> None:

@@ -80,6 +80,7 @@ class Uses:
         return [*(use.node for use in self.products), *(use.node for use in self.lookups)]
 
 
+@torch.inference_mode(mode=False)  # which hides nodes
 def find_uses(losses: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> dict[int, Uses]:
     """Finds parameters, by position, that are used only in products and lookups.
 

@@ -24,6 +24,11 @@ _RETURN = (
 def step_with(optimizer: MultiObjectiveOptimizer, closure: Callable[[], Losses | None]) -> Any:  # noqa: ANN401
     """Performs the inner step; each evaluation of the closure runs `backward`."""
     core = optimizer._core
+    if not callable(closure):
+        raise TypeError(
+            f"`closure` must be a function without arguments that returns the losses; got "
+            f"{type(closure).__name__}. For losses, call `backward(losses)` and then `step()`."
+        )
 
     def weighted_loss() -> Tensor | None:
         before = core.progress.report

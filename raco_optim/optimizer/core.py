@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+import torch
 from torch import Tensor, nn
 
 from raco_optim import _checks as checks
@@ -36,7 +37,7 @@ Mode = Literal["dense", "ghost", "per_example", "representation"]
 MODES = ("dense", "ghost", "per_example", "representation")
 _STATE_VERSION = 1
 _DEFAULTS = {"gradients": "dense", "gram_every": 1, "nonfinite": "raise"}
-_FIXED = ("shared_parameters", "gradients", "gram_every", "model", "process_group")
+_FIXED = ("shared_parameters", "gradients", "gram_every", "model", "process_group", "optimizer")
 
 
 class Options(TypedDict, total=False):
@@ -198,6 +199,17 @@ class Core:
                 stacklevel=5,  # two frames are torch's, around `backward`
             )
 
+    def warn_of_others(self, groups: Iterable[dict[str, Any]]) -> None:
+        """Warns before the first `backward` if a step uses the gradients of another."""
+        found = (p.grad for group in groups for p in group["params"] if p.grad is not None)
+        local = (getattr(g, "to_local", lambda g=g: g)() for g in found)
+        if any(g.layout is torch.strided and not g.is_meta and bool(g.any()) for g in local):
+            warnings.warn(
+                "`step` uses gradients that `loss.backward()` computed, so the weights and the "
+                "rule of this optimizer have no effect. Call its `backward(losses)` instead.",
+                stacklevel=4,  # one frame is torch's, around `step`
+            )
+
 
 class BetweenSteps(OptimizerWrapper):
     """Attributes of a `MultiObjectiveOptimizer` to read and set between steps."""
@@ -216,6 +228,8 @@ class BetweenSteps(OptimizerWrapper):
         Raises:
             ValueError: A key is missing or has no use. Nothing is added.
         """
+        if "params" not in param_group:
+            self.optimizer.add_param_group(param_group)  # raises
         params = param_group["params"]
         if isinstance(params, Tensor | Iterator):  # in place, like torch
             param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
@@ -277,11 +291,13 @@ class BetweenSteps(OptimizerWrapper):
         return self._core.group.is_main
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name in _FIXED and not self._having(name):  # an inner optimizer may have a `model`
-            raise AttributeError(
-                f"`{name}` can't be changed after the optimizer is built; got {value!r}. Build "
-                f"another optimizer with it, and load this one's state_dict()."
-            )
+        if not self._having(name):  # an inner optimizer may have a `model`
+            if name in _FIXED:
+                raise AttributeError(
+                    f"`{name}` can't be changed after the optimizer is built; got {value!r}. Build "
+                    f"another optimizer with it, and load this one's state_dict()."
+                )
+            checks.check_attribute(self, name, BetweenSteps, _FIXED)
         super().__setattr__(name, value)
 
     @reprlib.recursive_repr()  # a rule may be a method of the optimizer

@@ -239,10 +239,13 @@ class MultiObjectiveOptimizer(BetweenSteps):
 
         Raises:
             RuntimeError: Gradients were accumulated but not combined.
-            TypeError: `closure` returned a single loss, or called `backward` and returned losses.
+            TypeError: `closure` is not callable, returned a single loss, or called `backward` and
+                returned losses.
         """
         if closure is not None:
             return step_with(self, closure)
+        if self._core.unheld is not None:  # there was no `backward` yet
+            self._core.warn_of_others(self.param_groups)
         return None if self._skipping() else self.optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

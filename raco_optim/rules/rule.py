@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from raco_optim._checks import check_attribute
 from raco_optim.rules.attributes import attributes_of, new_values, set_attributes
 
 
@@ -88,6 +89,10 @@ class Rule:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a state from `state_dict`."""
         set_attributes(self, state)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        check_attribute(self, name, Rule)
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())

@@ -68,7 +68,7 @@ class OptimizerWrapper(BareOptimizer):
                     f"{search!r}. Build it with line_search_fn=None."
                 )
         self._add_hooks()
-        self.optimizer = found[0] if len(found) == 1 else JointOptimizer(found)
+        vars(self)["optimizer"] = found[0] if len(found) == 1 else JointOptimizer(found)
 
     @property
     def optimizers(self) -> tuple[Optimizer, ...]:

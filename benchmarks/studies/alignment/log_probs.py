@@ -23,17 +23,11 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class Text:
-    """A prompt and its completion, as a model reads them.
+    """A prompt and its completion, as a model reads them."""
 
-    Attributes:
-        ids: Token ids ``[T]`` of the prompt and the completion.
-        start: Position of the completion's first token, at least 1.
-        states: Hidden states ``[T, d]`` that enter the trained layers; None: the model reads `ids`.
-    """
-
-    ids: Tensor
-    start: int
-    states: Tensor | None = None
+    ids: Tensor  # token ids [T] of both
+    start: int  # position of the completion's first token, at least 1
+    states: Tensor | None = None  # [T, d] that enter the trained layers
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -42,9 +36,7 @@ class Text:
 def completion_log_probs(model: PreTrainedModel, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
     """Log-probability of each completion given its prompt, and its number of tokens, ``[n]`` each.
 
-    Args:
-        model: A causal language model, or the suffix of one if the texts have states.
-        texts: Texts, all with states or all without.
+    The model is the suffix of one if the texts have states; all have them, or none.
     """
     # Tokens don't see what is right of them, padding included: no attention mask is needed.
     device = model.get_output_embeddings().weight.device

@@ -28,17 +28,11 @@ from raco_optim.cli.grid import Point, read_records, run_grid
 
 FOLDER = Path("build/alignment")
 C = 0.4
-WEIGHTED = ("linear", "cagrad", "raco")  # what a file that is cut short should hold first
+WEIGHTED = ("linear", "cagrad", "raco")  # a file that is cut short should hold these first
 OBJECTIVES = {2: ("outcome", "short"), 3: ("approach", "outcome", "short")}
 FIVE_WEIGHTS = {
     2: ((0.1, 0.9), (0.3, 0.7), (0.5, 0.5), (0.7, 0.3), (0.9, 0.1)),
-    3: (
-        (0.1, 0.3, 0.6),
-        (0.6, 0.2, 0.2),
-        (1 / 3, 1 / 3, 1 / 3),
-        (0.2, 0.6, 0.2),
-        (0.2, 0.2, 0.6),
-    ),
+    3: ((0.1, 0.3, 0.6), (0.6, 0.2, 0.2), (1 / 3,) * 3, (0.2, 0.6, 0.2), (0.2, 0.2, 0.6)),
 }
 THREE_WEIGHTS = {
     2: ((0.2, 0.8), (0.5, 0.5), (0.8, 0.2)),
@@ -54,22 +48,14 @@ class Plan:
     validation papers, one seed of its own, among 0.0003, 0.001 and 0.003 (small) or 0.0005 and
     0.002 (SmolLM2), and 0.1, 0.5 and 1.5.
 
-    Attributes:
-        sizes: How much data.
-        seeds: Seeds.
-        weights: By number of objectives, the weights in their order. The ablation over c uses the
-            second.
-        lr: Learning rate by method.
-        amopo_beta: beta of AMoPO.
-        radii: Values of c beside `C`, at one weight.
     """
 
     sizes: Sizes
     seeds: tuple[int, ...]
-    weights: Mapping[int, Sequence[tuple[float, ...]]]
-    lr: Mapping[str, float]
+    weights: Mapping[int, Sequence[tuple[float, ...]]]  # by number of objectives
+    lr: Mapping[str, float]  # by method
     amopo_beta: float = 0.5
-    radii: tuple[float, ...] = ()
+    radii: tuple[float, ...] = ()  # values of c beside `C`, at the second weights
 
 
 _SMALL = Plan(
@@ -99,13 +85,7 @@ def plan_for(size: str) -> Plan:
 
 
 class Study:
-    """Runs points of one model and one set of objectives.
-
-    Args:
-        size: One of `TRIALS`.
-        objectives: Names of the objectives.
-        plan: Size of the study.
-    """
+    """Runs points of one model, of `TRIALS`, and one set of objectives."""
 
     def __init__(self, size: str, objectives: Sequence[str], plan: Plan) -> None:
         self.size, self.objectives, self.plan = size, tuple(objectives), plan
@@ -175,19 +155,13 @@ class Study:
         extra = {
             "delta": log_ratios(policy, trial),
             "nats_per_token": nats_per_token(policy, trial),
-            "commit": commit(),
         }
-        return {"evaluation": {}, "training": training, "extra": extra}
+        return {"evaluation": {}, "training": training, "extra": extra | {"commit": commit()}}
 
     def _recipe(self, point: Point) -> Recipe:
-        return Recipe(
-            method=point.method,
-            weights=point.weights,
-            lr=self.plan.lr[point.method],
-            batch_size=self.plan.sizes.batch_size,
-            amopo_beta=self.plan.amopo_beta,
-            c=point.c,
-        )
+        lr, batch_size = self.plan.lr[point.method], self.plan.sizes.batch_size
+        beta = self.plan.amopo_beta
+        return Recipe(point.method, point.weights, lr, batch_size, beta, point.c)
 
     def _single_model(self, objective: str, seed: int) -> dict[str, Tensor]:
         """What the model of one objective has learned, for the soups; trained once a seed."""

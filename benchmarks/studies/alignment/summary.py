@@ -40,6 +40,8 @@ from raco_optim.pareto import hypervolume
 # model's loss is log 2, and a model that loses twice that on an objective contributes nothing.
 WORST = {"accuracy": 1.0, "loss": 2 * math.log(2)}
 WITHOUT_WEIGHTS = ("mgda", "initial")  # one run a seed serves all weights
+BASES = ("linear", "single")  # with which all methods are compared
+CLAIM = ("whose", "claim", "difference", "verdict")
 TITLES = {
     "initial": "untrained",
     "single": "single-objective DPO",
@@ -90,13 +92,9 @@ class Key(NamedTuple):
 class Results:
     """Records of one study as arrays, and what is derived from them.
 
-    K keys, S seeds, 1 + R draws of papers (the first: every paper once), m objectives.
-
-    Args:
-        records: The records; of a study that was cut short, points that some seed lacks are left
-            out, so that methods are compared on the same seeds.
-        pairs: The held-out pairs; None draws them again as the study drew them.
-        replicates: R.
+    K keys, S seeds, 1 + R draws of papers (the first: every paper once), m objectives. Points that
+    some seed lacks are left out, so that methods are compared on the same seeds. The held-out pairs
+    are drawn again if they are not given.
     """
 
     def __init__(
@@ -153,9 +151,9 @@ class Results:
         return found
 
     def row(self, method: str, weights: tuple[float, ...], c: float = C) -> int:
-        """Position of what a user with these weights gets from a method.
+        """Position of the run that a user with these weights gets from a method.
 
-        That is the run with these weights; of a method that takes none, its only run; and of the
+        It is the run with these weights; of a method that takes none, its only run; and of the
         single-objective models the one for the objective with the largest weight.
         """
         if method == "single":
@@ -180,10 +178,10 @@ class Results:
         W = np.array(weights or self.weights)
         rows = [self.row(method, w, c) for w in weights or self.weights]
         least = least_weight(W)
+        unequal = np.isfinite(least).all(1)
         found = {}
         for space, means in self.means.items():
             values = 1 - means[rows] if space == "accuracy" else means[rows]  # [W, 1 + R, m]
-            unequal = np.isfinite(least).all(1)
             found[f"weighted {space}"] = np.einsum("wrm,wm->wr", values, W).mean(0)
             if unequal.any():
                 lowest = np.einsum("wrm,wm->wr", values[unequal], least[unequal])
@@ -218,7 +216,7 @@ class Results:
         return float(np.mean(known)) if known else None
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, with what is needed to repeat and to judge it."""
+        """Everything, with all that is needed to repeat and to judge it."""
         measures = {name: self.measures(name) for name in self.methods}
         minus = {
             (one, other): {
@@ -275,9 +273,6 @@ class Results:
         return found
 
 
-BASES = ("linear", "single")
-
-
 def _key(record: Mapping[str, Any]) -> Key:
     point = record["point"]
     return Key(point["method"], tuple(point["weights"].values()), point["c"])
@@ -305,50 +300,31 @@ def claims(
             verdict = "not reproduced: one objective gains what the other loses"
         else:
             verdict = "not reproduced: the opposite" if -1 in sides else "only in some objectives"
-        found.append(
-            {
-                "source": source,
-                "claim": f"{TITLES[method]} beats {TITLES[other]} by {measure}: {numbers}",
-                "measured": dict(zip(names, differences, strict=True)),
-                "verdict": verdict,
-            }
-        )
+        claim = f"{TITLES[method]} beats {TITLES[other]} by {measure}: {numbers}"
+        measured = dict(zip(names, differences, strict=True))
+        row = {"source": source, "claim": claim, "measured": measured, "verdict": verdict}
+        found.append(row)
     return found
 
 
 def table(summary: Mapping[str, Any]) -> str:
     """The methods, then the claims."""
+    own = ("hypervolume accuracy", "distance accuracy")
+    differences = ("weighted accuracy", "least accuracy", "hypervolume accuracy")
     rows = []
     for name, found in summary["methods"].items():
-        shares = [p["hurting_steps"] for p in summary["points"] if p["method"] == name]
-        against = found["minus"].get("linear", {})
-        columns = ("weighted accuracy", "least accuracy", "hypervolume accuracy")
-        rows.append(
-            [
-                TITLES[name],
-                *(text(found[x]) for x in ("hypervolume accuracy", "distance accuracy")),
-                *(text(against[x], sign=True) if x in against else "-" for x in columns),
-                "-" if None in shares else f"{np.mean(shares):.0%}",
-            ]
-        )
-    head = ["method", "hypervolume", "distance", "weighted accuracy", "accuracy, least weight"]
-    judged = [
-        [
-            claim["source"],
-            claim["claim"],
-            ", ".join(text(x, sign=True) for x in claim["measured"].values()),
-            claim["verdict"],
-        ]
-        for claim in summary["claims"]
-    ]
-    return "\n\n".join(
-        [
-            f"## {summary['settings']['size']}, {len(summary['settings']['objectives'])} "
-            f"objectives, {len(summary['seeds'])} seeds; columns 4 to 6 minus weighted DPO",
-            markdown_table([*head, "hypervolume", "hurting steps"], rows),
-            markdown_table(["whose", "claim", "difference", "verdict"], judged, text=4),
-        ]
-    )
+        minus = found["minus"].get("linear", {})
+        shown = [text(minus[x], sign=True) if x in minus else "-" for x in differences]
+        rows.append([TITLES[name], *(text(found[x]) for x in own), *shown])
+    judged = []
+    for claim in summary["claims"]:
+        measured = ", ".join(text(x, sign=True) for x in claim["measured"].values())
+        judged.append([claim["source"], claim["claim"], measured, claim["verdict"]])
+    settings = summary["settings"]
+    title = f"## {settings['size']}, {len(settings['objectives'])} objectives"
+    head = ["method", *own, *(f"{x} minus weighted DPO's" for x in differences)]
+    tables = markdown_table(head, rows), markdown_table(CLAIM, judged, text=4)
+    return "\n\n".join([f"{title}, {len(summary['seeds'])} seeds", *tables])
 
 
 def draw(path: Path, summary: Mapping[str, Any]) -> None:

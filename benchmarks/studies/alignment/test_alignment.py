@@ -29,13 +29,13 @@ def tiny():
     return tiny_model(layers=4).eval()
 
 
-def texts(count=5):
-    generator = torch.Generator().manual_seed(1)
-    found = []
-    for n in range(count):
-        ids = torch.randint(1, 20, (6 + 3 * n % 7,), generator=generator)
-        found.append(log_probs.Text(ids, start=1 + n % 4))
-    return found
+def texts(count=5, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [6 + 3 * n % 7 for n in range(count)]
+    return [
+        log_probs.Text(torch.randint(1, 20, (length,), generator=generator), start=1 + n % 4)
+        for n, length in enumerate(lengths)
+    ]
 
 
 # Pairs
@@ -71,8 +71,9 @@ def test_scores_of_sentences_by_hand():
 
 @pytest.mark.parametrize("objectives", study.OBJECTIVES.values())
 def test_drawn_pairs_are_distinct_in_random_order_and_labelled_by_the_humans(objectives):
-    of = {paper.id: paper for paper in load_papers("val")}
+    of = {paper.id: paper for paper in load_papers(*pairs.TRAIN)}
     found = pairs.sample_pairs(of.values(), objectives, 300, random.Random(0))
+    assert of.keys().isdisjoint(pair.paper for pair in pairs.held_out_pairs(objectives, 20))
     assert len({frozenset((p.paper, p.chosen, p.rejected)) for p in found}) == 300
     for pair in found:
         assert any(pair.sign(name) for name in objectives if name != "short")
@@ -83,20 +84,6 @@ def test_drawn_pairs_are_distinct_in_random_order_and_labelled_by_the_humans(obj
             assert pair.sign(aspect) == (pair.chosen in known) - (pair.rejected in known)
     labelled = [pair.sign(objectives[0]) for pair in found if pair.sign(objectives[0])]
     assert abs(sum(labelled)) < 4 * math.sqrt(len(labelled))
-
-
-def test_no_paper_is_trained_on_and_held_out():
-    ids = [{paper.id for paper in load_papers(*x)} for x in (pairs.TRAIN, (pairs.HELD_OUT,))]
-    assert [len(split) for split in ids] == [150, 100]
-    assert not ids[0] & ids[1]
-    assert {pair.paper for pair in pairs.held_out_pairs(("outcome", "short"), 20)} <= ids[1]
-
-
-def test_unknown_objectives_and_too_many_pairs_are_refused():
-    with pytest.raises(ValueError, match=r"`objectives` must be some of .*; got"):
-        pairs.sample_pairs([], ("helpful",), 1, random.Random(0))
-    with pytest.raises(ValueError, match=r"`count` must be at most the \d+ pairs .*; got 100000"):
-        pairs.sample_pairs(load_papers("val")[:2], ("outcome",), 100_000, random.Random(0))
 
 
 def test_scales_are_root_mean_squares():
@@ -118,10 +105,8 @@ def test_completion_log_probs_against_one_text_and_one_token_at_a_time():
             expected += logits.log_softmax(0)[text.ids[t]].item()
         assert total.item() == pytest.approx(expected, abs=1e-4)
         assert count == len(text.ids) - text.start
-    for found, expected in zip(
-        log_probs.in_batches(model, texts(), size=2), (sums, counts), strict=True
-    ):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    found = log_probs.in_batches(model, texts(), size=2)
+    torch.testing.assert_close(found, (sums, counts), rtol=0, atol=1e-4)
 
 
 def adapted(model, layers):
@@ -152,8 +137,7 @@ def test_prefix_and_suffix_equal_the_whole_model_with_gradients(layers):
     mine = torch.autograd.grad(expected @ direction, of_whole)
     theirs = torch.autograd.grad(found @ direction, of_suffix)
     assert len(mine) == 2 * 7 * layers
-    for x, y in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-5)
 
 
 # One run
@@ -161,16 +145,12 @@ def test_prefix_and_suffix_equal_the_whole_model_with_gradients(layers):
 
 def encoded(model, count, seed):
     generator = torch.Generator().manual_seed(seed)
-    found = []
-    for _ in range(2 * count):
-        length = int(torch.randint(4, 9, (), generator=generator))
-        ids = torch.randint(1, 20, (length,), generator=generator)
-        found.append(log_probs.Text(ids, start=2))
     drawn = [
         pairs.Pair(f"paper {n % 12}", "", "", "", dict(zip(OBJECTIVES, row.tolist(), strict=True)))
         for n, row in enumerate(torch.randint(-1, 2, (count, 2), generator=generator))
     ]
     scale = {"a": 0.5, "b": 2.0}
+    found = texts(2 * count, seed)
     return trials.encoded_pairs(drawn, scale, lambda _: found, model), drawn
 
 
@@ -207,7 +187,7 @@ def test_encoded_pairs_keep_order_signs_and_margins():
     assert found.margins.tolist() == [[2 * a, b / 2] for a, b in found.signs.tolist()]
     with torch.no_grad():
         expected, _ = log_probs.completion_log_probs(tiny(), found.chosen)
-    torch.testing.assert_close(found.reference[:, 0], expected)
+    torch.testing.assert_close(found.reference[:, 0], expected, rtol=0, atol=1e-5)
 
 
 def test_weighted_dpo_is_plain_training_on_the_weighted_loss(trial):
@@ -223,8 +203,7 @@ def test_weighted_dpo_is_plain_training_on_the_weighted_loss(trial):
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         optimizer.step()
     assert found["steps"] == 3
-    for name, value in plain.state_dict().items():
-        torch.testing.assert_close(policy.state_dict()[name], value, rtol=0, atol=1e-4)
+    torch.testing.assert_close(policy.state_dict(), plain.state_dict(), rtol=0, atol=1e-4)
 
 
 def test_losses_of_the_methods_by_formula(trial):
@@ -300,23 +279,6 @@ def told(records):
     return [(r["point"], r["extra"], {**r["training"], "seconds": 0}) for r in records]
 
 
-def test_points_come_the_most_telling_first():
-    points = study.Study("toy", OBJECTIVES, PLAN).points()
-    labels = [(p.method, p.weights["a"], p.c) for p in points if p.seed == 0]
-    surgery = (("linear", None), ("cagrad", 0.4), ("raco", 0.4))
-    assert labels == [
-        ("initial", 0.5, None),
-        *[(method, w, c) for w in (0.2, 0.5) for method, c in surgery],
-        ("mgda", 0.5, None),
-        ("single", 1.0, None),
-        ("single", 0.0, None),
-        *[(method, w, None) for method in ("soup", "amopo", "modpo") for w in (0.2, 0.5)],
-        ("cagrad", 0.5, 0.9),
-        ("raco", 0.5, 0.9),
-    ]
-    assert [p.seed for p in points] == [0] * 8 + [1] * 8 + [0] * 10 + [1] * 10
-
-
 def test_a_study_that_is_stopped_goes_on_to_the_same_results(toy, tmp_path, monkeypatch):
     plan = dataclasses.replace(PLAN, seeds=(0,), weights={2: ((0.2, 0.8),)}, radii=())
     whole = told(study.run("toy", 2, plan, tmp_path / "whole"))
@@ -347,14 +309,6 @@ def test_a_soup_is_the_mean_of_the_single_objective_models(toy, trial):
     assert found["extra"]["delta"] == pytest.approx(expected, abs=0.011)
 
 
-def test_full_size_where_there_is_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert len(study.plan_for("smollm2").seeds) == 2
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    full = study.plan_for("smollm2")
-    assert (len(full.seeds), len(full.weights[2]), len(full.weights[3])) == (5, 5, 5)
-
-
 @pytest.mark.parametrize("arguments", [["--output", "/dev/null/x"], ["--size", "large"]])
 def test_what_cannot_be_done_is_refused_in_one_line(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -383,13 +337,9 @@ SIGNS = np.array([[pair.sign(name) for name in OBJECTIVES] for pair in held_out(
 
 def record(method, weights, seed, delta, c=None):
     nats = {"initial": 3.0, "raco": 3.1, "single": 3.5}.get(method, 3.2) + 0.01 * seed
+    named = dict(zip(OBJECTIVES, weights, strict=True))
     return {
-        "point": {
-            "method": method,
-            "weights": dict(zip(OBJECTIVES, weights, strict=True)),
-            "seed": seed,
-            "c": c,
-        },
+        "point": {"method": method, "weights": named, "seed": seed, "c": c},
         "settings": {"size": "toy", "objectives": list(OBJECTIVES), "beta": 0.1},
         "training": {"hurting_steps": 0.25, "conflicting_steps": 0.5, "vertex_share": None},
         "extra": {"delta": delta.tolist(), "nats_per_token": nats, "commit": "abc"},
@@ -406,16 +356,13 @@ def delta_of(method, seed):
 
 @pytest.fixture(scope="module")
 def records():
+    points = {"single": ((1.0, 0.0), (0.0, 1.0)), "mgda": WEIGHTS[1:], "initial": WEIGHTS[1:]}
     found = []
     for seed, method in itertools.product((0, 1, 2), summary.TITLES):
-        if method == "single":
-            points = ((1.0, 0.0), (0.0, 1.0))
-        else:
-            points = ((0.5, 0.5),) if method in summary.WITHOUT_WEIGHTS else WEIGHTS
-        for w in points:
-            surgery = method in ("raco", "cagrad")
-            radii = ((0.4, 0.9) if w[0] == 0.5 else (0.4,)) if surgery else (None,)
-            found += [record(method, w, seed, delta_of(method, seed), c) for c in radii]
+        radii = (0.4, 0.9) if method in ("raco", "cagrad") else (None,)
+        for w, c in itertools.product(points.get(method, WEIGHTS), radii):
+            if w == WEIGHTS[1] or c != 0.9:
+                found.append(record(method, w, seed, delta_of(method, seed), c))
     return found
 
 
@@ -486,14 +433,12 @@ def test_claims_follow_the_data(records, results):
     assert told[tie] == "not reproduced: no difference that the data can tell"
     assert {c["source"] for c in found["claims"]} == {"summary", "paper, Figures 2 to 4"}
 
-    swap = {"raco": "linear", "linear": "raco"}
+    swap = {"raco": ("linear", None), "linear": ("raco", 0.4)}
     swapped = []
     for old in records:
-        point = dict(old["point"], method=swap.get(old["point"]["method"], old["point"]["method"]))
-        if point["method"] in swap:
-            point["c"] = 0.4 if point["method"] == "raco" else None
+        method, c = swap.get(old["point"]["method"], (old["point"]["method"], old["point"]["c"]))
         if old["point"]["c"] != 0.9:
-            swapped.append({**old, "point": point})
+            swapped.append({**old, "point": {**old["point"], "method": method, "c": c}})
     told = verdicts(summary.Results(swapped, held_out(), 100).as_dict())
     for measure in ("distance accuracy", "accuracies", "nats per token"):
         assert told[f"{raco} weighted DPO by {measure}"] == "not reproduced: the opposite"
@@ -512,10 +457,8 @@ def test_a_study_in_progress_can_be_summarised(records):
 
 def test_table_and_picture(results, tmp_path):
     found = results.as_dict()
-    rows = summary.table(found).splitlines()
-    assert [sum(title in row for row in rows) > 0 for title in summary.TITLES.values()] == [
-        True
-    ] * 9
+    shown = summary.table(found)
+    assert all(f"| {title} |" in shown for title in summary.TITLES.values())
     assert [row["c"] for row in found["radii"]] == [0.4, 0.9]
     summary.draw(tmp_path / "a.png", found)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

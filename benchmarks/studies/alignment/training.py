@@ -39,23 +39,14 @@ MODPO_OBJECTIVE = 0
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything about a run but the data and the model.
+    """Everything about a run but the data and the model."""
 
-    Attributes:
-        method: One of `TRAINED`.
-        weights: Weight per objective.
-        lr: Learning rate of AdamW.
-        batch_size: Pairs per step.
-        amopo_beta: Of the AMoPO losses, whose rewards are means over tokens.
-        c: Radius of CAGrad and CAGrad-Clip.
-    """
-
-    method: str
+    method: str  # one of `TRAINED`
     weights: Mapping[str, float]
     lr: float
     batch_size: int
-    amopo_beta: float = 1.0
-    c: float | None = None
+    amopo_beta: float = 1.0  # of losses whose rewards are means over tokens
+    c: float | None = None  # radius of CAGrad and CAGrad-Clip
 
 
 def trainable(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -86,13 +77,12 @@ def optimizer_for(recipe: Recipe, inner: torch.optim.Optimizer) -> MultiObjectiv
 
 
 def train(trial: Trial, recipe: Recipe) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Trains a policy in one pass over the training pairs.
+    """Trains a policy in one pass over the training pairs; returns it, and means over the steps.
 
-    Returns:
-        The policy, and ``steps``, ``seconds``, and means over steps: ``hurting_steps``: share whose
-        combined gradient, followed downhill, raises a loss to first order, (H alpha)_i < 0;
-        ``conflicting_steps``: share with some <g_i, g_j> < 0; ``vertex_share``: p is a vertex, so
-        that clipping cannot turn the correction. None where a method has no such number.
+    ``hurting_steps`` is the share of steps whose combined gradient, followed downhill, raises a
+    loss to first order, (H alpha)_i < 0; ``conflicting_steps`` that with some <g_i, g_j> < 0. In
+    ``vertex_share`` p is a vertex, so that clipping cannot turn the correction. None where a
+    method has no such number.
     """
     policy = trial.new_policy()
     parameters = list(trainable(policy).values())

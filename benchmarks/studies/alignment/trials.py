@@ -36,40 +36,24 @@ Encode = Callable[[str, str, bool], Text]  # prompt, completion, with an end tok
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything.
+    """How much of everything."""
 
-    Attributes:
-        steps: Steps of alignment; every pair is used once.
-        batch_size: Pairs per step.
-        held_out: Held-out pairs.
-        texts: Human summaries for the perplexity, at most.
-        pretraining_steps: Batches of next-token prediction; for a model from scratch.
-    """
-
-    steps: int
-    batch_size: int
-    held_out: int
-    texts: int
-    pretraining_steps: int = 0
+    steps: int  # of alignment; every pair is used once
+    batch_size: int  # pairs per step
+    held_out: int  # pairs
+    texts: int  # human summaries for the perplexity, at most
+    pretraining_steps: int = 0  # of a model from scratch
 
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Preference pairs as a model reads them.
-
-    Attributes:
-        chosen: The texts in the column `chosen`.
-        rejected: Those in the column `rejected`.
-        signs: Preferences ``[n, m]`` in {+1, -1, 0}.
-        margins: Differences of scores ``[n, m]``, for MODPO.
-        reference: Log-probabilities ``[n, 2]`` of both under the reference model.
-    """
+    """Preference pairs as a model reads them."""
 
     chosen: Sequence[Text]
     rejected: Sequence[Text]
-    signs: Tensor
-    margins: Tensor
-    reference: Tensor
+    signs: Tensor  # preferences [n, m] in {+1, -1, 0}
+    margins: Tensor  # differences of scores [n, m], for MODPO
+    reference: Tensor  # log-probabilities [n, 2] of both texts under the reference model
 
     def __len__(self) -> int:
         return len(self.signs)
@@ -95,24 +79,16 @@ class EncodedPairs:
 
 @dataclass(frozen=True)
 class Trial:
-    """What all runs of one seed share.
-
-    Attributes:
-        objectives: Names, in the order of the columns of the pairs.
-        train: Training pairs, in the order of their use.
-        held_out: Pairs of papers that nothing was trained on.
-        text: Human text that nothing was trained on.
-        new_policy: Makes a policy equal to the reference model; the same one at every call.
-        bf16: Train under bfloat16 autocast. The reference's log-probabilities and every evaluation
-            are in float32 all the same; rounding then adds noise to Delta in training, 0.25 nats
-            (root mean square) for SmolLM2, where training moves it by 10.
-    """
+    """What all runs of one seed share; nothing was trained on `held_out` and `text`."""
 
     objectives: tuple[str, ...]
     train: EncodedPairs
     held_out: EncodedPairs
     text: Sequence[Text]
-    new_policy: Callable[[], PreTrainedModel]
+    new_policy: Callable[[], PreTrainedModel]  # equal to the reference model, the same at each call
+    # Whether to train under bfloat16 autocast; the reference and every evaluation are in float32.
+    # Rounding then adds noise to Delta in training, 0.25 nats (root mean square) for
+    # SmolLM2, where training moves it by 10.
     bf16: bool = False
 
 

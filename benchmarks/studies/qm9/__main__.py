@@ -26,8 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
         asked = parser.parse_args(arguments)
         torch.set_num_threads(1)
         protocol = Protocol()
-        make_folder(asked.data, "--data")
         runs = Runs(asked.runs, protocol.settings())
+        make_folder(asked.data, "--data")
         data = load(asked.data, protocol.sizes)
         if not asked.summary:
             Study(protocol, runs, data).run()

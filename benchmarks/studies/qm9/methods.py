@@ -10,7 +10,6 @@ import torchjd.aggregation as jd
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.studies.multitask.methods import from_gram
 from raco_optim import MGDA, CAGrad, CAGradClip, MultiObjectiveOptimizer
 
 Make = Callable[[Optimizer, list[float], Sequence[Tensor]], MultiObjectiveOptimizer]
@@ -58,25 +57,27 @@ class RandomLossWeighting(nn.Module):
 
 @dataclass(frozen=True)
 class Method:
-    """One method; either `scalar` or `make` is given.
+    """One method; either `scalar` or `make` is given."""
 
-    Attributes:
-        title: Its name in tables.
-        scalar: Makes the module that turns m losses into one.
-        make: (inner optimizer, weights, shared parameters) -> optimizer.
-        logarithm: Whether the gradients are those of the logarithms of the losses.
-    """
-
-    title: str
-    scalar: Callable[[int], nn.Module] | None = None
-    make: Make | None = None
-    logarithm: bool = False
+    title: str  # in tables
+    scalar: Callable[[int], nn.Module] | None = None  # makes the module: m losses -> one
+    make: Make | None = None  # (inner optimizer, weights, shared parameters) -> optimizer
+    logarithm: bool = False  # whether the gradients are those of the logarithms of the losses
 
 
 def _rule(rule: Callable[[Tensor], Tensor]) -> Make:
-    """A rule that takes no weights and has no parameter of its own."""
-    make = from_gram(lambda *_: rule)
-    return lambda inner, w, shared: make(inner, w, shared, None)
+    """A rule of the Gram matrix, which is scaled to a diagonal of mean 1.
+
+    Some solvers stop by absolute tolerances. The directions of all rules here are those of any
+    positive multiple, and Adam does not see the length.
+    """
+
+    def normalised(gram: Tensor) -> Tensor:
+        return rule(gram / gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny))
+
+    return lambda inner, w, shared: MultiObjectiveOptimizer(
+        inner, normalised, weights=w, shared_parameters=shared
+    )
 
 
 def _unit_gradients(gram: Tensor) -> Tensor:

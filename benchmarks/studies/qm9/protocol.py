@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.harness import make_folder, write_whole
 from benchmarks.studies.qm9.data import QM9, TARGETS, WHEEL_SHA256, Sizes
 from benchmarks.studies.qm9.methods import METHODS
 from benchmarks.studies.qm9.together import train_together
@@ -73,28 +74,28 @@ class Protocol:
 
 
 class Runs:
-    """The finished runs, one line of JSON each; a study that was stopped goes on from here."""
+    """The finished runs, a line of JSON each below the settings; a study resumes from here."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         self.records: dict[tuple[Run, bool], dict[str, Any]] = {}
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(settings) + "\n")
-        text = path.read_text()
-        whole = text[: text.rfind("\n") + 1]
-        lines = [json.loads(line) for line in whole.splitlines()]
+        text = path.read_text() if path.exists() else json.dumps(settings) + "\n"
+        # Without the line that a killed process left; written when the first run is added.
+        self._whole: str | None = text[: text.rfind("\n") + 1]
+        lines = [json.loads(line) for line in self._whole.splitlines()]
         if not lines or lines[0] != settings:
             raise UsageError(
                 f"{path} holds runs of other settings. Name another file by `--runs`, or delete it."
             )
-        if whole != text:  # the line that a killed process left
-            path.write_text(whole)
         for line in lines[1:]:
             self.records[Run(**line["run"]), line["tuning"]] = line["record"]
 
     def add(self, run: Run, tuning: bool, record: dict[str, Any]) -> None:
         """Adds one run to the file."""
+        if self._whole is not None:
+            make_folder(self.path.parent, "--runs")
+            write_whole(self.path, self._whole)
+            self._whole = None
         self.records[run, tuning] = record
         line = {"run": dataclasses.asdict(run), "tuning": tuning, "record": record}
         with self.path.open("a") as file:

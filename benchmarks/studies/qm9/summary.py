@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from scipy.stats import rankdata
 
 from benchmarks.harness import environment, markdown_table
-from benchmarks.studies.estimates import Estimate, plain
+from benchmarks.studies.estimates import Estimate, plain, text
 from benchmarks.studies.qm9.data import TARGETS
 from benchmarks.studies.qm9.methods import METHODS
 from benchmarks.studies.qm9.protocol import SPARSE, SPARSE_LOGARITHMS, Protocol, Runs
@@ -38,13 +38,7 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 class Summary:
-    """The figures of the study from its finished runs.
-
-    Args:
-        runs: The finished runs.
-        protocol: What was to run.
-        units: Standard deviations of the targets, by which errors get their units.
-    """
+    """The figures of the study from its finished runs; errors in the units of the targets."""
 
     def __init__(self, runs: Runs, protocol: Protocol, units: Sequence[float]) -> None:
         self.runs, self.protocol, self.units = runs, protocol, np.asarray(units)
@@ -162,17 +156,9 @@ def _paired(one: Mapping[int, float], other: Mapping[int, float]) -> list[float]
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the methods as a table in Markdown."""
     lines = [
-        [
-            row["title"],
-            f"{row['delta_m']['value']:.1f}",
-            "-"
-            if row["delta_m"]["low"] is None
-            else f"{row['delta_m']['low']:.1f} to {row['delta_m']['high']:.1f}",
-            f"{row['mean_rank']:.1f}",
-        ]
-        for row in rows.values()
+        [row["title"], text(row["delta_m"]), f"{row['mean_rank']:.1f}"] for row in rows.values()
     ]
-    return markdown_table(["method", "Delta m %", "95 % interval", "mean rank"], lines)
+    return markdown_table(["method", "Delta m %", "mean rank"], lines)
 
 
 def draw(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:

@@ -142,8 +142,10 @@ def test_the_study_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         protocol.Study(SMALL, protocol.Runs(path, SMALL.settings()), found, stop).run()
     with path.open("a") as file:
         file.write('{"run": {"mod')  # what a killed process leaves
+    torn = path.read_bytes()
     runs = protocol.Runs(path, SMALL.settings())
     assert len(runs.records) == 30
+    assert path.read_bytes() == torn  # a summary reads only
     protocol.Study(SMALL, runs, found, lines.append).run()
     assert len(set(lines)) == len(lines) == len(runs.records)
 
@@ -155,6 +157,9 @@ def test_the_study_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert sum(ranks) == pytest.approx(15)
     summary.draw(tmp_path / "qm9.png", result["mlp"])
 
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+    protocol.Runs(tmp_path / "none.jsonl", SMALL.settings())
+    assert not (tmp_path / "none.jsonl").exists()
     other = dataclasses.replace(SMALL, length=Length(steps=8, batch=8, evaluations=2))
     before = path.read_text()
     with pytest.raises(UsageError, match="other settings"):

@@ -52,14 +52,7 @@ class _Models(nn.Module):
 def train_together(
     runs: Sequence[Run], data: QM9, length: Length, reference: list[float]
 ) -> list[dict[str, Any]]:
-    """Trains runs that differ in their seed only and returns their records.
-
-    Args:
-        runs: Runs of one rule on the MLP with all labels.
-        data: The data.
-        length: How long.
-        reference: Validation errors of the single-task models.
-    """
+    """Trains runs of one rule on the MLP with all labels, which differ in their seed only."""
     start = time.process_time()
     run, m = runs[0], len(TARGETS)
     models = _Models([r.seed for r in runs])

@@ -20,25 +20,19 @@ SOURCES = (("mu", "alpha", "homo"), ("lumo", "r2", "zpve"), ("U0", "U", "H"), ("
 
 @dataclass(frozen=True)
 class Run:
-    """What tells one run from another.
+    """Name of a run.
 
-    Attributes:
-        model: A key of `MODELS`.
-        method: A key of `METHODS`, or ``"single:TARGET"`` for a model of one target.
-        rate: Learning rate of Adam at the start of its cosine schedule.
-        seed: Of the initial weights, the batches and the random rules.
-        labels: ``"all"``; ``"random"``: 70 % of the labels are removed at random, and batches
-            have 8 molecules, so that losses are absent; ``"source"``: each molecule has the
-            labels of one group of `SOURCES`, and a batch is drawn from one group.
-        absent: ``"none"``: an absent loss is None; ``"zero"``: it is a loss of value zero.
+    Of ``"random"`` labels 70 % are removed at random, and batches have 8 molecules, so that losses
+    are absent. With ``"source"`` each molecule has the labels of one group of `SOURCES`, and a
+    batch is drawn from one group.
     """
 
-    model: str
-    method: str
-    rate: float
-    seed: int
-    labels: str = "all"
-    absent: str = "none"
+    model: str  # a key of `MODELS`
+    method: str  # a key of `METHODS`, or "single:TARGET" for a model of one target
+    rate: float  # of Adam at the start of its cosine schedule
+    seed: int  # of the initial weights, the batches and the random rules
+    labels: str = "all"  # or "random", or "source"
+    absent: str = "none"  # an absent loss is None; "zero": it is a loss of value zero
 
 
 @dataclass(frozen=True)
@@ -81,12 +75,8 @@ class Observed:
 def train(run: Run, data: QM9, length: Length, reference: list[float] | None) -> dict[str, Any]:
     """Trains and returns the record of a run.
 
-    Args:
-        run: What to train.
-        data: The data.
-        length: How long.
-        reference: Validation errors of the single-task models, by which the evaluation of least
-            Delta m is chosen; None for a single-task run.
+    By the reference, the validation errors of the single-task models, the evaluation of least Delta
+    m is chosen; it is None for a single-task run.
     """
     start = time.process_time()
     torch.manual_seed(run.seed)

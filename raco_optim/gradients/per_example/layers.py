@@ -51,7 +51,7 @@ class Part(Protocol):
 
 
 Kind = Callable[[str, nn.Module, Tensor, Tensor], Part]
-"""Name of a parameter, layer, x and delta -> its part."""
+"""Name of a parameter, layer, x (None if only the bias is trained) and delta -> its part."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,13 @@ def blocks(rows: int, width: int, device: torch.device) -> Iterator[tuple[int, i
     yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
+def definition(layer: nn.Module) -> Any:  # noqa: ANN401
+    """Returns what `kind_of` depends on, to notice changes."""
+    own = vars(layer)
+    plain = {k: x for k, x in own.items() if isinstance(x, bool | int | float | str | None)}
+    return type(layer).forward, own.get("forward"), plain | {"training": None}
+
+
 def kind_of(layer: nn.Module) -> Kind | None:
     """Returns how a layer's gradients follow from x and delta; None if unknown."""
     own: dict[str, Any] = dict(layer.named_parameters(recurse=False))
@@ -183,9 +190,10 @@ def kind_of(layer: nn.Module) -> Kind | None:
 
 
 def _linear(name: str, _: nn.Module, x: Tensor, delta: Tensor) -> Part:
+    if name == "bias":
+        return _sums(delta)
     delta = delta.flatten(1, -2) if delta.dim() > 2 else delta[:, None]
-    x = x.to(delta.dtype).reshape(*delta.shape[:2], -1)
-    return _Outer(delta, x) if name == "weight" else _sums(delta)
+    return _Outer(delta, x.to(delta.dtype).reshape(*delta.shape[:2], -1))
 
 
 def _transposed(name: str, layer: nn.Module, x: Tensor, delta: Tensor) -> Part:

@@ -11,12 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
 from raco_optim.gradients.combine import grad_dtype
 from raco_optim.gradients.dense import iterate_gradients
 from raco_optim.gradients.explain import explain
 from raco_optim.gradients.per_example.layers import Part, Sensitivities, norm
-from raco_optim.gradients.per_example.watch import ANCHOR, HIDDEN, Uses, find_uses, fits, watch
+from raco_optim.gradients.per_example.watch import (
+    ANCHOR,
+    HIDDEN,
+    Uses,
+    find_uses,
+    fits,
+    reorders,
+    watch,
+)
 from raco_optim.objectives import Gradient
 
 _NOT_REACHED = "no parameter is reached"
@@ -24,6 +33,8 @@ _UNKNOWN = "a parameter is in no known layer"
 _OTHER_SHAPE = "a layer's output is not [N, ..., features]"
 _USED_OTHERWISE = "a parameter is used outside its layer, or has a hook"
 _INTERACT = "examples interact, or a hook changes gradients"
+_REORDERED = "the examples are reordered"
+_HOOKED = "a hook may change gradients"
 _NEW_GRAPH = "the graph is new, as in many calls before, and will be checked if it comes again"
 _SCALARS = (
     "`scalars`; it does not. Pass the tensor from which all losses are computed, or None for a "
@@ -35,6 +46,8 @@ _TOLERANCE, _SHARE = 0.01, 0.02
 # So many graphs are checked when they first occur, and others when they occur again; so many of
 # the latest ones are remembered.
 _CHECKED_AT_ONCE, _REMEMBERED = 8, 1000
+# After so many steps of a graph, and every so many, it is checked again.
+_AGAIN, _EVERY = (0, 4, 20), 100
 
 
 @dataclass
@@ -63,8 +76,8 @@ class LayerGradients:
         ]
         named = {id(p): name for name, p in model.named_parameters()}
         self._names = [named.get(id(p), named.get(id(q), "one of another model")) for p, q in both]
-        # Graph and layers -> whether the numeric check passed; None if it has not run.
-        self._known: dict[int, bool | None] = {}
+        # Graph and layers -> steps since the numeric check first passed; -1 if it failed.
+        self._known: dict[int, int] = {}
         self._turn, self._credit = 0, 0.0
         watch(self, model, [p for pair in both for p in pair])
 
@@ -166,6 +179,10 @@ class LayerGradients:
             return "a reentrant checkpoint hides parameters"
         if any(_depends_on_more(loss, plan.scalars) for loss in losses):
             return "a loss depends on more than the scalars"
+        if any(reorders(node, len(plan.scalars)) for node in plan.uses.picks):
+            return _REORDERED
+        if self._hooked(plan):
+            return _HOOKED
         # One pass per loss computes the gradients of inputs and of covered weights m times. One
         # pass for all, and m for the others, computes those of inputs m + 1 times. Both cost about
         # the same.
@@ -174,6 +191,19 @@ class LayerGradients:
             return self._described(plan)
         return "" if plan.covered else _NOT_REACHED
 
+    def _hooked(self, plan: Plan) -> bool:
+        return self._hooks(plan) > 0
+
+    def _hooks(self, plan: Plan) -> int:
+        """Returns how many hooks of tensors and nodes are newer than the first layer's output."""
+        newest: int = RemovableHandle.next_id
+        first = min((m.hook for m in plan.marks if m._forward_cls not in HIDDEN), default=newest)
+        if first == newest:
+            return 0
+        kinds = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+        hooks = [n for x in self._model.modules() for kind in kinds for n in getattr(x, kind)]
+        return int(newest - first - sum(n >= first for n in hooks))
+
     def _described(self, plan: Plan) -> str:
         p, why = plan.others[0]
         number, of = len(plan.others), len(plan.others) + len(plan.covered)
@@ -181,21 +211,30 @@ class LayerGradients:
         return f"{why} ({number} of {of} parameters: {name}{', ...' if number > 1 else ''})"
 
     def _check(self, plan: Plan) -> str:
-        """Runs the numeric check once per graph and set of layers; returns why it failed, or ""."""
+        """Runs the numeric check where it is due; returns why one pass is impossible, or ""."""
         known, key = self._known, self._key(plan)
         is_new = key not in known and len(known) >= _CHECKED_AT_ONCE
-        held = known.pop(key, None)
-        new, due, failed = self._anywhere(is_new, held is None and not is_new, held is False)
-        if due and not (new or failed):
-            held = self._agrees(plan)
-        known[key] = held
+        steps = known.pop(key, 0)
+        is_due = not is_new and (steps in _AGAIN or steps % _EVERY == 0)
+        new, due, failed, again = self._anywhere(is_new, is_due, steps < 0, steps > 0)
+        held = self._agrees(plan) if due and not (new or failed) else True
+        if held is False and again:
+            known.clear()
+            raise RuntimeError(
+                "examples must not interact in any step; they did not in earlier steps, and do now "
+                "(or a hook or a layer changes gradients that it did not). Gradients since the "
+                "last check may be wrong: go back to a checkpoint of at most"
+                f' {_EVERY} steps ago, and use gradients="dense".'
+            )
+        known[key] = steps if new or failed or held is None else steps + 1 if held else -1
         if len(known) > _REMEMBERED:
             del known[next(iter(known))]  # the least recently used one
-        return _NEW_GRAPH if new else _INTERACT if failed or not held else ""
+        return _NEW_GRAPH if new else "" if held and not failed else _INTERACT
 
     def _key(self, plan: Plan) -> int:
-        layers = [(id(x), x.training, _number_of_hooks(x)) for x in self._model.modules()]
-        return hash((*layers, frozenset(plan.uses.nodes.items()), *map(id, plan.covered)))
+        layers = [(id(x), x.training) for x in self._model.modules()]
+        nodes = frozenset(plan.uses.nodes.items())
+        return hash((*layers, nodes, self._hooks(plan), *map(id, plan.covered)))
 
     def _agrees(self, plan: Plan) -> bool | None:
         """Runs the numeric check of all parameters; None if NaN or Inf make it void."""
@@ -333,13 +372,6 @@ def _grad(
 def count(marks: Iterable[Any]) -> Counter[int]:
     """Counts the marks of each parameter."""
     return Counter(id(p) for mark in marks for p in mark.parameters.values())
-
-
-def _number_of_hooks(layer: nn.Module) -> int:
-    kinds = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks
-    hooks = [hook for kind in (*kinds, layer._backward_hooks) for hook in kind.values()]
-    # TRL adds one more of these in every step with checkpoints, after running the reference model.
-    return sum(getattr(x, "__name__", "") != "make_inputs_require_grads" for x in hooks)
 
 
 def _depends_on_more(loss: Tensor, scalars: Tensor) -> bool:

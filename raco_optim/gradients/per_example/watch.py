@@ -10,10 +10,12 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge
+from torch.utils.hooks import RemovableHandle
 
 from raco_optim.gradients.graph import walk_graph
-from raco_optim.gradients.per_example.layers import Kind, input_of, kind_of
+from raco_optim.gradients.per_example.layers import Kind, definition, input_of, kind_of
 
 # All marks lead to this number: computing its gradient runs all marks and nothing else.
 ANCHOR = torch.zeros((), device="cpu", requires_grad=True)
@@ -33,13 +35,9 @@ def watch(owner: object, model: nn.Module, parameters: Sequence[Tensor]) -> None
         own: dict[str, Tensor] = dict(layer.named_parameters(recurse=False))
         if not any(id(p) in trained for p in own.values()):
             continue
-        # With FSDP2, parameters are whole only in a forward pass, when layers can be tried.
-        whole = all(type(p) is nn.Parameter for p in own.values())
-        kind = kind_of(layer) if whole else None
-        if kind is not None or not whole:
-            # Before other hooks, which may change the output.
-            hook = _Hook(list(own), kind)
-            handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
+        # Before other hooks, which may change the output.
+        hook = _Hook(list(own))
+        handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
     weakref.finalize(owner, _remove, handles)
 
 
@@ -51,8 +49,10 @@ def _remove(handles: list[Any]) -> None:
 class _Hook:
     """Marks the output of a layer; a copied model gets a hook without effect."""
 
-    def __init__(self, names: Sequence[str] = (), kind: Kind | None = None) -> None:
-        self._names, self._kind = names, kind
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        self._names = names
+        self._made: Any = None
+        self._kind: Kind | None = None
 
     def __call__(
         self,
@@ -61,7 +61,7 @@ class _Hook:
         kwargs: dict[str, Any],
         output: Any,  # noqa: ANN401
     ) -> Tensor | None:
-        if not self._names or torch.compiler.is_compiling():
+        if not self._names or _is_transformed():
             return None
         own: dict[str, Any] = {name: layer._parameters.get(name) for name in self._names}
         if not all(type(p) is nn.Parameter for p in own.values()):
@@ -75,16 +75,26 @@ class _Hook:
         first = next(iter(layer._forward_hooks.values()), None)
         if not isinstance(first, _Hook) or getattr(output.grad_fn, "layer", None) is layer:
             return None
-        self._kind = self._kind or kind_of(layer)
+        # With FSDP2, parameters are whole only in a forward pass, when layers can be tried.
+        made = definition(layer)
+        if made != self._made:
+            self._made, self._kind = made, kind_of(layer)
         if self._kind is None:
-            self._names = ()
             return None
-        rule = self._kind, own
-        marked: Tensor = Mark.apply(output, x.detach(), ANCHOR, layer, rule)  # type: ignore[no-untyped-call]
+        # A bias needs no input, which the model may change in place.
+        saved = x.detach() if own["weight"].requires_grad else None
+        marked: Tensor = Mark.apply(output, saved, ANCHOR, layer, (self._kind, own))  # type: ignore[no-untyped-call]
         return marked
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return _Hook, ()
+
+
+def _is_transformed() -> bool:
+    """Whether something other than an ordinary backward pass will use the output."""
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    functional = torch._C._are_functorch_transforms_active()  # vmap, torch.func.grad, ...
+    return traced or functional or forward_ad._current_level >= 0
 
 
 class Mark(torch.autograd.Function):
@@ -97,13 +107,14 @@ class Mark(torch.autograd.Function):
     def forward(
         ctx: Any,  # noqa: ANN401  # here and below: of autograd
         output: Tensor,
-        x: Tensor,
+        x: Tensor | None,
         anchor: Tensor,
         layer: nn.Module,
         rule: tuple[Kind, dict[str, Tensor]],
     ) -> Tensor:
         """Returns the output unchanged."""
         ctx.save_for_backward(x)
+        ctx.hook = RemovableHandle.next_id
         ctx.layer, (ctx.kind, ctx.parameters) = layer, rule
         ctx.shape = output.shape
         if output._is_view():
@@ -147,6 +158,8 @@ class Uses:
     """Number of operations that use a parameter."""
     nodes: Counter[str] = field(default_factory=Counter)
     """Number of nodes of each kind."""
+    picks: list[Any] = field(default_factory=list)
+    """Nodes that pick rows by their index."""
 
 
 def find_uses(root: Any) -> Uses:  # noqa: ANN401  # a node of autograd
@@ -155,6 +168,8 @@ def find_uses(root: Any) -> Uses:  # noqa: ANN401  # a node of autograd
     for node in walk_graph(root, set()):
         name = node.name()
         uses.nodes[name] += 1
+        if name in ("IndexBackward0", "IndexSelectBackward0"):
+            uses.picks.append(node)
         kind = getattr(node, "_forward_cls", None)
         if kind is Mark:
             uses.marks.append(node)
@@ -168,6 +183,16 @@ def find_uses(root: Any) -> Uses:  # noqa: ANN401  # a node of autograd
             found = [leaf_of(child) for child, _ in node.next_functions]
             uses.of.update(id(leaf) for leaf in found if leaf is not None)
     return uses
+
+
+def reorders(node: Any, number: int) -> bool:  # noqa: ANN401
+    """Returns whether a node of `Uses.picks` puts the rows of all examples into another order."""
+    if node._saved_self_sym_sizes[0] != number or getattr(node, "_saved_dim", 0) != 0:
+        return False
+    index = node._saved_index if hasattr(node, "_saved_dim") else node._saved_indices[0]
+    if index is None or index.shape != (number,):
+        return False
+    return not torch.equal(index, torch.arange(number, device=index.device))
 
 
 def leaf_of(node: Any) -> Tensor | None:  # noqa: ANN401
