@@ -120,7 +120,7 @@ def test_a_number_too_large_for_a_float_is_refused_by_name(tmp_path, column):
     path = lines(tmp_path / "pairs.jsonl", {**ROWS[0], column: 10**400})
     message = refusal(path, "x", "x" if column == "margin_x" else "")
     assert f"line 1: column `{column}` must hold" in message
-    assert len(message) < 300
+    assert len(message.replace(str(path), "")) < 250
 
 
 def test_margins_are_read(tmp_path):
