@@ -105,6 +105,7 @@ class Summary:
         """Delta m with few labels, and what leaving out absent losses gains over zero losses."""
         rows: dict[str, dict[str, Any]] = {}
         for labels in ("source", "random"):
+            log = self.scores("log", "mlp", labels, "none")
             for name in (*SPARSE, *SPARSE_LOGARITHMS):
                 none = self.scores(name, "mlp", labels, "none")
                 zero = self.scores(name, "mlp", labels, "zero")
@@ -116,6 +117,8 @@ class Summary:
                         "as_zero": interval(list(zero.values())),
                         "gain": interval(_paired(zero, none)),
                     }
+                if name in SPARSE_LOGARITHMS[1:]:
+                    row["over_sum_of_logarithms"] = interval(_paired(log, none))
                 rows.setdefault(labels, {})[name] = row
         return rows
 
@@ -190,5 +193,5 @@ def draw(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
         axes.plot([], [], "o", color="#D55E00", label="on their logarithms")
         axes.set_yticks(range(len(rules)), [rows[name]["title"] for name in rules])
         axes.set_xlabel("Delta m over single-task models, % (lower is better)", color=INK)
-        axes.legend(frameon=False, loc="upper center")
+        axes.legend(frameon=False, loc="lower center")
         figure.savefig(path, dpi=160)
