@@ -36,6 +36,8 @@ def test_help_of_the_module_imports_nothing_heavy():
 def test_module_is_the_command(monkeypatch, capsys):
     arguments = ["report", "missing.jsonl", "--output", "/tmp/r.html"]
     monkeypatch.setattr(sys, "argv", ["raco-optim", *arguments])
+    # Another test may have imported it, which runpy warns of.
+    monkeypatch.delitem(sys.modules, "raco_optim.cli.__main__", raising=False)
     with pytest.raises(SystemExit) as end:
         runpy.run_module("raco_optim.cli", run_name="__main__")
     assert end.value.code == 2
