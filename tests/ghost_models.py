@@ -13,6 +13,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
+from tests.problems_nn import OwnBackward
+
 DOUBLE = torch.float64
 
 
@@ -212,16 +214,6 @@ class Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return 3 * grad * ctx.saved_tensors[0].cos()  # not the true derivative
-
-
-class Blocked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None
 
 
 class OwnLinear(torch.autograd.Function):
@@ -509,7 +501,10 @@ CASES = {
         "", lambda m, x: m.a(x) + OwnLinear.apply(x, m.a.weight), a=LAYER
     ),
     "untouched by the gradient": net(
-        "b.weight", lambda m, x: m.b(x) + Blocked.apply(m.a(x)), a=LAYER, b=LAYER
+        "b.weight",
+        lambda m, x: m.b(x) + OwnBackward.apply(m.a(x), lambda _: None),
+        a=LAYER,
+        b=LAYER,
     ),
     "gradients inside a loss": Case(mlp, None, gradient_penalty),
     "saved on the host": Case(mlp, MLP, inside(save_on_cpu)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -177,13 +178,26 @@ class Buffered(torch.autograd.Function):
         return ctx.saved_tensors[0], None
 
 
-class Breaks(torch.autograd.Function):
-    """The identity, without a backward pass."""
+class OwnBackward(torch.autograd.Function):
+    """The identity; its backward pass gives ``change(gradient)``, or raises."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, change):
+        ctx.change = change
         return x.clone()
 
     @staticmethod
     def backward(ctx, grad):
+        return ctx.change(grad), None
+
+
+def breaks(x):
+    def no_way_back(_):
         raise RuntimeError("no way back")
+
+    return OwnBackward.apply(x, no_way_back)
+
+
+def infinite(x):
+    """An infinite gradient."""
+    return OwnBackward.apply(x, lambda grad: grad * math.inf)

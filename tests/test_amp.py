@@ -19,6 +19,7 @@ from tests.problems_nn import (
     batch,
     bits,
     everything,
+    infinite,
     network,
     train_step,
     two_losses,
@@ -97,21 +98,10 @@ def test_scaling_twice_is_still_refused():
         scaler.unscale_(opt)
 
 
-class Infinite(torch.autograd.Function):
-    """The identity, with an infinite gradient."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * math.inf
-
-
 def overflow(losses, which, bad):
     """A loss that is finite, with an infinite gradient, or one that is not finite itself."""
-    losses[which] = Infinite.apply(losses[which]) if bad == "gradient" else losses[which] * bad
+    is_gradient = bad == "gradient"
+    losses[which] = infinite(losses[which]) if is_gradient else losses[which] * bad
     return losses
 
 

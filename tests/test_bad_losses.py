@@ -11,10 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from raco_optim import CAGradClip, MultiObjectiveOptimizer, Outcome
 from tests.problems_nn import (
     NAMES,
-    Breaks,
+    OwnBackward,
     as_asked,
     batch,
     bits,
+    breaks,
     everything,
     inverse_norms,
     network,
@@ -92,7 +93,7 @@ BAD_LOSS = {
     "other device": (other_device, ValueError, ["device", "cpu", "meta", ".to()"]),
     "freed graph": (freed, RuntimeError, ["second time", "Compute the losses again"]),
     "overwritten": (overwritten, RuntimeError, ["modified by an inplace operation"]),
-    "failing": (lambda m: Breaks.apply(good(m)[0]), RuntimeError, ["no way back"]),
+    "failing": (lambda m: breaks(good(m)[0]), RuntimeError, ["no way back"]),
     "sparse": (sparse, ValueError, ["sparse", "[3, 2]", "sparse=False"]),
     "reentrant": (reentrant, RuntimeError, ["checkpoint", "use_reentrant=False"]),
     "NaN": (lambda m: good(m)[0] * math.nan, FloatingPointError, ["NaN", "nonfinite"]),
@@ -311,15 +312,11 @@ ERRORS = {
 }
 
 
-class RaisesInBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, error):
-        ctx.error = error
-        return x.clone()
+def raises_in_backward(x, error):
+    def change(_):
+        raise error
 
-    @staticmethod
-    def backward(ctx, grad):
-        raise ctx.error
+    return OwnBackward.apply(x, change)
 
 
 MODES = ["dense", "ghost", "per_example", "representation", "subset", "gram_every"]
@@ -345,7 +342,7 @@ def test_errors_keep_their_class_and_arguments(mode, source, case):
     def fail():
         raise error
 
-    losses = {"good": z.square().mean(), "bad": RaisesInBackward.apply(z.sin().sum(), error)}
+    losses = {"good": z.square().mean(), "bad": raises_in_backward(z.sin().sum(), error)}
     if source == "callable":
         losses["bad"] = fail
     through = {"per_example": {"scalars": z}, "representation": {"representation": z}}.get(mode, {})
@@ -372,7 +369,7 @@ def test_errors_of_the_last_pass_of_an_approximation(case):
     model, error = network(), ERRORS[case]()
     sgd = torch.optim.SGD(model.parameters(), 0.1)
     opt = CAGradClip(sgd, [0.5, 0.5], gradients="representation")
-    z = RaisesInBackward.apply(model[0](batch(0)), error).tanh()
+    z = raises_in_backward(model[0](batch(0)), error).tanh()
     out = model[2](z)
     with pytest.raises(type(error)) as caught:
         opt.backward([out[:, 0].sum(), out[:, 1].sum()], representation=z)

@@ -134,6 +134,8 @@ def test_arguments_of_the_functions():
     for bad in ([0.5, 0.5], alpha[:1], torch.ones(3)):
         with pytest.raises(ValueError, match="`coefficients` must be a tensor of shape"):
             add_combined_gradient(parameters, rows, bad)
+    with pytest.raises(ValueError, match="`gradients` must hold at least one gradient; got none"):
+        add_combined_gradient(parameters, [], torch.ones(0))
     assert all(p.grad is None for p in parameters)
     expected = [sum(0.5 * row[j] for row in rows) for j in range(2)]
     add_combined_gradient(iter(parameters), [tuple(row) for row in rows], alpha)

@@ -35,7 +35,7 @@ from tests.ghost_models import (
     three,
     x_of,
 )
-from tests.problems_nn import Breaks, Buffered, bits, flat_grad
+from tests.problems_nn import Buffered, OwnBackward, bits, breaks, flat_grad
 from tests.test_no_sync import NO_VALUE
 from tests.tiny_language_models import FAMILIES, tiny_model
 
@@ -845,26 +845,22 @@ def test_nearly_equal_losses(distance, forced):
 # Numbers that are not finite
 
 
-class Poisoned(torch.autograd.Function):
-    """The identity, with NaN in one number of its gradient."""
+def with_a_bad_number(x, bad):
+    """One number of the gradient is not finite."""
 
-    @staticmethod
-    def forward(ctx, x, bad):
-        ctx.bad = bad
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
+    def change(grad):
         grad = grad.clone()
-        grad.view(-1)[1] = ctx.bad
-        return grad, None
+        grad.view(-1)[1] = bad
+        return grad
+
+    return OwnBackward.apply(x, change)
 
 
 def poisoned(model, bad=math.nan):
     """The second loss has a bad gradient for the last weight only."""
     first, _, third = of_x(model)
     h = model[1](model[0](X)).detach()
-    return [first, Poisoned.apply(model[2](h), bad).square().mean(), third]
+    return [first, with_a_bad_number(model[2](h), bad).square().mean(), third]
 
 
 NOT_FINITE = {
@@ -969,7 +965,7 @@ def test_what_no_output_gradient_shows(name, forced):
 
 def test_padding_has_no_gradient_even_where_it_is_nan(forced):
     def losses(model):
-        return three(Poisoned.apply(model(torch.tensor([0, 1, 2, 2])), math.nan)[1:])
+        return three(with_a_bad_number(model(torch.tensor([0, 1, 2, 2])), math.nan)[1:])
 
     assert_equal(nn.Embedding(5, 3, padding_idx=0).double(), losses)
 
@@ -1013,7 +1009,7 @@ ERRORS = {
     "overwritten input": overwritten,
     "changed weight": changed_weight,
     "reentrant checkpoint": reentrant,
-    "failing backward": lambda m: [of_x(m)[0], Breaks.apply(of_x(m)[1])],
+    "failing backward": lambda m: [of_x(m)[0], breaks(of_x(m)[1])],
     "vector": lambda m: [of_x(m)[0], m(X)[:, 0]],
     "complex": lambda m: [of_x(m)[0], of_x(m)[1] * 1j],
     "detached": lambda m: [of_x(m)[0].detach(), of_x(m)[1]],

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from raco_optim import CAGradClip
+from tests.problems_nn import OwnBackward
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, about its old functions
 
@@ -411,17 +412,9 @@ def test_examples_in_another_order(forward):
     check(mlp, forward, ONE, REORDERED, sorted_at_first)
 
 
-class Clamped(torch.autograd.Function):
+def clamped(h, begins):
     """Its backward pass begins to clamp, which nothing shows before."""
-
-    @staticmethod
-    def forward(ctx, x, begins):
-        ctx.begins = begins
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return (clamp(g) if ctx.begins else g), None
+    return OwnBackward.apply(h, clamp if begins else torch.clone)
 
 
 def mixed(h, begins):
@@ -429,7 +422,7 @@ def mixed(h, begins):
     return (mean if begins else torch.eye(N, dtype=DOUBLE)) @ h
 
 
-@pytest.mark.parametrize("what", [Clamped.apply, mixed], ids=["function", "product"])
+@pytest.mark.parametrize("what", [clamped, mixed], ids=["function", "product"])
 def test_examples_that_interact_by_values_alone(what):
     """The next full check finds it; then it is an error, and later steps are exact."""
     begins, said = False, []

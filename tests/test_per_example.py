@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.step_cost_memory import measure_memory
 from raco_optim import CAGradClip
 from tests.ghost_models import Net
+from tests.problems_nn import OwnBackward
 from tests.tiny_language_models import FAMILIES, tiny_model
 
 pytestmark = [
@@ -580,27 +581,18 @@ def test_a_graph_that_differs_from_step_to_step():
     assert all(x.startswith("dense: the graph is new") for x in ran[8:12])
 
 
-class Counted(torch.autograd.Function):
-    """The identity, which notes its backward passes."""
-
-    @staticmethod
-    def forward(ctx, x, passes):
-        ctx.passes = passes
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        ctx.passes.append(1)
-        return grad, None
-
-
 def test_one_backward_pass_of_the_layers():
     """For any number of losses, once it is known that examples do not interact."""
     model, counts = mlp(), []
     opt = optimizer(model)
     for step in range(3):
         passes = []
-        z = model[2:](Counted.apply(model[:2](rows(step)), passes)).squeeze(-1)
+
+        def counted(grad, passes=passes):
+            passes.append(1)
+            return grad
+
+        z = model[2:](OwnBackward.apply(model[:2](rows(step)), counted)).squeeze(-1)
         opt.backward(three(z), scalars=z)
         counts.append(len(passes))
     assert counts == [3, 1, 1]

@@ -25,7 +25,7 @@ from raco_optim import (
     min_norm_point,
 )
 from raco_optim.distributed.agreement import raise_together
-from tests.problems_nn import said
+from tests.problems_nn import infinite, said
 from tests.ranks import WEIGHTS, Ranks, equal, losses_of, relative, slices
 from tests.test_replicated import Model, batches
 
@@ -72,19 +72,9 @@ def another_infinite_loss_in_each(opt, model, losses, rank):
     opt.backward(losses | {name: losses[name] / 0})
 
 
-class InfiniteGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * float("inf")
-
-
 @says("the gradient of loss 'b' is NaN or Inf", FloatingPointError)
 def infinite_gradient(opt, model, losses, rank):
-    opt.backward(losses | {"b": InfiniteGradient.apply(losses["b"])} if rank == BAD else losses)
+    opt.backward(losses | {"b": infinite(losses["b"])} if rank == BAD else losses)
 
 
 @says("rank 1: ZeroDivisionError: division by zero", ZeroDivisionError)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from raco_optim import MGDA, CAGradClip
-from tests.problems_nn import bits, clipped_alpha, flat_grad, jacobian
+from tests.problems_nn import OwnBackward, bits, clipped_alpha, flat_grad, jacobian
 
 DOUBLE = torch.float64
 WEIGHTS = [0.3, 0.7]
@@ -103,19 +103,6 @@ def test_loss_that_reaches_only_a_head_is_zero_in_the_gram():
     assert bool(flat_grad(model.second).any())
 
 
-class Bad(torch.autograd.Function):
-    """The identity, with a gradient that is not finite."""
-
-    @staticmethod
-    def forward(ctx, x, bad):
-        ctx.bad = bad
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return torch.full_like(grad, ctx.bad), None
-
-
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("nonfinite", ["raise", "skip", "propagate"])
 def test_gradient_of_a_head_alone_is_not_finite(bad, nonfinite):
@@ -124,7 +111,8 @@ def test_gradient_of_a_head_alone_is_not_finite(bad, nonfinite):
     shared = model.trunk.parameters()
     opt = wrapped(model, torch.optim.SGD, shared_parameters=shared, nonfinite=nonfinite)
     first, second = model.losses()
-    losses = [first, second + Bad.apply(model.second.bias, bad).sum() * 0 + 0 * first]
+    bias = OwnBackward.apply(model.second.bias, lambda grad: torch.full_like(grad, bad))
+    losses = [first, second + bias.sum() * 0 + 0 * first]
     before = bits(model.state_dict())
     if nonfinite == "raise":
         with pytest.raises(FloatingPointError, match="the gradient of loss '1'"):

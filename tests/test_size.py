@@ -182,7 +182,7 @@ def test_operations(
 def test_operations_of_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over so many steps that each parameter has had its turn; the head's is not compared."""
     assert size.CHECKED == one_pass._SHARE
-    monkeypatch.setattr(one_pass, "_AGAIN", (0,))
+    monkeypatch.setattr(one_pass, "_AGAIN", ())
     step = Step(2, "one", 0, 1, PAIRS, TOKENS, checkpointing=False)
     run = gradients(tiny("shallow", 0, checkpointing=False), "one", 2)
     counted(run)
