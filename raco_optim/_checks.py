@@ -34,11 +34,9 @@ def add_note(error: BaseException, note: str) -> None:
 
 
 def check_attribute(obj: object, name: str, base: type, fixed: Sequence[str] = ()) -> None:
-    """Raises `AttributeError` if somebody would expect an effect of the attribute, and it has none.
+    """Raises `AttributeError` for a misspelt setting, another rule's setting or a group's key.
 
-    Those are misspelt settings, settings of other rules and keys of parameter groups. Other names
-    are notes of the user or of a framework, which torch allows too. A class of the user, derived
-    from `base`, may have any attributes.
+    Other names are notes, as in torch. The user's own class may have any attribute.
     """
     if name.startswith("_") or name in vars(obj) or hasattr(type(obj), name):
         return

@@ -15,6 +15,7 @@ from raco_optim.distributed.group import Group
 from raco_optim.wrapper.parameters import Parameters
 
 _VALUES = "the values of the parameters"
+LOSSES = "`losses` (None if absent)"
 _ONE_MODEL = (
     "Start from one model: wrap it in DistributedDataParallel before building the optimizer, or "
     "broadcast it. If these processes train different models, pass the processes of one model as "
@@ -104,8 +105,8 @@ def _difference(group: Group, settings: Mapping[str, str]) -> ValueError | None:
                 continue
             if first.get(name) != other.get(name):
                 got = f"{first.get(name)} on rank {rank}, {other.get(name)} on rank {r}. "
-                got += "Pass the same value in all processes"
-                got += ", 0 * outputs.sum() for None." if "None" in name else "."
+                none = ", 0 * outputs.sum() for None" if name == LOSSES else ""
+                got += f"Pass the same value in all processes{none}."
                 got = f"others. {_ONE_MODEL}" if name == _VALUES else got
                 return ValueError(f"{name} must be the same in all processes; got {got}")
     return None

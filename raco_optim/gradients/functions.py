@@ -108,8 +108,6 @@ def gram_matrix(gradients: Sequence[Sequence[Tensor | None] | Tensor] | Tensor) 
         [row] if isinstance(row, Tensor) or not isinstance(row, Iterable) else list(row)
         for row in gradients
     ]
-    if not rows:
-        raise ValueError("`gradients` must hold at least one gradient; got none.")
     _check(rows)
     return Workspace().gram(rows)
 
@@ -134,7 +132,7 @@ def add_combined_gradient(
 
     Raises:
         TypeError: `parameters` or a row of `gradients` holds something other than tensors.
-        ValueError: The numbers or shapes of parameters, gradients and coefficients differ.
+        ValueError: There is no row, or the numbers or shapes of tensors differ.
 
     Example:
         >>> import torch
@@ -148,7 +146,7 @@ def add_combined_gradient(
     parameters = checked_parameters("parameters", parameters)
     given: Sequence[Any] = gradients
     rows = [row if isinstance(row, list) else list(row) for row in given]
-    _check([parameters, *rows])
+    _check(rows and [parameters, *rows])
     if getattr(coefficients, "shape", None) != (len(rows),):
         raise ValueError(
             f"`coefficients` must be a tensor of shape [{len(rows)}], one number per row of "
@@ -159,6 +157,8 @@ def add_combined_gradient(
 
 
 def _check(rows: Sequence[Sequence[Any]]) -> None:
+    if not rows:
+        raise ValueError("`gradients` must hold at least one gradient; got none.")
     lengths = [len(row) for row in rows]
     if len(set(lengths)) > 1:
         raise ValueError(

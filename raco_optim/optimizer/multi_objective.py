@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from raco_optim import _checks as checks
-from raco_optim.distributed.agreement import parameter_settings, raise_together
+from raco_optim.distributed.agreement import LOSSES, parameter_settings, raise_together
 from raco_optim.distributed.group import Group
 from raco_optim.gradients import PerLossGradients
 from raco_optim.gradients.approximate import (
@@ -318,7 +318,7 @@ class MultiObjectiveOptimizer(BetweenSteps):
             check_losses(ordered, parameters.tensors, names)
             if not alone:
                 must_agree = parameters.is_sharded or approximate
-                settings["`losses` (None if absent)"] = batch.present if must_agree else names
+                settings[LOSSES] = batch.present if must_agree else names
                 settings["`accumulate`"] = accumulate
                 settings["whether the Gram matrix is due"] = not kept.serves(
                     batch.present, core.gram_every

@@ -47,7 +47,7 @@ _TOLERANCE, _SHARE = 0.01, 0.02
 # the latest ones are remembered.
 _CHECKED_AT_ONCE, _REMEMBERED = 8, 1000
 # After so many steps of a graph, and every so many, it is checked again.
-_AGAIN, _EVERY = (0, 4, 20), 100
+_AGAIN, _EVERY = (4, 20), 100
 
 
 @dataclass
@@ -63,6 +63,7 @@ class Plan:
     covered: list[Tensor] = field(default_factory=list)
     others: list[tuple[Tensor, str]] = field(default_factory=list)
     """Trained leaves that the layers do not cover, with the reason."""
+    hooks: int = 0  # of tensors and nodes, newer than the first layer's output
 
 
 class LayerGradients:
@@ -171,6 +172,7 @@ class LayerGradients:
                 plan.others.append((p, _OTHER_SHAPE if is_shape else _USED_OTHERWISE))
         covered = {id(p) for p in plan.covered}
         plan.marks = [x for x in fitting if covered & count([x]).keys()]
+        plan.hooks = self._number_of_hooks(plan.marks)
         return plan
 
     def _refusal(self, plan: Plan, losses: Sequence[Tensor]) -> str:
@@ -192,12 +194,11 @@ class LayerGradients:
         return "" if plan.covered else _NOT_REACHED
 
     def _hooked(self, plan: Plan) -> bool:
-        return self._hooks(plan) > 0
+        return plan.hooks > 0
 
-    def _hooks(self, plan: Plan) -> int:
-        """Returns how many hooks of tensors and nodes are newer than the first layer's output."""
+    def _number_of_hooks(self, marks: Sequence[Any]) -> int:
         newest: int = RemovableHandle.next_id
-        first = min((m.hook for m in plan.marks if m._forward_cls not in HIDDEN), default=newest)
+        first = min((m.hook for m in marks if m._forward_cls not in HIDDEN), default=newest)
         if first == newest:
             return 0
         kinds = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
@@ -234,7 +235,7 @@ class LayerGradients:
     def _key(self, plan: Plan) -> int:
         layers = [(id(x), x.training) for x in self._model.modules()]
         nodes = frozenset(plan.uses.nodes.items())
-        return hash((*layers, nodes, self._hooks(plan), *map(id, plan.covered)))
+        return hash((*layers, nodes, plan.hooks, *map(id, plan.covered)))
 
     def _agrees(self, plan: Plan) -> bool | None:
         """Runs the numeric check of all parameters; None if NaN or Inf make it void."""
