@@ -187,8 +187,9 @@ def named(text: str) -> tuple[str, int, int]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Checks all problems, writes the JSON and prints what failed."""
     parser = Parser(prog="python -m benchmarks.fuzz_subproblem")
-    parser.add_argument("--quick", action="store_true", help="216 Gram matrices, not written")
-    parser.add_argument("--only", metavar="KIND:M:SEED", help="one problem, of a list of failures")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--quick", action="store_true", help="216 Gram matrices, not written")
+    either.add_argument("--only", metavar="KIND:M:SEED", help="one problem, of a list of failures")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.only:

@@ -38,6 +38,7 @@ try:
         Parser,
         UsageError,
         apart,
+        check_device,
         environment,
         markdown_table,
         refusals_of,
@@ -289,10 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu.json")
     options = parser.parse_args(arguments)
     device = options.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            f"PyTorch {torch.__version__} finds no GPU here. On the CPU: --device cpu --quick."
-        )
+    check_device(device)
     if options.output == RESULTS / "gpu.json" and (device == "cpu" or options.quick):
         raise UsageError("`--output` must be named with --device cpu or --quick.")
     for name, what in OPTIONAL.items():

@@ -183,6 +183,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "lower_quartile": low, "upper_quartile": high, "n": len(values)}
 
 
+def check_device(device: str) -> None:
+    """Raises `UsageError` if ``"cuda"`` is asked for and there is no GPU."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            f"PyTorch {torch.__version__} finds no GPU here. On the CPU: --device cpu --quick."
+        )
+
+
 def make_folder(folder: Path, option: str) -> None:
     """Makes a folder and those above it; `UsageError` names the option if that cannot be done."""
     try:

@@ -23,7 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Parser, apart, clock_of, environment, refusals_of, write_results
+from benchmarks.harness import (
+    Parser,
+    apart,
+    check_device,
+    clock_of,
+    environment,
+    refusals_of,
+    write_results,
+)
 from raco_optim import per_loss_gradients
 from raco_optim.gradients.per_example import LayerGradients
 
@@ -219,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="three cases, and no memory")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = parser.parse_args(arguments)
+    check_device(given.device)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     results = []

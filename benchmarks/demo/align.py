@@ -125,7 +125,8 @@ def align(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-        hurting.append(optimizer.report.hurting)
-        conflicting.append(optimizer.report.conflicting)
+        report = optimizer.report  # a copy at each reading
+        hurting.append(report.hurting)
+        conflicting.append(report.conflicting)
         on_step()
     return model, Training(sum(hurting) / len(hurting), sum(conflicting) / len(conflicting))
