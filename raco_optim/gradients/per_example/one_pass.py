@@ -224,8 +224,8 @@ class LayerGradients:
             raise RuntimeError(
                 "examples must not interact in any step; they did not in earlier steps, and do now "
                 "(or a hook or a layer changes gradients that it did not). Gradients since the "
-                "last check may be wrong: go back to a checkpoint of at most"
-                f' {_EVERY} steps ago, and use gradients="dense".'
+                f"last check, up to {_EVERY} steps with this graph, may be wrong: go back to a "
+                'checkpoint from before them, and use gradients="dense".'
             )
         known[key] = steps if new or failed or held is None else steps + 1 if held else -1
         if len(known) > _REMEMBERED:
